@@ -1,0 +1,2056 @@
+#!/usr/bin/env python3
+"""Put a request file (JSONL) through OpenAI's Batch API: pay for nothing twice, lose nothing paid for.
+
+  batch_tool.py run --in requests.jsonl --out results.jsonl
+  batch_tool.py export --in requests.jsonl --results results.jsonl --out bios.csv
+  batch_tool.py create --in requests.jsonl && batch_tool.py wait --batch-id batch_abc123
+
+stdout carries results only, stderr everything else. Commands that talk to the API need OPENAI_API_KEY and log every
+request to logs/batch_YYYYMMDD_HHMMSS.log; validate, retry and export work offline.
+
+exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed, 130 interrupted, 143 terminated,
+129 hung up
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import email.utils
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
+
+if TYPE_CHECKING:
+    from openai import OpenAI, OpenAIError
+    from openai._legacy_response import LegacyAPIResponse
+    from openai.types import Batch, FileObject
+
+PROG = "batch_tool.py"
+MAX_REQUESTS = 50_000  # in one batch; Batch API guide, "Rate limits"
+MAX_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
+RECENT_SECONDS = 30 * 24 * 60 * 60  # the life of an uploaded file
+PAGE_SIZE = 100  # the most that a listing takes
+MAX_PAGES = 500  # a listing that has not ended by then does not end
+TERMINAL = ("completed", "failed", "expired", "cancelled")
+TRIES = 3  # of one request whose answer is lost
+LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
+RATE_LIMIT_SECONDS = 600  # how long a 429 is waited out in all
+POLL_SECONDS = 60  # how long one poll may take
+UPLOAD_SECONDS = 600  # how long the answer to an upload may take
+IDLE_REFUSALS = 5  # for the queue limit, with no batch of ours active
+MAX_LISTED = 20  # errors and warnings shown one by one
+CHUNK = 1 << 20
+ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SECRET = re.compile(r"(Bearer\s+|(?<![A-Za-z0-9])sk-)[^\s\"',;]{16,}")
+HIDDEN = "[secret]"
+JSON_LINE = json.JSONDecoder()
+BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
+TIMESTAMPS = (
+    ("Created", "created_at"),
+    ("Completed", "completed_at"),
+    ("Failed", "failed_at"),
+    ("Expired", "expired_at"),
+    ("Cancelled", "cancelled_at"),
+)
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+class Failure(Exception):
+    """A foreseeable end of the command; its text is the one line that the user reads."""
+
+    exit_code = 1
+
+
+class Refused(Failure):
+    """The API said no: a 4xx that the same request would get again."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NoAnswer(Failure):
+    """What became of a request is unknown: connection lost, time-out, 408, 409, 5xx, or an answer without sense."""
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class TimedOut(Failure):
+    """--timeout passed."""
+
+    exit_code = 3
+
+
+class Stopped(BaseException):
+    """SIGINT, SIGTERM or SIGHUP arrived; carries the exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class Part(NamedTuple):
+    """Consecutive lines of a request file that make one batch; `sha256` is of their bytes."""
+
+    label: str
+    offset: int
+    size: int
+    requests: int
+    sha256: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with a line of a request file, by the API's own code."""
+
+    line: int
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.code}: {self.message}"
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+def escape_controls(text: str) -> str:
+    """The text on one line: line breaks, control characters and undecodable bytes as backslash escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def to_json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def commonest(counts: Counter[str], most: int = 5) -> str:
+    return ", ".join(f"{number} × {code}" for code, number in counts.most_common(most))
+
+
+class Console:
+    """stdout for results and stderr for the rest, a line at a time, without secrets."""
+
+    def __init__(self) -> None:
+        self.secrets: list[str] = []
+        self._stderr = sys.stderr
+        self._shown = 0  # characters of progress on the terminal's line
+        self.live = self._stderr is not None and self._stderr.isatty()
+
+    def scrub(self, text: str) -> str:
+        """The text without the API key or anything that looks like one, on one line."""
+        for secret in self.secrets:
+            text = text.replace(secret, HIDDEN)
+        return escape_controls(SECRET.sub(lambda found: found[1] + HIDDEN, text))
+
+    def emit(self, text: str) -> None:
+        """A line of the results, flushed. Raises BrokenPipeError where nobody reads them."""
+        if sys.stdout is None:
+            raise BrokenPipeError
+        self.clear()
+        try:
+            print(self.scrub(text), flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Failure(f"cannot write to stdout: {error.strerror}") from None
+
+    def say(self, text: str) -> None:
+        self.clear()
+        self._write(self.scrub(text) + "\n")
+
+    def warn(self, text: str) -> None:
+        self.say(f"{PROG}: warning: {text}")
+
+    def progress(self, text: str) -> None:
+        """On a terminal, write over the progress shown before; elsewhere, a line."""
+        if not self.live:
+            self.say(text)
+            return
+        text = self.scrub(text)[: shutil.get_terminal_size().columns - 1]
+        self._write("\r" + text.ljust(self._shown))
+        self._shown = len(text)
+
+    def clear(self) -> None:
+        if self._shown:
+            self._write("\r" + " " * self._shown + "\r")
+            self._shown = 0
+
+    def _write(self, text: str) -> None:
+        if self._stderr is not None:
+            with contextlib.suppress(OSError):  # a lost message must not end the work that it tells of
+                self._stderr.write(text)
+                self._stderr.flush()
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """The file's bytes; stdin (`-`) and what is not a regular file as a temporary copy, to be read more than once."""
+    if path == "-" and sys.stdin is None:
+        raise Failure("stdin is closed; there is nothing to read")
+    try:
+        file = sys.stdin.buffer if path == "-" else open(path, "rb")
+        if path == "-" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            copy = tempfile.TemporaryFile()
+            shutil.copyfileobj(file, copy, CHUNK)
+            copy.seek(0)
+            file = copy
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
+
+    stdout (`-`) and what is not a regular file are written as they come.
+    """
+    if path == "-":
+        with stdout_bytes() as file:
+            yield file
+        return
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:
+                yield file
+        else:
+            with replacing(os.path.realpath(path)) as file:
+                yield file
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def stdout_bytes() -> Iterator[BinaryIO]:
+    if sys.stdout is None:
+        raise BrokenPipeError
+    try:
+        yield sys.stdout.buffer
+    finally:
+        sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A temporary file beside `path`, which replaces it once it is whole and on disk."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            if os.path.exists(path):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def same_regular_file(source: str, destination: str) -> bool:
+    try:
+        there = os.fstat(0) if source == "-" else os.stat(source)
+        here = os.fstat(1) if destination == "-" else os.stat(destination)
+    except OSError:
+        return False
+    return stat.S_ISREG(there.st_mode) and os.path.samestat(there, here)
+
+
+@contextlib.contextmanager
+def locked(file: BinaryIO, path: str) -> Iterator[None]:
+    """Hold the request file, so that no second create or run on this machine submits it at the same time."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
+    yield
+
+
+class FilePart(io.BufferedIOBase):
+    """The bytes of one part of a file, as a file that the SDK uploads in chunks and rewinds.
+
+    It has no file descriptor of its own, as its size would be taken from that.
+    """
+
+    def __init__(self, file: BinaryIO, part: Part) -> None:
+        self._file = file
+        self._part = part
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self._part.size - self._position
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = os.pread(self._file.fileno(), wanted, self._part.offset + self._position)
+        self._position += len(data)
+        return data
+
+
+# -- request files -----------------------------------------------------------------------------------------------
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT_JSON_LINE = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+class InputCheck:
+    """Checks a request file as the API will, and divides it into parts, in one pass.
+
+    `endpoint` is what the first request names, where none is given. The memory it takes is one id a request.
+    """
+
+    def __init__(self, endpoint: str | None = None, max_requests: int = MAX_REQUESTS) -> None:
+        self.endpoint = endpoint
+        self.size = 0
+        self.without_model = 0
+        self.line_of: dict[str, int] = {}
+        self._model: Any = None
+        self._max_requests = max_requests
+        self._parts: list[Part] = []
+        self._start_part()
+
+    def _start_part(self) -> None:
+        self._part_offset = self.size
+        self._part_requests = 0
+        self._part_hash = hashlib.sha256()
+
+    def _end_part(self) -> None:
+        size = self.size - self._part_offset
+        self._parts.append(Part("", self._part_offset, size, self._part_requests, self._part_hash.hexdigest()))
+        self._start_part()
+
+    def parts(self) -> list[Part]:
+        """The parts of the file that has been read: consecutive lines within the limits of a batch."""
+        if self._part_requests:
+            self._end_part()
+        return [part._replace(label=f"{n}/{len(self._parts)}") for n, part in enumerate(self._parts, 1)]
+
+    def problems(self, lines: Iterable[bytes]) -> Iterator[Problem]:
+        number = 0
+        for number, line in enumerate(lines, 1):
+            full = self._part_requests == self._max_requests or self.size - self._part_offset + len(line) > MAX_BYTES
+            if full and self._part_requests:
+                self._end_part()
+            self.size += len(line)
+            self._part_requests += 1
+            self._part_hash.update(line)
+            if len(line) > MAX_BYTES:
+                yield Problem(number, "invalid_request", f"{len(line)} bytes; a batch takes {MAX_BYTES} at most")
+            yield from self._line_problems(number, line)
+        if not number:
+            yield Problem(1, "empty_file", "the file has no requests")
+
+    def _line_problems(self, number: int, line: bytes) -> Iterator[Problem]:
+        try:
+            request = STRICT_JSON_LINE.decode(line.decode())
+        except (ValueError, RecursionError) as error:
+            yield Problem(number, "invalid_json_line", "blank line" if not line.strip() else json_problem(error))
+            return
+        if not isinstance(request, dict):
+            yield Problem(number, "invalid_json_line", "not a JSON object")
+            return
+        yield from self._id_problems(number, request.get("custom_id"))
+        if request.get("method") != "POST":
+            yield Problem(number, "invalid_request", f"method is {to_json(request.get('method'))[:80]}, not \"POST\"")
+        url, body = request.get("url"), request.get("body")
+        if self.endpoint is None and isinstance(url, str) and url:
+            self.endpoint = url
+        if not url or url != self.endpoint:
+            yield Problem(number, "url_mismatch", f"url is {to_json(url)[:80]}, not {to_json(self.endpoint)[:80]}")
+        if isinstance(body, dict):
+            yield from self._body_problems(number, body)
+        else:
+            yield Problem(number, "invalid_request", "body is not a JSON object")
+
+    def _id_problems(self, number: int, custom_id: Any) -> Iterator[Problem]:
+        if custom_id is None:
+            yield Problem(number, "missing_required_parameter", "custom_id is missing")
+        elif not isinstance(custom_id, str) or not custom_id:
+            yield Problem(number, "invalid_request", "custom_id is not a string with at least one character")
+        elif (first := self.line_of.setdefault(custom_id, number)) != number:
+            name = to_json(custom_id[:80])
+            yield Problem(number, "duplicate_custom_id", f"custom_id {name} was already used on line {first}")
+
+    def _body_problems(self, number: int, body: Json) -> Iterator[Problem]:
+        if body.get("stream") is True:
+            yield Problem(number, "invalid_request", "body.stream is true; a batch cannot stream")
+        model = body.get("model")
+        if model is None:
+            self.without_model += 1
+        elif self._model is None:
+            self._model = model
+        elif model != self._model:
+            names = f"{to_json(model)[:80]}, not {to_json(self._model)[:80]}"
+            yield Problem(number, "model_mismatch", f"model is {names}; a batch has one model")
+
+
+def json_problem(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"not valid JSON: {error}"
+
+
+def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) -> list[Part]:
+    """The parts of a request file that the API will take; raises Failure after showing what it would refuse."""
+    found = 0
+    for problem in check.problems(file):
+        found += 1
+        if found <= MAX_LISTED:
+            console.say(str(problem))
+    if found > MAX_LISTED:
+        console.say(f"… and {found - MAX_LISTED} more")
+    if found:
+        raise Failure(f"{path}: {count_of(found, 'error')}; mend the file, nothing was uploaded")
+    if check.without_model:
+        console.warn(f"{count_of(check.without_model, 'request')} without body.model, which the Batch API refuses")
+    return check.parts()
+
+
+# -- the API -----------------------------------------------------------------------------------------------------
+
+
+class LogFormatter(logging.Formatter):
+    """One line an event, without secrets, also where the event is an error with its stack."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._console = console
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._console.scrub(super().format(record))
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes the log, flushed line by line; the first line that cannot be written is a Failure."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise Failure(f"cannot write the log: {sys.exc_info()[1]}") from None
+
+
+@contextlib.contextmanager
+def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
+    """A log that only its owner can read; a run that costs money leaves its trace there, or does not begin."""
+    path = path or time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, 0o600)
+    except OSError as error:
+        raise Failure(f"cannot open the log {path}: {error.strerror}; choose another with --log-file") from None
+    with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+        handler = LogHandler(file)
+        handler.setFormatter(LogFormatter(console))
+        log = logging.Logger(PROG)
+        log.addHandler(handler)
+        yield log
+
+
+def api_key(console: Console) -> str:
+    """OPENAI_API_KEY without the blanks or line end around it, from now on hidden in all that is said."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        raise Failure("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
+    if not key.isascii() or not key.isprintable():
+        raise Failure("OPENAI_API_KEY has control or non-ASCII characters in it; set it again")
+    if len(key) >= 8:
+        console.secrets += {key, json.dumps(key)[1:-1]}
+    return key
+
+
+def base_url(console: Console) -> str:
+    """OPENAI_BASE_URL, or OpenAI's own; a password in it is hidden from now on."""
+    url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+    except ValueError:
+        usable = False
+    if not usable:
+        raise Failure("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
+    if parts.password:
+        console.secrets += {parts.password, urllib.parse.unquote(parts.password)}
+    return url
+
+
+def without_password(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+@contextlib.contextmanager
+def connect(args: argparse.Namespace) -> Iterator[Api]:
+    """The API as the environment names it; no request is made yet."""
+    console: Console = args.console
+    key, url = api_key(console), base_url(console)
+    with open_log(args.log_file, console) as log:
+        log.info("START %s", to_json([PROG, *args.argv]))
+        try:
+            import openai
+        except ImportError as error:
+            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt") from None
+        try:
+            client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=POLL_SECONDS)
+        except (openai.OpenAIError, ValueError, ImportError) as error:  # a proxy setting that cannot be used
+            raise Failure(f"the environment does not make a client: {error}") from None
+        with client:
+            yield Api(client, log, args)
+
+
+class Api:
+    """The operations of the Files and Batches API that the commands use, each logged, with one loop for all calls.
+
+    They raise Refused for a definite no, and NoAnswer where several tries got no usable answer.
+    """
+
+    def __init__(self, client: OpenAI, log: logging.Logger, args: argparse.Namespace) -> None:
+        self.client = client
+        self.sleep: Callable[[float], None] = args.sleep
+        self.console: Console = args.console
+        self.log = log
+        self._verbose: bool = args.verbose
+
+    def call(
+        self,
+        operation: str,
+        about: Json,
+        send: Callable[[], LegacyAPIResponse[Any]],
+        read: Callable[[Json], T],
+        *,
+        tries: int = TRIES,
+        patience: float = RATE_LIMIT_SECONDS,
+    ) -> T:
+        """What `read` makes of the answer to `send`; a lost answer is tried again, a 429 waited out for `patience`."""
+        import openai
+
+        for attempt in itertools.count(1):
+            self.log.info("%s request %s", operation, to_json(about))
+            pause = 0.5 * 2 ** (attempt - 1)
+            try:
+                content = json_object(send())
+                answer = read(content)
+            except openai.OpenAIError as error:
+                failure = explain(error, without_password(str(self.client.base_url)))
+                pause = retry_after(error) or pause
+                self.log.exception("%s error %s", operation, failure)
+            except NoAnswer as nonsense:
+                failure = nonsense
+                self.log.exception("%s error %s", operation, failure)
+            else:
+                self.log.info("%s response %s", operation, to_json(content))
+                if self._verbose:
+                    self.console.say(f"{operation}: {to_json(content)}")
+                return answer
+            if is_rate_limit(failure) and pause <= patience:
+                patience -= pause
+                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
+            elif not isinstance(failure, NoAnswer) or failure.status == 409 or attempt >= tries:
+                raise failure
+            self.sleep(min(pause, RATE_LIMIT_SECONDS))
+        raise AssertionError("unreachable")
+
+    def upload(self, file: BinaryIO, part: Part, name: str) -> FileObject:
+        client = self.client.with_options(timeout=UPLOAD_SECONDS)
+        content = (name, cast(BinaryIO, FilePart(file, part)))
+        about = {"file": name, "part": part.label, "bytes": part.size, "requests": part.requests, "sha256": part.sha256}
+
+        def read(answer: Json) -> FileObject:
+            uploaded = as_file(answer)
+            if uploaded.bytes != part.size:
+                raise NoAnswer(f"file {uploaded.id} has {uploaded.bytes} bytes where {part.size} were uploaded")
+            return uploaded
+
+        return self.call(
+            "UPLOAD", about, lambda: client.files.with_raw_response.create(file=content, purpose="batch"), read
+        )
+
+    def create_batch(self, request: Json, tries: int = 1) -> Batch:
+        """One POST, as the SDK's own repetitions would each be a batch, and each be charged."""
+        create = self.client.batches.with_raw_response.create
+        return self.call("CREATE_BATCH", request, lambda: create(**request), as_batch, tries=tries)
+
+    def batch(self, batch_id: str, **limits: Any) -> Batch:
+        retrieve = self.client.batches.with_raw_response.retrieve
+        return self.call("GET_STATUS", {"batch_id": batch_id}, lambda: retrieve(batch_id), as_batch, **limits)
+
+    def cancel(self, batch_id: str) -> Batch:
+        cancel = self.client.batches.with_raw_response.cancel
+        return self.call("CANCEL_BATCH", {"batch_id": batch_id}, lambda: cancel(batch_id), as_batch)
+
+    def batches(self, page_size: int = PAGE_SIZE) -> Iterator[Batch]:
+        """All batches, newest first, a request a page; ends where a page brings nothing new."""
+        seen: set[str] = set()
+        query: Json = {"limit": page_size}
+        for _ in range(MAX_PAGES):
+            page, has_more = self._page(query)
+            new = [batch for batch in page if batch.id not in seen]
+            yield from new
+            if not has_more or not new:
+                return
+            seen.update(batch.id for batch in new)
+            query["after"] = page[-1].id
+
+    def _page(self, query: Json) -> tuple[list[Batch], bool]:
+        def read(content: Json) -> tuple[list[Batch], bool]:
+            data = content.get("data")
+            if not isinstance(data, list):
+                raise NoAnswer("the answer is not a list of batches")
+            return [as_batch(item) for item in data], content.get("has_more") is True
+
+        list_batches = self.client.batches.with_raw_response.list
+        return self.call("LIST_BATCHES", dict(query), lambda: list_batches(**query), read)
+
+    def recent_batches(self) -> Iterator[Batch]:
+        """The batches of the last 30 days, newest first."""
+        oldest = time.time() - RECENT_SECONDS
+        for batch in self.batches():
+            if (number_of(batch, "created_at") or oldest) < oldest:
+                return
+            yield batch
+
+    def file(self, file_id: str) -> FileObject:
+        retrieve = self.client.files.with_raw_response.retrieve
+        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id}, lambda: retrieve(file_id), as_file)
+
+    def delete_file(self, file_id: str) -> None:
+        """Delete an uploaded file that no batch uses; not worth a failure of its own."""
+        delete = self.client.files.with_raw_response.delete
+        try:
+            self.call("DELETE_FILE", {"file_id": file_id}, lambda: delete(file_id), lambda content: content)
+        except Failure as failure:
+            self.console.warn(f"file {file_id} was not deleted: {failure}")
+
+    def download(self, file_id: str, out: BinaryIO, path: str) -> int:
+        """Append the file to `out`, and return its size; checked against the size that the API gives, tried again."""
+        size = self.file(file_id).bytes
+        start = out.tell()
+        for attempt in range(1, TRIES + 1):
+            out.seek(start)
+            out.truncate()
+            try:
+                received = self._stream(file_id, out)
+                ended = not received or last_byte(out) == b"\n"
+                if received == size and ended:
+                    self.log.info("DOWNLOAD_RESULTS response %s", to_json({"path": path, "bytes": received}))
+                    return received
+                wrong = f"{received} of {size} bytes" if received != size else "no line end at its end"
+                raise NoAnswer(f"download of {file_id} was cut off ({wrong}); try again")
+            except NoAnswer as failure:
+                self.log.exception("DOWNLOAD_RESULTS error %s", failure)
+                if attempt == TRIES:
+                    raise
+            self.sleep(0.5 * attempt)
+        raise AssertionError("unreachable")
+
+    def _stream(self, file_id: str, out: BinaryIO) -> int:
+        """Copy the file's content as it comes, in bounded memory; the number of bytes."""
+        import httpx2
+        import openai
+
+        url = without_password(str(self.client.base_url))
+        self.log.info("DOWNLOAD_RESULTS request %s", to_json({"file_id": file_id, "content": True}))
+        received = 0
+        try:
+            with self.client.files.with_streaming_response.content(file_id) as response:
+                for block in response.iter_bytes(CHUNK):
+                    out.write(block)
+                    received += len(block)
+        except httpx2.HTTPError as error:
+            raise NoAnswer(f"download of {file_id} from {url} broke off: {error or type(error).__name__}") from error
+        except openai.OpenAIError as error:
+            raise explain(error, url) from error
+        return received
+
+
+def last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def json_object(response: LegacyAPIResponse[Any]) -> Json:
+    """The answer's JSON object; read here, as the SDK makes a str of what is not labelled JSON."""
+    try:
+        content = json.loads(response.content)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise NoAnswer(f"the answer is not a JSON object: {response.text.strip()[:80]!r}")
+    return content
+
+
+def as_batch(content: Any) -> Batch:
+    from openai.types import Batch
+
+    if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
+        raise NoAnswer(f"the answer is not a batch: {to_json(content)[:80]}")
+    return Batch.construct(**content)
+
+
+def as_file(content: Json) -> FileObject:
+    from openai.types import FileObject
+
+    if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
+        raise NoAnswer(f"the answer is not a file: {to_json(content)[:80]}")
+    return FileObject.construct(**content)
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, str) and ID.fullmatch(value) is not None
+
+
+def explain(error: OpenAIError, url: str) -> Refused | NoAnswer:
+    """What an error of the SDK means, in the API's words where there are any."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        status = error.status_code
+        body = error.body if isinstance(error.body, Mapping) else {}
+        words = body.get("message") or error.response.text.strip()[:200] or error.response.reason_phrase
+        code = f" ({body['code']})" if body.get("code") else ""
+        text = f"HTTP {status}: {words}{code}"
+        if status == 401:
+            return Refused(f"{text}; check OPENAI_API_KEY", status)
+        return NoAnswer(text, status) if status in (408, 409) or status >= 500 else Refused(text, status)
+    if isinstance(error, openai.APITimeoutError):
+        return NoAnswer(f"no answer from {url} in time")
+    return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
+
+
+def is_rate_limit(failure: Failure) -> bool:
+    return isinstance(failure, Refused) and failure.status == 429 and "insufficient_quota" not in str(failure)
+
+
+def retry_after(error: OpenAIError) -> float | None:
+    """The seconds that the answer asks to wait before the request is made again."""
+    import openai
+
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    headers = error.response.headers
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            return seconds if math.isfinite(seconds) and seconds > 0 else None
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    return None
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
+
+
+def text_of(thing: Any, name: str) -> str:
+    """A field of an SDK object as text; empty where the answer had it null, empty, or not as text."""
+    value = getattr(thing, name, None)
+    return value if isinstance(value, str) else ""
+
+
+def number_of(thing: Any, name: str) -> int | None:
+    value = getattr(thing, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def metadata_of(batch: Batch, name: str) -> str:
+    value = batch.metadata.get(name) if isinstance(batch.metadata, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def has_ended(batch: Batch) -> bool:
+    """Whether the status is terminal; one that is not known is not."""
+    return batch.status in TERMINAL
+
+
+def file_id_of(batch: Batch, name: str) -> str:
+    """The id of its output or error file; empty where it has none. Raises NoAnswer for what cannot be an id."""
+    file_id = getattr(batch, name, None)
+    if file_id and not is_id(file_id):
+        raise NoAnswer(f"{name} of batch {batch.id} is no file id: {to_json(file_id)[:80]}")
+    return file_id or ""
+
+
+def has_output(batch: Batch) -> bool:
+    return bool(file_id_of(batch, "output_file_id"))
+
+
+def local_time(moment: int | None, separator: str = "T") -> str:
+    """Unix seconds as local time; empty where there is none."""
+    try:
+        return datetime.datetime.fromtimestamp(moment).isoformat(separator, "seconds") if moment else ""
+    except (OverflowError, OSError, ValueError):
+        return ""
+
+
+def batch_errors(batch: Batch) -> list[str]:
+    """The errors of a failed batch, a line each: `line 3: duplicate_custom_id: …`."""
+    errors = getattr(getattr(batch, "errors", None), "data", None)
+    lines = []
+    for error in errors if isinstance(errors, list) else []:
+        line = number_of(error, "line")
+        words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
+        lines.append(": ".join(word for word in words if word))
+    return lines
+
+
+def is_over_queue_limit(batch: Batch) -> bool:
+    errors = getattr(getattr(batch, "errors", None), "data", None)
+    return batch.status == "failed" and isinstance(errors, list) and any(
+        text_of(error, "code") == "token_limit_exceeded" for error in errors
+    )
+
+
+def describe(batch: Batch) -> Iterator[str]:
+    """What `status` shows of a batch; lines without a value are left out."""
+    yield f"Status: {batch.status}"
+    stamps = [*TIMESTAMPS, *([] if has_ended(batch) else [("Expires", "expires_at")])]
+    for label, name in stamps:
+        if moment := local_time(number_of(batch, name)):
+            yield f"{label}: {moment}"
+    completed, failed, total = request_counts(batch)
+    if total:
+        yield f"Requests: {completed} completed, {failed} failed of {total}"
+    usage = getattr(batch, "usage", None)
+    if number_of(usage, "input_tokens") or number_of(usage, "output_tokens"):
+        yield f"Tokens: {number_of(usage, 'input_tokens') or 0} input, {number_of(usage, 'output_tokens') or 0} output"
+    yield from batch_errors(batch)
+
+
+def request_counts(batch: Batch) -> tuple[int, int, int]:
+    """completed, failed, total; zeros while they are not known."""
+    counts = getattr(batch, "request_counts", None)
+    return tuple(number_of(counts, name) or 0 for name in ("completed", "failed", "total"))  # type: ignore[return-value]
+
+
+def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
+    """The Batch object as the API gave it, on one line, and where its files were saved."""
+    return to_json({**batch.to_dict(mode="json", warnings=False), **(saved or {})})
+
+
+class Watch:
+    """Keeps time and looks at batches while they run, saying how far they are."""
+
+    def __init__(self, api: Api, args: argparse.Namespace) -> None:
+        self.latest: dict[str, Batch] = {}
+        self._answered = False  # a first poll; from then on, outages are outlived
+        self._api = api
+        self._sleep: Callable[[float], None] = args.sleep
+        self._clock: Callable[[], float] = args.clock
+        self._started = args.clock()
+        self._deadline = math.inf if args.timeout is None else self._started + args.timeout
+        self._said = ""
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; raises TimedOut once --timeout has passed."""
+        left = self._deadline - self._clock()
+        if left > 0:
+            self._sleep(min(seconds, left))
+        if self._clock() >= self._deadline:
+            raise TimedOut("--timeout passed")
+
+    def look(self, batch_ids: Iterable[str]) -> list[Batch]:
+        """Ask once for each batch that has not ended; the ones that have now. Outages are said and outlived."""
+        ended = []
+        for batch_id in batch_ids:
+            try:
+                batch = self._api.batch(batch_id, **({"tries": 1, "patience": 0} if self._answered else {}))
+            except (NoAnswer, Refused) as failure:
+                if not self._answered or not (isinstance(failure, NoAnswer) or is_rate_limit(failure)):
+                    raise
+                self._api.console.warn(f"{batch_id}: {failure}; still waiting")
+            else:
+                self._answered = True
+                self.latest[batch_id] = batch
+                if has_ended(batch):
+                    ended.append(batch)
+        return ended
+
+    def show(self) -> None:
+        """Progress over all batches: on a terminal every time, elsewhere when it has changed."""
+        batches = self.latest.values()
+        completed, failed, total = (sum(numbers) for numbers in zip(*map(request_counts, batches), strict=True))
+        statuses = ", ".join(f"{number} {status}" for status, number in Counter(b.status for b in batches).items())
+        done = f"{completed + failed}/{total} requests ({100 * (completed + failed) // total}%)" if total else ""
+        said = ", ".join(word for word in (statuses, done, f"{failed} failed" if failed else "") if word)
+        if said != self._said or self._api.console.live:
+            elapsed = datetime.timedelta(seconds=int(self._clock() - self._started))
+            self._api.console.progress(f"{said}, {elapsed} elapsed")
+        self._said = said
+
+
+# -- results -----------------------------------------------------------------------------------------------------
+
+SUCCEEDED, REJECTED, RETRYABLE = "succeeded", "rejected", "retryable"
+
+
+class Verdict(NamedTuple):
+    """What a results line says of its request: whether it succeeded, may be sent again or not, and why."""
+
+    outcome: str
+    code: str = ""
+    message: str = ""
+
+    def error(self) -> str:
+        return ": ".join(word for word in (self.code, self.message) if word)
+
+
+class Entry(NamedTuple):
+    """The best results line of a request: what it says, and where it stands."""
+
+    outcome: str
+    code: str
+    file: int
+    offset: int
+
+
+def error_verdict(outcome: str, error: Any, otherwise: str) -> Verdict:
+    """The verdict of an error object of the API, of which any field may be missing or odd."""
+    fields = error if isinstance(error, dict) else {}
+    code, message = fields.get("code") or fields.get("type"), fields.get("message")
+    return Verdict(outcome, str(code or otherwise), str(message) if message else "")
+
+
+def judge(result: Json) -> Verdict:
+    response = result.get("response")
+    if not isinstance(response, dict):
+        return error_verdict(RETRYABLE, result.get("error"), "no_response")
+    status, body = response.get("status_code"), response.get("body")
+    if not isinstance(body, dict):
+        body = {}
+    elif status == 200 and body.get("status") in (None, "completed"):
+        return Verdict(SUCCEEDED)
+    elif status == 200 and body.get("status") == "incomplete":
+        details = body.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        return Verdict(REJECTED, "incomplete", str(reason or ""))
+    rejected = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+    otherwise = str(body.get("status") or "no_body") if status == 200 else f"http_{status}"
+    return error_verdict(REJECTED if rejected else RETRYABLE, body.get("error") or result.get("error"), otherwise)
+
+
+def request_ids(file: BinaryIO, path: str) -> dict[str, Entry | None]:
+    """The custom_ids of a request file in its order, each without an entry yet; raises Failure for a bad line."""
+    ids: dict[str, Entry | None] = {}
+    for number, line in enumerate(file, 1):
+        try:
+            request = JSON_LINE.decode(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise Failure(f"{path} line {number}: {json_problem(error)}; is this the request file?") from None
+        custom_id = request.get("custom_id") if isinstance(request, dict) else None
+        if not isinstance(custom_id, str) or not custom_id:
+            raise Failure(f"{path} line {number}: no custom_id; is this the request file?")
+        if custom_id in ids:
+            raise Failure(f"{path} line {number}: custom_id {to_json(custom_id[:80])} was used before; see validate")
+        ids[custom_id] = None
+    file.seek(0)
+    return ids
+
+
+class Results:
+    """The best results line of every request: a success wins, else the last one read.
+
+    `best` has every custom_id of the request file in its order; the lines stay in their files.
+    """
+
+    def __init__(self, best: dict[str, Entry | None], console: Console) -> None:
+        self.best = best
+        self.input_tokens = 0  # of all lines read: what was charged
+        self.output_tokens = 0
+        self._console = console
+        self._files: list[BinaryIO] = []
+        self._warned = 0
+
+    def read(self, file: BinaryIO, path: str) -> None:
+        """Index the lines of a file from where it stands; it must stay open."""
+        if file not in self._files:
+            self._files.append(file)
+        index = self._files.index(file)
+        offset = file.tell()
+        for number, line in enumerate(file, 1):
+            self._read_line(line, index, offset, f"{path} line {number}")
+            offset += len(line)
+
+    def _read_line(self, line: bytes, index: int, offset: int, where: str) -> None:
+        try:
+            result = JSON_LINE.decode(line.decode())
+        except (ValueError, RecursionError) as error:
+            self._warn(f"{where}: {json_problem(error)}; line ignored")
+            return
+        custom_id = result.get("custom_id") if isinstance(result, dict) else None
+        if not isinstance(custom_id, str):
+            self._warn(f"{where}: not a results line (no custom_id); line ignored")
+        elif custom_id not in self.best:
+            self._warn(f"{where}: custom_id {to_json(custom_id[:80])} is not in the request file; line ignored")
+        else:
+            verdict = judge(result)
+            known = self.best[custom_id]
+            if known is None or known.outcome != SUCCEEDED or verdict.outcome == SUCCEEDED:
+                self.best[custom_id] = Entry(verdict.outcome, sys.intern(verdict.code[:80]), index, offset)
+            tokens = usage_of(result)
+            self.input_tokens += tokens[0] or 0
+            self.output_tokens += tokens[1] or 0
+
+    def _warn(self, text: str) -> None:
+        self._warned += 1
+        if self._warned <= MAX_LISTED:
+            self._console.warn(text)
+
+    def warn_of_the_rest(self) -> None:
+        if self._warned > MAX_LISTED:
+            self._console.warn(f"{self._warned} results lines were ignored in all; {MAX_LISTED} are named above")
+
+    def line(self, entry: Entry) -> bytes:
+        """The results line itself, with a line end."""
+        file = self._files[entry.file]
+        file.seek(entry.offset)
+        return file.readline().rstrip(b"\n") + b"\n"
+
+    def outcomes(self) -> Counter[str]:
+        """How many requests ended how: succeeded, rejected, retryable, missing."""
+        return Counter(entry.outcome if entry else "missing" for entry in self.best.values())
+
+    def errors(self) -> Counter[str]:
+        return Counter(entry.code for entry in self.best.values() if entry and entry.code)
+
+    def summary(self) -> str:
+        """The totals, the tokens and the commonest errors, for stderr."""
+        outcomes = self.outcomes()
+        incomplete = self.errors()["incomplete"]
+        failed = outcomes[REJECTED] + outcomes[RETRYABLE] - incomplete
+        text = (
+            f"{outcomes[SUCCEEDED]} succeeded, {failed} failed, {incomplete} incomplete, "
+            f"{outcomes['missing']} missing of {count_of(len(self.best), 'request')}; "
+            f"tokens: {self.input_tokens} input, {self.output_tokens} output"
+        )
+        return f"{text}; errors: {commonest(self.errors())}" if self.errors() else text
+
+
+def body_of(result: Json) -> Json:
+    response = result.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    return body if isinstance(body, dict) else {}
+
+
+def usage_of(result: Json) -> tuple[int | None, int | None]:
+    """Input and output tokens of a results line; None where it does not say."""
+    usage = body_of(result).get("usage")
+    if not isinstance(usage, dict):
+        return None, None
+    found = (usage.get("input_tokens", usage.get("prompt_tokens")),
+             usage.get("output_tokens", usage.get("completion_tokens")))
+    return tuple(n if isinstance(n, int) and not isinstance(n, bool) else None for n in found)  # type: ignore[return-value]
+
+
+def dicts(value: Any) -> Iterator[Json]:
+    """The objects in what ought to be a list of them."""
+    return (item for item in value if isinstance(item, dict)) if isinstance(value, list) else iter(())
+
+
+def answer_text(body: Json) -> tuple[str, str]:
+    """The text of a response and what there is to say against it: `refusal: …`, or that it was cut off."""
+    parts = [part for item in dicts(body.get("output")) if item.get("type") == "message"
+             for part in dicts(item.get("content"))]
+    text = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "output_text")
+    refusal = "".join(str(part.get("refusal") or "") for part in parts if part.get("type") == "refusal")
+    cut_off = ""
+    for choice in itertools.islice(dicts(body.get("choices")), 1):
+        message = choice.get("message")
+        if isinstance(message, dict):
+            text = str(message.get("content") or "")
+            refusal = str(message.get("refusal") or "")
+        cut_off = "incomplete: length" if choice.get("finish_reason") == "length" else ""
+    return text, f"refusal: {refusal}" if refusal else cut_off
+
+
+def artist_name(request: Json) -> str:
+    """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
+    body = request.get("body")
+    body = body if isinstance(body, dict) else {}
+    prompt = body.get("prompt")
+    for holder in (prompt.get("variables") if isinstance(prompt, dict) else None, body.get("metadata")):
+        name = holder.get("artist_name") if isinstance(holder, dict) else None
+        if isinstance(name, str):
+            return name
+    return ""
+
+
+def bio_row(request: Json, result: Json | None) -> tuple[str | int, ...]:
+    """The row of the exported CSV for a request and its best results line."""
+    known = request["custom_id"], artist_name(request)
+    if result is None:
+        return *known, "", "missing", "", ""
+    verdict = judge(result)
+    text, objection = answer_text(body_of(result))
+    tokens = ("" if number is None else number for number in usage_of(result))
+    return *known, text, verdict.error() or objection, *tokens
+
+
+# -- commands ----------------------------------------------------------------------------------------------------
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def text_argument(text: str) -> str:
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"empty, or with control characters: {text!a}")
+    return text
+
+
+def input_path(text: str) -> str:
+    return "-" if text == "/dev/stdin" else path_argument(text)
+
+
+def output_path(text: str) -> str:
+    return "-" if text == "/dev/stdout" else path_argument(text)
+
+
+def path_argument(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def batch_id(text: str) -> str:
+    if not ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"not a batch id: {text!a}")
+    return text
+
+
+def positive_int(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError(f"not a whole number of 1 or more: {text!a}")
+    return int(text)
+
+
+def batch_size(text: str) -> int:
+    number = positive_int(text)
+    if number > MAX_REQUESTS:
+        raise argparse.ArgumentTypeError(f"a batch takes {MAX_REQUESTS} requests at most: {text!a}")
+    return number
+
+
+def positive_seconds(text: str) -> float:
+    seconds = float(text) if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) else 0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"not a number of seconds above 0: {text!a}")
+    return seconds
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--in", dest="input", required=True, type=input_path, metavar="JSONL", help="request file, - for stdin"
+    )
+
+
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--endpoint", type=text_argument, metavar="E", help="what the requests are for (default: the url they name)"
+    )
+
+
+def add_submission(parser: argparse.ArgumentParser) -> None:
+    add_input(parser)
+    add_endpoint(parser)
+    parser.add_argument(
+        "--completion-window", type=text_argument, default="24h", metavar="W", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-requests",
+        type=batch_size,
+        default=MAX_REQUESTS,
+        metavar="N",
+        help="requests in one batch (default: %(default)s); fewer for an account with a small token queue",
+    )
+
+
+def add_batch_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=batch_id, metavar="ID")
+
+
+def add_auto_save(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--auto-save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="save the results of a batch that has ended (default: yes)",
+    )
+
+
+def add_waiting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval", type=positive_seconds, default=30.0, metavar="S", help="seconds between polls (default: 30)"
+    )
+    parser.add_argument("--timeout", type=positive_seconds, metavar="S", help="give up waiting after S seconds: exit 3")
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    add_input(parser)
+    parser.add_argument(
+        "--results", nargs="+", required=True, type=input_path, metavar="JSONL", help="output and error files"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print each batch as one line of JSON")
+
+
+# validate
+
+
+def add_validate(commands: Subparsers) -> None:
+    parser = commands.add_parser("validate", help="check a request file, without uploading it", allow_abbrev=False)
+    add_input(parser)
+    add_endpoint(parser)
+    parser.set_defaults(run=cmd_validate)
+
+
+def cmd_validate(args: argparse.Namespace) -> int:
+    check = InputCheck(args.endpoint)
+    with open_input(args.input) as file:
+        parts = check_input(file, args.input, check, args.console)
+    requests = count_of(len(check.line_of), "request")
+    args.console.emit(f"OK: {requests}, {count_of(check.size, 'byte')}, {count_of(len(parts), 'batch', 'batches')}")
+    return 0
+
+
+# create
+
+
+def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("create", parents=[online], help="upload a request file and create its batches",
+                                 allow_abbrev=False)
+    add_submission(parser)
+    parser.add_argument("--force", action="store_true", help="submit even what was submitted before, and pay again")
+    add_json(parser)
+    parser.set_defaults(run=cmd_create)
+
+
+def cmd_create(args: argparse.Namespace) -> int:
+    check = InputCheck(args.endpoint, args.max_requests)
+    with open_input(args.input) as file, locked(file, args.input), connect(args) as api:
+        parts = check_input(file, args.input, check, args.console)
+        submission = Submission(api, args, file, check.endpoint or "")
+        earlier = {} if args.force else submission.find_earlier(parts)
+        left_out = 0
+        for part in parts:
+            batches = earlier.get(part.sha256, [])
+            if adopted := next((batch for batch in batches if is_under_way_or_done(batch)), None):
+                known = f"part {part.label} is batch {adopted.id} ({adopted.status}) already"
+                args.console.say(f"{known}; not submitted again")
+                print_ids(args, adopted)
+            elif partial := next((batch for batch in batches if is_partial(batch)), None):
+                left_out += 1
+                args.console.warn(what_is_left(part, partial))
+            else:
+                create_part(args, submission, part)
+    return 1 if left_out else 0
+
+
+def create_part(args: argparse.Namespace, submission: Submission, part: Part) -> None:
+    """Upload a part and create its batch, printing each id as soon as it is known."""
+    file_id = submission.upload(part)
+    if not args.json:
+        args.console.emit(f"File ID: {file_id}")
+    batch = submission.create(part, file_id)
+    args.console.emit(batch_json(batch) if args.json else f"Batch ID: {batch.id}")
+
+
+def print_ids(args: argparse.Namespace, batch: Batch) -> None:
+    if args.json:
+        args.console.emit(batch_json(batch))
+    else:
+        args.console.emit(f"File ID: {batch.input_file_id}")
+        args.console.emit(f"Batch ID: {batch.id}")
+
+
+def is_under_way_or_done(batch: Batch) -> bool:
+    """Whether a batch stands for its part: it runs, or has completed with at least one success."""
+    if batch.status == "completed":
+        return has_output(batch)
+    return not has_ended(batch) and batch.status != "cancelling"
+
+
+def is_partial(batch: Batch) -> bool:
+    return batch.status == "cancelling" or (batch.status in ("expired", "cancelled") and has_output(batch))
+
+
+def what_is_left(part: Part, batch: Batch) -> str:
+    completed, _, total = request_counts(batch)
+    done = f"{completed} of {total or part.requests} requests"
+    return (
+        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished {done} of it; get them with "
+        f"retrieve --batch-id {batch.id}, and the rest with retry, without paying for all of it again"
+    )
+
+
+class Submission:
+    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers."""
+
+    def __init__(self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str) -> None:
+        self._api = api
+        self._console: Console = args.console
+        self._file = file
+        self._name = "stdin" if args.input == "-" else os.path.basename(args.input)
+        self._endpoint = endpoint
+        self._window: str = args.completion_window
+        self._unchanged = file_signature(file)
+
+    def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
+        """By sha256, the recent batches of the same parts at the same endpoint, newest first."""
+        earlier: dict[str, list[Batch]] = {part.sha256: [] for part in parts}
+        for batch in self._api.recent_batches():
+            same = earlier.get(metadata_of(batch, "input_sha256"))
+            if same is not None and batch.endpoint == self._endpoint:
+                same.append(batch)
+        return earlier
+
+    def upload(self, part: Part) -> str:
+        """The id of the part as an uploaded file."""
+        file_id = self._api.upload(self._file, part, self._name).id
+        if file_signature(self._file) != self._unchanged:
+            self._api.delete_file(file_id)
+            raise Failure(f"{self._name} was changed while it was read; run the same command again")
+        return file_id
+
+    def create(self, part: Part, file_id: str, known: Iterable[str] = ()) -> Batch:
+        """The batch of an uploaded part; raises Failure where it is refused, or its existence stays unknown.
+
+        `known` are batches of the same file that it cannot be.
+        """
+        request = {
+            "input_file_id": file_id,
+            "endpoint": self._endpoint,
+            "completion_window": self._window,
+            "metadata": {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label},
+        }
+        try:
+            for _ in range(TRIES):
+                try:
+                    return self._create_visible(request)
+                except NoAnswer as failure:
+                    self._console.warn(f"{failure}; looking whether the batch exists")
+                if batch := self._look_up(file_id, set(known)):
+                    return batch
+        except Refused:
+            self._api.delete_file(file_id)
+            raise
+        raise Failure(f"no answer whether the batch of file {file_id} was created; run the same command again: "
+                      "it adopts the batch if it exists")
+
+    def _create_visible(self, request: Json) -> Batch:
+        """One batch; a file that was just uploaded and is not found yet is given some seconds."""
+        for delay in (*LOOK_UP_DELAYS, None):
+            try:
+                return self._api.create_batch(request)
+            except Refused as failure:
+                if delay is None or failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
+                    raise
+                self._api.sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _look_up(self, file_id: str, known: set[str]) -> Batch | None:
+        """The batch of an uploaded file, or None if it is not there; raises Failure if nobody answers."""
+        answered = False
+        for delay in LOOK_UP_DELAYS:
+            self._api.sleep(delay)
+            try:
+                for batch in self._api.recent_batches():
+                    if batch.input_file_id == file_id and batch.id not in known:
+                        return batch
+                answered = True
+            except NoAnswer as failure:
+                self._console.warn(str(failure))
+                answered = False
+        if not answered:
+            raise Failure(f"whether the batch of file {file_id} was created is not known; run the same command again: "
+                          "it adopts the batch if it exists")
+        return None
+
+
+def file_signature(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+# status
+
+
+def add_status(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("status", parents=[online], help="show batches, and save their results once ended",
+                                 allow_abbrev=False)
+    add_batch_ids(parser)
+    add_auto_save(parser)
+    add_json(parser)
+    parser.set_defaults(run=cmd_status)
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    with connect(args) as api:
+        return each_batch(args, lambda batch_id: show_and_save(args, api, api.batch(batch_id)))
+
+
+def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
+    """Do it for every --batch-id; one that fails does not keep the others from it. The exit code."""
+    exit_code = 0
+    for batch_id in dict.fromkeys(args.batch_ids):
+        try:
+            action(batch_id)
+        except Failure as failure:
+            args.console.say(f"{PROG}: error: {batch_id}: {failure}")
+            exit_code = 1
+    return exit_code
+
+
+def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
+    """Print a batch; where it has ended, save its files and print where."""
+    console: Console = args.console
+    if not args.json:
+        if len(args.batch_ids) > 1:
+            console.emit(f"Batch ID: {batch.id}")
+        for line in describe(batch):
+            console.emit(line)
+    saved = {}
+    try:
+        if args.auto_save and has_ended(batch):
+            saved = save_files(api, batch, batch_paths(batch.id), skip_complete=True, quiet=args.json)
+    finally:
+        if args.json:
+            console.emit(batch_json(batch, saved))
+
+
+def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
+    """Where the output and the error file of a batch are saved."""
+    if out is None:
+        return {"results": f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
+    root, extension = os.path.splitext(out)
+    return {"results": out, "errors": f"errors_{batch_id}.jsonl" if out == "-" else f"{root}.errors{extension}"}
+
+
+def save_files(
+    api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False, quiet: bool = False
+) -> dict[str, str]:
+    """Save the files that a batch has; by `results_path` and `errors_path`, where."""
+    saved = {}
+    for kind, name in (("results", "output_file_id"), ("errors", "error_file_id")):
+        if file_id := file_id_of(batch, name):
+            path = paths[kind]
+            size = save_file(api, file_id, path, skip_complete)
+            saved[f"{kind}_path"] = path
+            say = api.console.say if quiet or path == "-" else api.console.emit
+            say(f"{kind.capitalize()} saved: {path} ({size} bytes)")
+    return saved
+
+
+def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
+    if os.path.isfile(path) and path != "-":
+        if skip_complete and is_complete(path, api.file(file_id).bytes):
+            return os.path.getsize(path)
+        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
+    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+        with tempfile.TemporaryFile() as copy, open_output(path) as out:
+            size = api.download(file_id, copy, path)
+            copy.seek(0)
+            shutil.copyfileobj(copy, out, CHUNK)
+            return size
+    with open_output(path) as out:
+        return api.download(file_id, out, path)
+
+
+def is_complete(path: str, size: int) -> bool:
+    """Whether the file was downloaded whole before."""
+    with open(path, "rb") as file:
+        return os.path.getsize(path) == size and (not size or last_byte(file) == b"\n")
+
+
+# wait
+
+
+def add_wait(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("wait", parents=[online], help="wait for batches to end, then as status",
+                                 allow_abbrev=False)
+    add_batch_ids(parser)
+    add_waiting(parser)
+    add_auto_save(parser)
+    add_json(parser)
+    parser.set_defaults(run=cmd_wait)
+
+
+def cmd_wait(args: argparse.Namespace) -> int:
+    resume = f"{PROG} wait --batch-id {' '.join(args.batch_ids)}"
+    with connect(args) as api:
+        try:
+            batches = wait_for_end(api, args)
+        except TimedOut:
+            raise TimedOut(f"--timeout passed; the batches go on at the server, to go on waiting: {resume}") from None
+        except Stopped:
+            args.console.say(f"the batches go on at the server; to go on waiting: {resume}")
+            raise
+        exit_code = each_batch(args, lambda batch_id: show_and_save(args, api, batches[batch_id]))
+    return exit_code or int(any(batch.status != "completed" for batch in batches.values()))
+
+
+def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
+    """The batches, by id, once all have ended."""
+    watch = Watch(api, args)
+    active = list(dict.fromkeys(args.batch_ids))
+    while True:
+        ended = {batch.id for batch in watch.look(active)}
+        active = [batch_id for batch_id in active if batch_id not in ended]
+        watch.show()
+        if not active:
+            return watch.latest
+        watch.pause(args.interval)
+
+
+# retrieve
+
+
+def add_retrieve(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("retrieve", parents=[online], help="download the output and error file of batches",
+                                 allow_abbrev=False)
+    add_batch_ids(parser)
+    parser.add_argument(
+        "--out",
+        dest="output",
+        type=output_path,
+        metavar="PATH",
+        help="where the output file goes (default: results_<batch id>.jsonl); with one --batch-id only",
+    )
+    parser.set_defaults(run=cmd_retrieve)
+
+
+def cmd_retrieve(args: argparse.Namespace) -> int:
+    with connect(args) as api:
+        return each_batch(args, lambda batch_id: retrieve(args, api, batch_id))
+
+
+def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
+    """Save what there is of a batch; raises Failure where that is not everything."""
+    batch = api.batch(batch_id)
+    if not has_ended(batch):
+        raise Failure(f"Batch not completed (status: {batch.status})")
+    paths = batch_paths(batch.id, args.output)
+    saved = save_files(api, batch, paths)
+    if batch.status == "failed":
+        raise Failure("Batch failed: " + "; ".join(batch_errors(batch)[:MAX_LISTED] or ["no reason given"]))
+    if "results_path" not in saved:
+        errors = f": {commonest(count_errors(paths['errors']))}" if "errors_path" in saved else ""
+        raise Failure(f"Batch has no results (status: {batch.status}){errors}")
+    if batch.status != "completed":
+        completed, _, total = request_counts(batch)
+        raise Failure(f"Batch {batch.status} with {completed} of {total} requests completed; get the rest with retry")
+
+
+def count_errors(path: str) -> Counter[str]:
+    """The errors of an error file, by code and message."""
+    counts: Counter[str] = Counter()
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                result = JSON_LINE.decode(line.decode())
+                if isinstance(result, dict):
+                    counts[judge(result).error()[:200]] += 1
+    return counts
+
+
+# cancel
+
+
+def add_cancel(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("cancel", parents=[online], help="cancel batches", allow_abbrev=False)
+    add_batch_ids(parser)
+    add_json(parser)
+    parser.set_defaults(run=cmd_cancel)
+
+
+def cmd_cancel(args: argparse.Namespace) -> int:
+    with connect(args) as api:
+        return each_batch(args, lambda batch_id: cancel(args, api.cancel(batch_id)))
+
+
+def cancel(args: argparse.Namespace, batch: Batch) -> None:
+    """Say what became of the cancellation of a batch."""
+    if args.json:
+        args.console.emit(batch_json(batch))
+        return
+    args.console.emit(f"Batch cancellation initiated: {batch.id}")
+    args.console.emit(f"Status: {batch.status}")
+    if created := local_time(number_of(batch, "created_at"), " "):
+        args.console.emit(f"Created: {created}")
+    if batch.status == "cancelled":
+        args.console.emit("Note: Batch was successfully cancelled. Any completed requests have been processed and you "
+                          "will be charged for them.")
+    else:
+        args.console.emit("Note: Batch cancellation in progress. This may take up to 10 minutes.")
+
+
+# list
+
+
+def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("list", parents=[online], help="list batches, newest first", allow_abbrev=False)
+    parser.add_argument(
+        "--limit", type=positive_int, default=20, metavar="N", help="how many to show (default: %(default)s)"
+    )
+    add_json(parser)
+    parser.set_defaults(run=cmd_list)
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    with connect(args) as api:
+        batches = itertools.islice(api.batches(min(args.limit, PAGE_SIZE)), args.limit)
+        if args.json:
+            for batch in batches:
+                args.console.emit(batch_json(batch))
+            return 0
+        rows = [list_row(batch) for batch in batches]
+    if not rows:
+        args.console.emit("No batches found.")
+        return 0
+    for line in table([("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"), *rows]):
+        args.console.emit(line)
+    return 0
+
+
+def list_row(batch: Batch) -> tuple[str, ...]:
+    completed, failed, total = request_counts(batch)
+    name = metadata_of(batch, "input_file") or text_of(batch, "input_file_id")
+    created = local_time(number_of(batch, "created_at"))
+    return batch.id, batch.status, created, f"{completed}/{total}", str(failed), escape_controls(name)
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+# retry
+
+
+def add_retry(commands: Subparsers) -> None:
+    parser = commands.add_parser("retry", help="write the requests that have no result yet", allow_abbrev=False)
+    add_results(parser)
+    parser.add_argument(
+        "--out", dest="output", required=True, type=output_path, metavar="JSONL", help="request file to write"
+    )
+    parser.add_argument(
+        "--include-rejected", action="store_true", help="also those that would be refused again as they are"
+    )
+    parser.set_defaults(run=cmd_retry)
+
+
+def cmd_retry(args: argparse.Namespace) -> int:
+    with open_input(args.input) as file, contextlib.ExitStack() as files:
+        results = read_results(args, file, files)
+        outcomes = results.outcomes()
+        wanted = {RETRYABLE, "missing", *([REJECTED] if args.include_rejected else [])}
+        count = sum(outcomes[outcome] for outcome in wanted)
+        if count:
+            with open_output(args.output) as out:
+                out.writelines(lines_to_send(file, results.best, wanted))
+    report = args.console.say if args.output == "-" else args.console.emit
+    report(f"Requests to retry: {count}")
+    rejected = f", {outcomes[REJECTED]} rejected" + ("" if args.include_rejected else " (not sent again)")
+    args.console.say(f"{outcomes[SUCCEEDED]} succeeded{rejected if outcomes[REJECTED] else ', 0 rejected'}, "
+                     f"{outcomes[RETRYABLE]} failed otherwise, {outcomes['missing']} missing")
+    if errors := results.errors():
+        args.console.say(f"commonest errors: {commonest(errors)}")
+    return 0
+
+
+def read_results(args: argparse.Namespace, file: BinaryIO, files: contextlib.ExitStack) -> Results:
+    """The best results of the requests in `file`, from all of --results, which stay open in `files`."""
+    results = Results(request_ids(file, args.input), args.console)
+    for path in args.results:
+        results.read(files.enter_context(open_input(path)), path)
+    results.warn_of_the_rest()
+    return results
+
+
+def lines_to_send(file: BinaryIO, best: Mapping[str, Entry | None], wanted: Iterable[str]) -> Iterator[bytes]:
+    """The lines of a request file whose requests ended in one of the wanted ways, as they stand there."""
+    for line, entry in zip(file, best.values(), strict=True):
+        if (entry.outcome if entry else "missing") in wanted:
+            yield line
+
+
+# export
+
+
+def add_export(commands: Subparsers) -> None:
+    parser = commands.add_parser("export", help="write one CSV row per request, in request order", allow_abbrev=False)
+    add_results(parser)
+    parser.add_argument(
+        "--out", dest="output", required=True, type=output_path, metavar="CSV", help="CSV to write, - for stdout"
+    )
+    parser.set_defaults(run=cmd_export)
+
+
+def cmd_export(args: argparse.Namespace) -> int:
+    with open_input(args.input) as file, contextlib.ExitStack() as files:
+        results = read_results(args, file, files)
+        with open_output(args.output) as out, csv_text(out) as text:
+            writer = csv.writer(text)
+            writer.writerow(BIO_COLUMNS)
+            for line, entry in zip(file, results.best.values(), strict=True):
+                result = JSON_LINE.decode(results.line(entry).decode()) if entry else None
+                writer.writerow(bio_row(JSON_LINE.decode(line.decode()), result))
+    args.console.say(results.summary())
+    return 0
+
+
+@contextlib.contextmanager
+def csv_text(out: BinaryIO) -> Iterator[TextIO]:
+    """The file as UTF-8 text; what UTF-8 cannot say (half a surrogate pair) becomes a question mark."""
+    text = io.TextIOWrapper(out, encoding="utf-8", errors="replace", newline="")
+    try:
+        yield text
+        text.flush()
+    finally:
+        text.detach()
+
+
+# run
+
+
+def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("run", parents=[online], help="the whole job, unattended", allow_abbrev=False)
+    add_submission(parser)
+    parser.add_argument(
+        "--out", dest="output", required=True, type=output_path, metavar="JSONL", help="results file to write"
+    )
+    add_waiting(parser)
+    parser.add_argument(
+        "--attempts", type=positive_int, default=3, metavar="N", help="rounds for what can be retried (default: 3)"
+    )
+    parser.set_defaults(run=cmd_run)
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    check = InputCheck(args.endpoint, args.max_requests)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_input(args.input))
+        stack.enter_context(locked(file, args.input))
+        api = stack.enter_context(connect(args))
+        parts = check_input(file, args.input, check, args.console)
+        spool = stack.enter_context(tempfile.TemporaryFile())
+        results = Results(dict.fromkeys(check.line_of), args.console)
+        run = Run(api, args, check.endpoint or "", results, spool)
+        try:
+            run.rounds(file, parts)
+        except (TimedOut, Stopped):
+            args.console.say("nothing is written yet; the batches go on at the server, and the same command goes on")
+            raise
+        with open_output(args.output) as out:
+            out.writelines(results.line(entry) if entry else missing_line(custom_id)
+                           for custom_id, entry in results.best.items())
+    results.warn_of_the_rest()
+    args.console.say(results.summary())
+    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
+
+
+def missing_line(custom_id: str) -> bytes:
+    error = {"code": "missing", "message": "the request is in no output or error file of its batches"}
+    return to_json({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
+
+
+class Job:
+    """A part on its way through the queue: its uploaded file, and the batches that were refused for the queue limit."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.file_id = ""
+        self.refused: list[str] = []
+
+
+class Run:
+    """The rounds of `run`. Parts and rounds follow from the request file and the batches at the server alone."""
+
+    def __init__(self, api: Api, args: argparse.Namespace, endpoint: str, results: Results, spool: BinaryIO) -> None:
+        self._api = api
+        self._args = args
+        self._console: Console = args.console
+        self._endpoint = endpoint
+        self._results = results
+        self._spool = spool
+        self._watch = Watch(api, args)
+        self._used: set[str] = set()  # batches that have had their part in this run
+        self._waiting: deque[Job] = deque()
+        self._active: dict[str, Job] = {}  # by batch id
+        self._cancelling: set[str] = set()  # active batches that were being cancelled before this run saw them
+        self._room = math.inf  # how many more batches the queue may admit
+        self._idle_refusals = 0
+        self._cancelled = False
+
+    def rounds(self, file: BinaryIO, parts: Sequence[Part]) -> None:
+        """Bring every request to its success or its last error, in as many rounds as --attempts allows."""
+        with contextlib.ExitStack() as files:
+            pending = file
+            for number in itertools.count(1):
+                self._round(pending, parts)
+                outcomes = self._results.outcomes()
+                left = outcomes[RETRYABLE] + outcomes["missing"]
+                if not left or self._cancelled or number == self._args.attempts:
+                    return
+                self._console.say(f"round {number + 1}: {count_of(left, 'request')} to send again")
+                pending = files.enter_context(tempfile.TemporaryFile())
+                parts = self._write_pending(file, pending)
+
+    def _write_pending(self, file: BinaryIO, pending: BinaryIO) -> list[Part]:
+        """Write what is to be sent again to `pending`; its parts."""
+        file.seek(0)
+        pending.writelines(lines_to_send(file, self._results.best, (RETRYABLE, "missing")))
+        pending.seek(0)
+        check = InputCheck(self._endpoint, self._args.max_requests)
+        return check_input(pending, "the next round", check, self._console)
+
+    def _round(self, file: BinaryIO, parts: Sequence[Part]) -> None:
+        """Submit or adopt every part, and take in what comes of it."""
+        submission = Submission(self._api, self._args, file, self._endpoint)
+        earlier = submission.find_earlier(parts)
+        for part in parts:
+            job = Job(part)
+            batches = [batch for batch in reversed(earlier[part.sha256])
+                       if batch.id not in self._used and (is_under_way_or_done(batch) or is_partial(batch))]
+            for batch in batches:
+                self._console.say(f"part {part.label} is batch {batch.id} ({batch.status}) already")
+                self._follow(job, batch)
+            if not batches:
+                self._waiting.append(job)
+        self._submit(submission)
+        while self._active or self._waiting:
+            self._watch.show()
+            self._watch.pause(self._args.interval * 2**self._idle_refusals)
+            self._poll()
+            self._submit(submission)
+        self._watch.show()
+
+    def _follow(self, job: Job, batch: Batch) -> None:
+        self._used.add(batch.id)
+        self._watch.latest[batch.id] = batch
+        if has_ended(batch):
+            self._take(batch)
+            return
+        self._active[batch.id] = job
+        if batch.status == "cancelling":
+            self._cancelling.add(batch.id)
+
+    def _submit(self, submission: Submission) -> None:
+        """Make batches of waiting parts, as many as the queue may have room for."""
+        while self._waiting and self._room:
+            job = self._waiting.popleft()
+            if not job.file_id:
+                job.file_id = submission.upload(job.part)
+                self._console.say(f"part {job.part.label}: File ID: {job.file_id}")
+            batch = submission.create(job.part, job.file_id, job.refused)
+            self._console.say(f"part {job.part.label}: Batch ID: {batch.id}")
+            self._follow(job, batch)
+            self._room -= 1
+
+    def _poll(self) -> None:
+        """Look at the active batches, and deal with those that have ended."""
+        refused: list[Job] = []
+        ended = 0
+        for batch in self._watch.look([*self._active]):
+            job = self._active.pop(batch.id)
+            if is_over_queue_limit(batch):
+                job.refused.append(batch.id)
+                refused.append(job)
+                del self._watch.latest[batch.id]
+            elif batch.status == "failed":
+                reasons = "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
+                raise Failure(f"batch {batch.id} (part {job.part.label}) failed: {reasons}; nothing is written, "
+                              "batches under way go on and a later run adopts them")
+            else:
+                ended += 1
+                self._take(batch)
+                self._cancelled |= batch.status == "cancelled" and batch.id not in self._cancelling
+        self._make_room(refused, ended)
+        if self._cancelled:
+            self._waiting.clear()
+
+    def _make_room(self, refused: Sequence[Job], ended: int) -> None:
+        """After a refusal for the queue limit, a batch that ends makes room for one; with none active, time may."""
+        self._waiting.extendleft(reversed(refused))
+        self._room = ended if refused else self._room + ended
+        if ended:
+            self._idle_refusals = 0
+        if not refused or self._active or ended:
+            return
+        self._idle_refusals += 1
+        if self._idle_refusals == IDLE_REFUSALS:
+            label, _, size, requests, _ = refused[0].part
+            raise Failure(f"part {label} ({count_of(requests, 'request')}, {count_of(size, 'byte')}) was refused "
+                          f"{IDLE_REFUSALS} times for the token limit of the queue with no batch of this run active; "
+                          "make batches smaller with --max-requests")
+        self._room = 1
+
+    def _take(self, batch: Batch) -> None:
+        """Download what a batch that has ended left, and index it."""
+        self._spool.seek(0, os.SEEK_END)
+        start = self._spool.tell()
+        for name in ("output_file_id", "error_file_id"):
+            if file_id := file_id_of(batch, name):
+                self._api.download(file_id, self._spool, f"{name} of {batch.id}")
+        self._spool.seek(start)
+        self._results.read(self._spool, f"batch {batch.id}")
+
+
+# -- command line ------------------------------------------------------------------------------------------------
+
+
+def online_options() -> argparse.ArgumentParser:
+    """The options of every command that talks to the API."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--log-file", type=path_argument, metavar="PATH", help="default: logs/batch_YYYYMMDD_HHMMSS.log"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    online = online_options()
+    add_validate(commands)
+    add_create(commands, online)
+    add_status(commands, online)
+    add_wait(commands, online)
+    add_retrieve(commands, online)
+    add_cancel(commands, online)
+    add_list(commands, online)
+    add_retry(commands)
+    add_export(commands)
+    add_run(commands, online)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    inputs = [path for path in (getattr(args, "input", None), *getattr(args, "results", [])) if path]
+    output = getattr(args, "output", None)
+    if inputs.count("-") > 1:
+        parser.error("only one input can be stdin (-)")
+    for path in inputs:
+        if output and same_regular_file(path, output):
+            parser.error(f"{path} would be read and written at once; choose another --out")
+    if output and len(getattr(args, "batch_ids", [])) > 1:
+        parser.error("--out goes with one --batch-id")
+    args.argv = [*(sys.argv[1:] if argv is None else argv)]
+    return args
+
+
+# -- main --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into Stopped and ignore the rest, so that cleaning up is not cut."""
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's choice stays
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def discard_stdout() -> None:
+    """Point a closed stdout at nothing, so that the interpreter's last flush does not complain."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Run the command line; the exit code."""
+    args = parse_args(argv)
+    console = Console()
+    args.console, args.sleep, args.clock = console, sleep, clock
+    try:
+        with stopping_on_signals():
+            return int(args.run(args))
+    except Failure as failure:
+        console.say(f"{PROG}: error: {failure}")
+        return failure.exit_code
+    except BrokenPipeError:
+        discard_stdout()
+        return 1
+    except OSError as error:
+        console.say(f"{PROG}: error: {error.strerror}: {error.filename or 'temporary file'}")
+        return 1
+    except Stopped as stopped:
+        console.say(f"{PROG}: stopped")
+        return stopped.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
