@@ -60,7 +60,7 @@ IDLE_REFUSALS = 5  # for the queue limit, with no batch of ours active
 MAX_LISTED = 20  # errors and warnings shown one by one
 CHUNK = 1 << 20
 ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-SECRET = re.compile(r"(Bearer\s+|(?<![A-Za-z0-9])sk-)[^\s\"',;]{16,}")
+SECRET = re.compile(r"((?i:Bearer)\s+|(?<![A-Za-z0-9])sk-)[^\s\\\"',;]{16,}")
 HIDDEN = "[secret]"
 JSON_LINE = json.JSONDecoder()
 BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
@@ -139,7 +139,7 @@ def escape_controls(text: str) -> str:
     """The text on one line: line breaks, control characters and undecodable bytes as backslash escapes."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)  # so that JSON stays JSON
 
 
 def count_of(number: int, noun: str, plural: str | None = None) -> str:
@@ -402,10 +402,11 @@ class InputCheck:
         if request.get("method") != "POST":
             yield Problem(number, "invalid_request", f"method is {to_json(request.get('method'))[:80]}, not \"POST\"")
         url, body = request.get("url"), request.get("body")
-        if self.endpoint is None and isinstance(url, str) and url:
+        if self.endpoint is None and isinstance(url, str) and url.startswith("/") and url.isprintable():
             self.endpoint = url
         if not url or url != self.endpoint:
-            yield Problem(number, "url_mismatch", f"url is {to_json(url)[:80]}, not {to_json(self.endpoint)[:80]}")
+            endpoint = self.endpoint or "a path like /v1/responses"
+            yield Problem(number, "url_mismatch", f"url is {to_json(url)[:80]}, not {endpoint[:80]}")
         if isinstance(body, dict):
             yield from self._body_problems(number, body)
         else:
@@ -489,21 +490,31 @@ def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
             os.fchmod(descriptor, 0o600)
     except OSError as error:
         raise Failure(f"cannot open the log {path}: {error.strerror}; choose another with --log-file") from None
-    with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-        handler = LogHandler(file)
-        handler.setFormatter(LogFormatter(console))
-        log = logging.Logger(PROG)
-        log.addHandler(handler)
+    file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
+    handler = LogHandler(file)
+    handler.setFormatter(LogFormatter(console))
+    log = logging.Logger(PROG)
+    log.addHandler(handler)
+    try:
         yield log
+    finally:
+        with contextlib.suppress(OSError):  # a line that could not be written has ended the command already
+            file.close()
+
+
+def header_value(name: str) -> str:
+    """An environment variable that is sent in a header, without the blanks or line end around it."""
+    value = os.environ.get(name, "").strip()
+    if not value.isascii() or not value.isprintable():
+        raise Failure(f"{name} has control or non-ASCII characters in it; set it again")
+    return value
 
 
 def api_key(console: Console) -> str:
-    """OPENAI_API_KEY without the blanks or line end around it, from now on hidden in all that is said."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    """OPENAI_API_KEY, from now on hidden in all that is said."""
+    key = header_value("OPENAI_API_KEY")
     if not key:
         raise Failure("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
-    if not key.isascii() or not key.isprintable():
-        raise Failure("OPENAI_API_KEY has control or non-ASCII characters in it; set it again")
     if len(key) >= 8:
         console.secrets += {key, json.dumps(key)[1:-1]}
     return key
@@ -514,7 +525,7 @@ def base_url(console: Console) -> str:
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+        usable = re.fullmatch("(?i:https?)://[!-~]+", url) and parts.port != 0 and (parts.hostname or "").encode("idna")
     except ValueError:
         usable = False
     if not usable:
@@ -534,15 +545,18 @@ def connect(args: argparse.Namespace) -> Iterator[Api]:
     """The API as the environment names it; no request is made yet."""
     console: Console = args.console
     key, url = api_key(console), base_url(console)
+    organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file, console) as log:
         log.info("START %s", to_json([PROG, *args.argv]))
         try:
+            import httpx2
             import openai
         except ImportError as error:
             raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt") from None
         try:
-            client = openai.OpenAI(api_key=key, base_url=url, max_retries=0, timeout=POLL_SECONDS)
-        except (openai.OpenAIError, ValueError, ImportError) as error:  # a proxy setting that cannot be used
+            client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
+                                   max_retries=0, timeout=POLL_SECONDS)
+        except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
             raise Failure(f"the environment does not make a client: {error}") from None
         with client:
             yield Api(client, log, args)
@@ -1339,7 +1353,7 @@ class Submission:
         self._api = api
         self._console: Console = args.console
         self._file = file
-        self._name = "stdin" if args.input == "-" else os.path.basename(args.input)
+        self._name = "stdin" if args.input == "-" else escape_controls(os.path.basename(args.input))
         self._endpoint = endpoint
         self._window: str = args.completion_window
         self._unchanged = file_signature(file)

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# From a CSV of artists to a CSV of bios: convert, validate, run, export.
+#
+#   bash samples/pipeline.sh [--local] [--prompt-id ID] [CSV [OUT]]
+#
+# CSV is samples/input.csv where not given, OUT is bios.csv. The requests and the results are kept beside OUT, as
+# bios.requests.jsonl and bios.results.jsonl. Started again, it goes on where it was and pays for nothing twice.
+#
+# --local        use a stand-in for the API on this machine: no key, no cost, made-up bios
+# --prompt-id    a stored prompt, instead of samples/bio_prompt.md (or of PROMPT_FILE)
+#
+# Without --local, OPENAI_API_KEY must be set. MODEL names the model (default: gpt-5-mini), PYTHON the interpreter.
+set -euo pipefail
+
+samples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+project=$(dirname "$samples")
+
+fail() {
+    echo "pipeline.sh: error: $1" >&2
+    exit "${2:-1}"
+}
+
+local_api=no
+prompt=()
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+        --local) local_api=yes ;;
+        --prompt-id) prompt=(--prompt-id "${2:?--prompt-id needs an ID}"); shift ;;
+        --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        *) fail "unknown option $1; see --help" 2 ;;
+    esac
+    shift
+done
+[[ $# -le 2 ]] || fail "more than a CSV and an OUT; see --help" 2
+csv=${1:-$samples/input.csv}
+out=${2:-bios.csv}
+requests=${out%.csv}.requests.jsonl
+results=${out%.csv}.results.jsonl
+[[ ${#prompt[@]} -gt 0 || -n ${PROMPT_ID:-}${PROMPT_FILE:-} ]] || prompt=(--prompt-file "$samples/bio_prompt.md")
+[[ $local_api == yes || -n ${OPENAI_API_KEY:-} ]] || fail "OPENAI_API_KEY is not set; export it, or try --local"
+
+# the packages: those of the active virtual environment, else of .venv, which is made on first use
+environment=${VIRTUAL_ENV:-$project/.venv}
+python=$environment/bin/python
+if ! "$python" -c 'import openai' 2>/dev/null; then
+    echo "pipeline.sh: installing requirements.txt into $environment" >&2
+    [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$environment"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt"
+fi
+
+if [[ $local_api == yes ]]; then
+    url=$(mktemp)
+    "$python" "$samples/local_batch_api.py" > "$url" &
+    server=$!
+    trap 'kill "$server" 2>/dev/null || true; rm -f "$url"' EXIT
+    until [[ -s $url ]]; do
+        kill -0 "$server" 2>/dev/null || fail "the stand-in for the API did not start"
+        sleep 0.05
+    done
+    export OPENAI_BASE_URL OPENAI_API_KEY=local
+    OPENAI_BASE_URL=$(<"$url")
+fi
+
+interval=30
+[[ $local_api == no ]] || interval=0.2
+
+"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" ${prompt[@]+"${prompt[@]}"} \
+    --model "${MODEL:-gpt-5-mini}"
+"$python" "$project/batch_tool.py" validate --in "$requests"
+status=0
+"$python" "$project/batch_tool.py" run --in "$requests" --out "$results" --interval "$interval" || status=$?
+# 1 with results written: some requests have no bio, and the others are worth having
+[[ $status -eq 0 || ( $status -eq 1 && $results -nt $requests ) ]] || exit "$status"
+"$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --out "$out"
+exit "$status"

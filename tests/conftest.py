@@ -1,0 +1,50 @@
+"""Fixtures: a work folder with a clean environment, the API on loopback, and the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
+
+from local_batch_api import LocalBatchAPI  # noqa: E402
+
+KEY = "sk-local-0123456789abcdefghij"
+READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and none of the variables that the scripts read."""
+    for name in os.environ:
+        if name.startswith(READ_BY_THE_SCRIPTS):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
+    """The stand-in on a loopback port, with the environment pointed at it."""
+    with LocalBatchAPI() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield server
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script of the repository as a process of its own."""
+
+    def run(script: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 60, **options})
+
+    return run
