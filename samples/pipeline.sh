@@ -9,7 +9,8 @@
 # --local        use a stand-in for the API on this machine: no key, no cost, made-up bios
 # --prompt-id    a stored prompt, instead of samples/bio_prompt.md (or of PROMPT_FILE)
 #
-# Without --local, OPENAI_API_KEY must be set. MODEL names the model (default: gpt-5-mini), PYTHON the interpreter.
+# Without --local, OPENAI_API_KEY must be set. Other variables: MODEL (default: gpt-5-mini), INTERVAL (seconds between
+# polls, default: 30) and PYTHON (what makes .venv, default: python3).
 set -euo pipefail
 
 samples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,7 +27,7 @@ while [[ ${1:-} == --* ]]; do
     case $1 in
         --local) local_api=yes ;;
         --prompt-id) prompt=(--prompt-id "${2:?--prompt-id needs an ID}"); shift ;;
-        --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
         *) fail "unknown option $1; see --help" 2 ;;
     esac
     shift
@@ -61,7 +62,7 @@ if [[ $local_api == yes ]]; then
     OPENAI_BASE_URL=$(<"$url")
 fi
 
-interval=30
+interval=${INTERVAL:-30}
 [[ $local_api == no ]] || interval=0.2
 
 "$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" ${prompt[@]+"${prompt[@]}"} \
