@@ -23,7 +23,7 @@ READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, and none of the variables that the scripts read."""
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith(READ_BY_THE_SCRIPTS):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -39,12 +39,12 @@ def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
         yield server
 
 
-@pytest.fixture
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a script of the repository as a process of its own."""
+def run(script: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project in a process of its own; the options are those of subprocess.run."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60, **options})
 
-    def run(script: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 60, **options})
 
+@pytest.fixture(name="run")
+def run_fixture() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
