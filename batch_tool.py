@@ -33,6 +33,7 @@ import signal
 import stat
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.parse
 from collections import Counter, deque
@@ -56,6 +57,7 @@ LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing a
 RATE_LIMIT_SECONDS = 600  # how long a 429 is waited out in all
 POLL_SECONDS = 60  # how long one poll may take
 UPLOAD_SECONDS = 600  # how long the answer to an upload may take
+MAX_SECONDS = 10**8  # of --interval and --timeout; what sleep() takes at most is not much more
 IDLE_REFUSALS = 5  # for the queue limit, with no batch of ours active
 MAX_LISTED = 20  # errors and warnings shown one by one
 CHUNK = 1 << 20
@@ -146,12 +148,34 @@ def count_of(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def shorten(text: str) -> str:
+    """The first words of an answer; whole ones, as half a secret would not be known for one."""
+    return textwrap.shorten(text[:10_000], 200, placeholder=" …").strip()
+
+
 def to_json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def commonest(counts: Counter[str], most: int = 5) -> str:
     return ", ".join(f"{number} × {code}" for code, number in counts.most_common(most))
+
+
+@contextlib.contextmanager
+def writing_stdout() -> Iterator[TextIO]:
+    """stdout, flushed at the end. Raises BrokenPipeError where nobody reads it, Failure where it cannot be written."""
+    if sys.stdout is None:
+        raise BrokenPipeError
+    try:
+        try:
+            yield sys.stdout
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter's last flush may go
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise Failure(f"cannot write to stdout: {error.strerror}") from None
 
 
 class Console:
@@ -162,6 +186,8 @@ class Console:
         self._stderr = sys.stderr
         self._shown = 0  # characters of progress on the terminal's line
         self.live = self._stderr is not None and self._stderr.isatty()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for what its encoding cannot say
 
     def scrub(self, text: str) -> str:
         """The text without the API key or anything that looks like one, on one line."""
@@ -171,15 +197,9 @@ class Console:
 
     def emit(self, text: str) -> None:
         """A line of the results, flushed. Raises BrokenPipeError where nobody reads them."""
-        if sys.stdout is None:
-            raise BrokenPipeError
         self.clear()
-        try:
-            print(self.scrub(text), flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise Failure(f"cannot write to stdout: {error.strerror}") from None
+        with writing_stdout() as stdout:
+            stdout.write(self.scrub(text) + "\n")
 
     def say(self, text: str) -> None:
         self.clear()
@@ -237,8 +257,8 @@ def open_output(path: str) -> Iterator[BinaryIO]:
     stdout (`-`) and what is not a regular file are written as they come.
     """
     if path == "-":
-        with stdout_bytes() as file:
-            yield file
+        with writing_stdout() as stdout:
+            yield stdout.buffer
         return
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -249,16 +269,6 @@ def open_output(path: str) -> Iterator[BinaryIO]:
                 yield file
     except OSError as error:
         raise Failure(f"cannot write {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def stdout_bytes() -> Iterator[BinaryIO]:
-    if sys.stdout is None:
-        raise BrokenPipeError
-    try:
-        yield sys.stdout.buffer
-    finally:
-        sys.stdout.buffer.flush()
 
 
 @contextlib.contextmanager
@@ -278,6 +288,20 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def refuse_unwritable(path: str) -> None:
+    """Raise Failure now for what would otherwise be one after the download, or after a day of waiting."""
+    if os.path.isdir(path):
+        raise Failure(f"cannot write {path}: it is a directory; choose another --out")
+    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+        return
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        os.makedirs(directory, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
 def same_regular_file(source: str, destination: str) -> bool:
@@ -439,11 +463,24 @@ def json_problem(error: Exception) -> str:
         return f"not valid UTF-8 (byte {error.start + 1} of the line)"
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"
     return f"not valid JSON: {error}"
+
+
+def file_signature(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def refuse_changes(file: BinaryIO, signature: tuple[int, int], path: str) -> None:
+    if file_signature(file) != signature:
+        raise Failure(f"{path} was changed while it was in use; run the same command again")
 
 
 def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) -> list[Part]:
     """The parts of a request file that the API will take; raises Failure after showing what it would refuse."""
+    signature = file_signature(file)
     found = 0
     for problem in check.problems(file):
         found += 1
@@ -455,6 +492,7 @@ def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) 
         raise Failure(f"{path}: {count_of(found, 'error')}; mend the file, nothing was uploaded")
     if check.without_model:
         console.warn(f"{count_of(check.without_model, 'request')} without body.model, which the Batch API refuses")
+    refuse_changes(file, signature, path)
     return check.parts()
 
 
@@ -579,7 +617,7 @@ class Api:
         self,
         operation: str,
         about: Json,
-        send: Callable[[], LegacyAPIResponse[Any]],
+        send: Callable[[], Json],
         read: Callable[[Json], T],
         *,
         tries: int = TRIES,
@@ -590,9 +628,9 @@ class Api:
 
         for attempt in itertools.count(1):
             self.log.info("%s request %s", operation, to_json(about))
-            pause = 0.5 * 2 ** (attempt - 1)
+            pause = 0.5 * 2 ** min(attempt - 1, 10)
             try:
-                content = json_object(send())
+                content = send()
                 answer = read(content)
             except openai.OpenAIError as error:
                 failure = explain(error, without_password(str(self.client.base_url)))
@@ -626,21 +664,31 @@ class Api:
             return uploaded
 
         return self.call(
-            "UPLOAD", about, lambda: client.files.with_raw_response.create(file=content, purpose="batch"), read
+            "UPLOAD",
+            about,
+            lambda: json_object(client.files.with_raw_response.create(file=content, purpose="batch")),
+            read,
         )
 
     def create_batch(self, request: Json, tries: int = 1) -> Batch:
         """One POST, as the SDK's own repetitions would each be a batch, and each be charged."""
         create = self.client.batches.with_raw_response.create
-        return self.call("CREATE_BATCH", request, lambda: create(**request), as_batch, tries=tries)
+        return self.call("CREATE_BATCH", request, lambda: json_object(create(**request)), as_batch, tries=tries)
 
     def batch(self, batch_id: str, **limits: Any) -> Batch:
         retrieve = self.client.batches.with_raw_response.retrieve
-        return self.call("GET_STATUS", {"batch_id": batch_id}, lambda: retrieve(batch_id), as_batch, **limits)
+
+        def read(answer: Json) -> Batch:
+            batch = as_batch(answer)
+            if batch.id != batch_id:
+                raise NoAnswer(f"the answer is another batch: {batch.id}")
+            return batch
+
+        return self.call("GET_STATUS", {"batch_id": batch_id}, lambda: json_object(retrieve(batch_id)), read, **limits)
 
     def cancel(self, batch_id: str) -> Batch:
         cancel = self.client.batches.with_raw_response.cancel
-        return self.call("CANCEL_BATCH", {"batch_id": batch_id}, lambda: cancel(batch_id), as_batch)
+        return self.call("CANCEL_BATCH", {"batch_id": batch_id}, lambda: json_object(cancel(batch_id)), as_batch)
 
     def batches(self, page_size: int = PAGE_SIZE) -> Iterator[Batch]:
         """All batches, newest first, a request a page; ends where a page brings nothing new."""
@@ -663,7 +711,7 @@ class Api:
             return [as_batch(item) for item in data], content.get("has_more") is True
 
         list_batches = self.client.batches.with_raw_response.list
-        return self.call("LIST_BATCHES", dict(query), lambda: list_batches(**query), read)
+        return self.call("LIST_BATCHES", dict(query), lambda: json_object(list_batches(**query)), read)
 
     def recent_batches(self) -> Iterator[Batch]:
         """The batches of the last 30 days, newest first."""
@@ -675,13 +723,13 @@ class Api:
 
     def file(self, file_id: str) -> FileObject:
         retrieve = self.client.files.with_raw_response.retrieve
-        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id}, lambda: retrieve(file_id), as_file)
+        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id}, lambda: json_object(retrieve(file_id)), as_file)
 
     def delete_file(self, file_id: str) -> None:
         """Delete an uploaded file that no batch uses; not worth a failure of its own."""
         delete = self.client.files.with_raw_response.delete
         try:
-            self.call("DELETE_FILE", {"file_id": file_id}, lambda: delete(file_id), lambda content: content)
+            self.call("DELETE_FILE", {"file_id": file_id}, lambda: json_object(delete(file_id)), lambda _: None)
         except Failure as failure:
             self.console.warn(f"file {file_id} was not deleted: {failure}")
 
@@ -689,31 +737,23 @@ class Api:
         """Append the file to `out`, and return its size; checked against the size that the API gives, tried again."""
         size = self.file(file_id).bytes
         start = out.tell()
-        for attempt in range(1, TRIES + 1):
+
+        def receive() -> Json:
             out.seek(start)
             out.truncate()
-            try:
-                received = self._stream(file_id, out)
-                ended = not received or last_byte(out) == b"\n"
-                if received == size and ended:
-                    self.log.info("DOWNLOAD_RESULTS response %s", to_json({"path": path, "bytes": received}))
-                    return received
-                wrong = f"{received} of {size} bytes" if received != size else "no line end at its end"
-                raise NoAnswer(f"download of {file_id} was cut off ({wrong}); try again")
-            except NoAnswer as failure:
-                self.log.exception("DOWNLOAD_RESULTS error %s", failure)
-                if attempt == TRIES:
-                    raise
-            self.sleep(0.5 * attempt)
-        raise AssertionError("unreachable")
+            received = self._stream(file_id, out)
+            if received != size:
+                raise NoAnswer(f"download of {file_id} was cut off ({received} of {size} bytes); try again")
+            if received and last_byte(out) != b"\n":
+                raise NoAnswer(f"download of {file_id} was cut off (no line end at its end); try again")
+            return {"path": path, "bytes": received}
+
+        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id, "path": path}, receive, lambda _: size)
 
     def _stream(self, file_id: str, out: BinaryIO) -> int:
         """Copy the file's content as it comes, in bounded memory; the number of bytes."""
         import httpx2
-        import openai
 
-        url = without_password(str(self.client.base_url))
-        self.log.info("DOWNLOAD_RESULTS request %s", to_json({"file_id": file_id, "content": True}))
         received = 0
         try:
             with self.client.files.with_streaming_response.content(file_id) as response:
@@ -721,9 +761,8 @@ class Api:
                     out.write(block)
                     received += len(block)
         except httpx2.HTTPError as error:
+            url = without_password(str(self.client.base_url))
             raise NoAnswer(f"download of {file_id} from {url} broke off: {error or type(error).__name__}") from error
-        except openai.OpenAIError as error:
-            raise explain(error, url) from error
         return received
 
 
@@ -739,7 +778,7 @@ def json_object(response: LegacyAPIResponse[Any]) -> Json:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise NoAnswer(f"the answer is not a JSON object: {response.text.strip()[:80]!r}")
+        raise NoAnswer(f"the answer is not a JSON object: {shorten(response.text) or 'it is empty'}")
     return content
 
 
@@ -747,7 +786,7 @@ def as_batch(content: Any) -> Batch:
     from openai.types import Batch
 
     if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
-        raise NoAnswer(f"the answer is not a batch: {to_json(content)[:80]}")
+        raise NoAnswer(f"the answer is not a batch: {shorten(to_json(content))}")
     return Batch.construct(**content)
 
 
@@ -755,7 +794,7 @@ def as_file(content: Json) -> FileObject:
     from openai.types import FileObject
 
     if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
-        raise NoAnswer(f"the answer is not a file: {to_json(content)[:80]}")
+        raise NoAnswer(f"the answer is not a file: {shorten(to_json(content))}")
     return FileObject.construct(**content)
 
 
@@ -770,7 +809,7 @@ def explain(error: OpenAIError, url: str) -> Refused | NoAnswer:
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         body = error.body if isinstance(error.body, Mapping) else {}
-        words = body.get("message") or error.response.text.strip()[:200] or error.response.reason_phrase
+        words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
         code = f" ({body['code']})" if body.get("code") else ""
         text = f"HTTP {status}: {words}{code}"
         if status == 401:
@@ -853,7 +892,7 @@ def batch_errors(batch: Batch) -> list[str]:
         line = number_of(error, "line")
         words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
         lines.append(": ".join(word for word in words if word))
-    return lines
+    return [line for line in lines if line]
 
 
 def is_over_queue_limit(batch: Batch) -> bool:
@@ -931,7 +970,7 @@ class Watch:
     def show(self) -> None:
         """Progress over all batches: on a terminal every time, elsewhere when it has changed."""
         batches = self.latest.values()
-        completed, failed, total = (sum(numbers) for numbers in zip(*map(request_counts, batches), strict=True))
+        completed, failed, total = map(sum, zip((0, 0, 0), *map(request_counts, batches), strict=True))
         statuses = ", ".join(f"{number} {status}" for status, number in Counter(b.status for b in batches).items())
         done = f"{completed + failed}/{total} requests ({100 * (completed + failed) // total}%)" if total else ""
         said = ", ".join(word for word in (statuses, done, f"{failed} failed" if failed else "") if word)
@@ -1193,8 +1232,8 @@ def batch_size(text: str) -> int:
 
 
 def positive_seconds(text: str) -> float:
-    seconds = float(text) if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) else 0
-    if not 0 < seconds < math.inf:
+    seconds = float(text) if re.fullmatch(r"([0-9]+\.?|[0-9]*\.[0-9]+)(e-?[0-9]+)?", text) else 0
+    if not 0 < seconds <= MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"not a number of seconds above 0: {text!a}")
     return seconds
 
@@ -1322,7 +1361,7 @@ def print_ids(args: argparse.Namespace, batch: Batch) -> None:
     if args.json:
         args.console.emit(batch_json(batch))
     else:
-        args.console.emit(f"File ID: {batch.input_file_id}")
+        args.console.emit(f"File ID: {text_of(batch, 'input_file_id')}")
         args.console.emit(f"Batch ID: {batch.id}")
 
 
@@ -1347,32 +1386,45 @@ def what_is_left(part: Part, batch: Batch) -> str:
 
 
 class Submission:
-    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers."""
+    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers.
 
-    def __init__(self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str) -> None:
+    With `origin`, the sha256 of a whole request file, they are found again as batches of that file, whatever its parts.
+    """
+
+    def __init__(
+        self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str, origin: str | None = None
+    ) -> None:
         self._api = api
         self._console: Console = args.console
         self._file = file
         self._name = "stdin" if args.input == "-" else escape_controls(os.path.basename(args.input))
         self._endpoint = endpoint
         self._window: str = args.completion_window
-        self._unchanged = file_signature(file)
+        self._signature = file_signature(file)
+        self._origin = origin
 
     def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
-        """By sha256, the recent batches of the same parts at the same endpoint, newest first."""
+        """By sha256, the recent batches of the same parts at the same endpoint, newest first; by `origin`, others."""
         earlier: dict[str, list[Batch]] = {part.sha256: [] for part in parts}
+        if self._origin:
+            earlier.setdefault(self._origin, [])
         for batch in self._api.recent_batches():
-            same = earlier.get(metadata_of(batch, "input_sha256"))
-            if same is not None and batch.endpoint == self._endpoint:
+            keys = [metadata_of(batch, "input_sha256")]
+            if self._origin:
+                keys.append(metadata_of(batch, "request_file_sha256"))
+            same = next((earlier[key] for key in keys if key in earlier), None)
+            if same is not None and text_of(batch, "endpoint") == self._endpoint:
                 same.append(batch)
         return earlier
 
     def upload(self, part: Part) -> str:
         """The id of the part as an uploaded file."""
         file_id = self._api.upload(self._file, part, self._name).id
-        if file_signature(self._file) != self._unchanged:
+        try:
+            refuse_changes(self._file, self._signature, self._name)
+        except Failure:
             self._api.delete_file(file_id)
-            raise Failure(f"{self._name} was changed while it was read; run the same command again")
+            raise
         return file_id
 
     def create(self, part: Part, file_id: str, known: Iterable[str] = ()) -> Batch:
@@ -1380,23 +1432,26 @@ class Submission:
 
         `known` are batches of the same file that it cannot be.
         """
+        metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
+        if self._origin and self._origin != part.sha256:
+            metadata["request_file_sha256"] = self._origin
         request = {
             "input_file_id": file_id,
             "endpoint": self._endpoint,
             "completion_window": self._window,
-            "metadata": {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label},
+            "metadata": metadata,
         }
-        try:
-            for _ in range(TRIES):
-                try:
-                    return self._create_visible(request)
-                except NoAnswer as failure:
-                    self._console.warn(f"{failure}; looking whether the batch exists")
-                if batch := self._look_up(file_id, set(known)):
-                    return batch
-        except Refused:
-            self._api.delete_file(file_id)
-            raise
+        for attempt in range(TRIES):
+            try:
+                return self._create_visible(request)
+            except NoAnswer as failure:
+                self._console.warn(f"{failure}; looking whether the batch exists")
+            except Refused:
+                if not attempt:  # else an earlier POST may have made a batch of the file
+                    self._api.delete_file(file_id)
+                raise
+            if batch := self._look_up(file_id, set(known)):
+                return batch
         raise Failure(f"no answer whether the batch of file {file_id} was created; run the same command again: "
                       "it adopts the batch if it exists")
 
@@ -1418,21 +1473,16 @@ class Submission:
             self._api.sleep(delay)
             try:
                 for batch in self._api.recent_batches():
-                    if batch.input_file_id == file_id and batch.id not in known:
+                    if text_of(batch, "input_file_id") == file_id and batch.id not in known:
                         return batch
                 answered = True
-            except NoAnswer as failure:
+            except (NoAnswer, Refused) as failure:
                 self._console.warn(str(failure))
                 answered = False
         if not answered:
             raise Failure(f"whether the batch of file {file_id} was created is not known; run the same command again: "
                           "it adopts the batch if it exists")
         return None
-
-
-def file_signature(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 # status
@@ -1499,7 +1549,7 @@ def save_files(
             path = paths[kind]
             size = save_file(api, file_id, path, skip_complete)
             saved[f"{kind}_path"] = path
-            say = api.console.say if quiet or path == "-" else api.console.emit
+            say = api.console.say if quiet or paths["results"] == "-" else api.console.emit
             say(f"{kind.capitalize()} saved: {path} ({size} bytes)")
     return saved
 
@@ -1510,11 +1560,12 @@ def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
             return os.path.getsize(path)
         api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
     if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
-        with tempfile.TemporaryFile() as copy, open_output(path) as out:
+        with tempfile.TemporaryFile() as copy:
             size = api.download(file_id, copy, path)
             copy.seek(0)
-            shutil.copyfileobj(copy, out, CHUNK)
-            return size
+            with open_output(path) as out:
+                shutil.copyfileobj(copy, out, CHUNK)
+        return size
     with open_output(path) as out:
         return api.download(file_id, out, path)
 
@@ -1583,6 +1634,8 @@ def add_retrieve(commands: Subparsers, online: argparse.ArgumentParser) -> None:
 
 
 def cmd_retrieve(args: argparse.Namespace) -> int:
+    if args.output:
+        refuse_unwritable(args.output)
     with connect(args) as api:
         return each_batch(args, lambda batch_id: retrieve(args, api, batch_id))
 
@@ -1795,6 +1848,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_input(args.input))
         stack.enter_context(locked(file, args.input))
+        refuse_unwritable(args.output)
         api = stack.enter_context(connect(args))
         parts = check_input(file, args.input, check, args.console)
         spool = stack.enter_context(tempfile.TemporaryFile())
@@ -1818,6 +1872,16 @@ def missing_line(custom_id: str) -> bytes:
     return to_json({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
 
 
+def sha256_of(file: BinaryIO) -> str:
+    file.seek(0)
+    return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+
+
+def usable(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, given newest first, that did or may do anything; oldest first."""
+    return [batch for batch in batches if batch.status != "failed"][::-1]
+
+
 class Job:
     """A part on its way through the queue: its uploaded file, and the batches that were refused for the queue limit."""
 
@@ -1838,27 +1902,32 @@ class Run:
         self._results = results
         self._spool = spool
         self._watch = Watch(api, args)
-        self._used: set[str] = set()  # batches that have had their part in this run
         self._waiting: deque[Job] = deque()
-        self._active: dict[str, Job] = {}  # by batch id
+        self._active: dict[str, Job | None] = {}  # by batch id; None for one that is not sent again as it is
         self._cancelling: set[str] = set()  # active batches that were being cancelled before this run saw them
         self._room = math.inf  # how many more batches the queue may admit
         self._idle_refusals = 0
         self._cancelled = False
 
     def rounds(self, file: BinaryIO, parts: Sequence[Part]) -> None:
-        """Bring every request to its success or its last error, in as many rounds as --attempts allows."""
+        """Bring every request to its success or its last error; --attempts bounds the rounds that submit something."""
+        attempts: int = self._args.attempts
+        signature, origin = file_signature(file), sha256_of(file)
+        submission = Submission(self._api, self._args, file, self._endpoint, origin)
+        parts = self._adopt_earlier(submission, parts)
         with contextlib.ExitStack() as files:
-            pending = file
             for number in itertools.count(1):
-                self._round(pending, parts)
+                attempts -= bool(parts)
+                self._round(submission, parts)
                 outcomes = self._results.outcomes()
                 left = outcomes[RETRYABLE] + outcomes["missing"]
-                if not left or self._cancelled or number == self._args.attempts:
+                if not left or not attempts or self._cancelled:
                     return
                 self._console.say(f"round {number + 1}: {count_of(left, 'request')} to send again")
                 pending = files.enter_context(tempfile.TemporaryFile())
+                refuse_changes(file, signature, self._args.input)
                 parts = self._write_pending(file, pending)
+                submission = Submission(self._api, self._args, pending, self._endpoint, origin)
 
     def _write_pending(self, file: BinaryIO, pending: BinaryIO) -> list[Part]:
         """Write what is to be sent again to `pending`; its parts."""
@@ -1868,36 +1937,50 @@ class Run:
         check = InputCheck(self._endpoint, self._args.max_requests)
         return check_input(pending, "the next round", check, self._console)
 
-    def _round(self, file: BinaryIO, parts: Sequence[Part]) -> None:
-        """Submit or adopt every part, and take in what comes of it."""
-        submission = Submission(self._api, self._args, file, self._endpoint)
+    def _adopt_earlier(self, submission: Submission, parts: Sequence[Part]) -> list[Part]:
+        """Take in or follow every earlier batch of the request file; the parts that can be submitted at once.
+
+        Batches of other parts of it, from a later round or another --max-requests, have to end first: only their
+        results tell which requests they had.
+        """
         earlier = submission.find_earlier(parts)
+        new = []
         for part in parts:
-            job = Job(part)
-            batches = [batch for batch in reversed(earlier[part.sha256])
-                       if batch.id not in self._used and (is_under_way_or_done(batch) or is_partial(batch))]
+            batches = usable(earlier.pop(part.sha256))
             for batch in batches:
                 self._console.say(f"part {part.label} is batch {batch.id} ({batch.status}) already")
-                self._follow(job, batch)
+                self._adopt(batch, Job(part) if len(batches) == 1 else None)
             if not batches:
-                self._waiting.append(job)
+                new.append(part)
+        others = usable(itertools.chain.from_iterable(earlier.values()))
+        for batch in others:
+            self._console.say(f"batch {batch.id} ({batch.status}) has some of the requests already")
+            self._adopt(batch, None)
+        return [] if others else new
+
+    def _adopt(self, batch: Batch, job: Job | None) -> None:
+        if not has_ended(batch):
+            self._follow(batch, job)
+            if batch.status == "cancelling":
+                self._cancelling.add(batch.id)
+        else:
+            self._watch.latest[batch.id] = batch
+            self._take(batch)
+
+    def _follow(self, batch: Batch, job: Job | None) -> None:
+        self._watch.latest[batch.id] = batch
+        self._active[batch.id] = job
+
+    def _round(self, submission: Submission, parts: Sequence[Part]) -> None:
+        """Submit the parts, and take in what comes of them and of the batches that were adopted."""
+        self._waiting.extend(map(Job, parts))
         self._submit(submission)
-        while self._active or self._waiting:
+        while self._active:
             self._watch.show()
-            self._watch.pause(self._args.interval * 2**self._idle_refusals)
+            self._watch.pause(self._args.interval)
             self._poll()
             self._submit(submission)
         self._watch.show()
-
-    def _follow(self, job: Job, batch: Batch) -> None:
-        self._used.add(batch.id)
-        self._watch.latest[batch.id] = batch
-        if has_ended(batch):
-            self._take(batch)
-            return
-        self._active[batch.id] = job
-        if batch.status == "cancelling":
-            self._cancelling.add(batch.id)
 
     def _submit(self, submission: Submission) -> None:
         """Make batches of waiting parts, as many as the queue may have room for."""
@@ -1908,7 +1991,7 @@ class Run:
                 self._console.say(f"part {job.part.label}: File ID: {job.file_id}")
             batch = submission.create(job.part, job.file_id, job.refused)
             self._console.say(f"part {job.part.label}: Batch ID: {batch.id}")
-            self._follow(job, batch)
+            self._follow(batch, job)
             self._room -= 1
 
     def _poll(self) -> None:
@@ -1917,24 +2000,28 @@ class Run:
         ended = 0
         for batch in self._watch.look([*self._active]):
             job = self._active.pop(batch.id)
-            if is_over_queue_limit(batch):
+            if batch.status == "failed" and not is_over_queue_limit(batch):
+                reasons = "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
+                raise Failure(f"batch {batch.id} (part {metadata_of(batch, 'part')}) failed: {reasons}; nothing is "
+                              "written, batches under way go on and a later run adopts them")
+            if batch.status == "failed" and job:
                 job.refused.append(batch.id)
                 refused.append(job)
                 del self._watch.latest[batch.id]
-            elif batch.status == "failed":
-                reasons = "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
-                raise Failure(f"batch {batch.id} (part {job.part.label}) failed: {reasons}; nothing is written, "
-                              "batches under way go on and a later run adopts them")
             else:
                 ended += 1
                 self._take(batch)
                 self._cancelled |= batch.status == "cancelled" and batch.id not in self._cancelling
-        self._make_room(refused, ended)
         if self._cancelled:
             self._waiting.clear()
+        else:
+            self._make_room(refused, ended)
 
     def _make_room(self, refused: Sequence[Job], ended: int) -> None:
-        """After a refusal for the queue limit, a batch that ends makes room for one; with none active, time may."""
+        """After a refusal for the queue limit, a batch that ends makes room for one; with none active, time may.
+
+        So there is room whenever none is active.
+        """
         self._waiting.extendleft(reversed(refused))
         self._room = ended if refused else self._room + ended
         if ended:
@@ -1947,6 +2034,7 @@ class Run:
             raise Failure(f"part {label} ({count_of(requests, 'request')}, {count_of(size, 'byte')}) was refused "
                           f"{IDLE_REFUSALS} times for the token limit of the queue with no batch of this run active; "
                           "make batches smaller with --max-requests")
+        self._watch.pause(self._args.interval * 2**self._idle_refusals)
         self._room = 1
 
     def _take(self, batch: Batch) -> None:
@@ -2033,12 +2121,6 @@ def stopping_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def discard_stdout() -> None:
-    """Point a closed stdout at nothing, so that the interpreter's last flush does not complain."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(
     argv: Sequence[str] | None = None,
     *,
@@ -2056,7 +2138,6 @@ def main(
         console.say(f"{PROG}: error: {failure}")
         return failure.exit_code
     except BrokenPipeError:
-        discard_stdout()
         return 1
     except OSError as error:
         console.say(f"{PROG}: error: {error.strerror}: {error.filename or 'temporary file'}")

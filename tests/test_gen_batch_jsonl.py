@@ -310,6 +310,7 @@ MALFORMED = pytest.mark.parametrize(
         ("2\n", [], ["line 3: 1 field where the header has 3"]),
         ('2,B,C,"x\n3,C,z\n4"\n5,E,z\n', ["3", "5"],
          ["line 3: 4 fields where the header has 3", "line 5: 1 field where the header has 3"]),
+        ('2,B,C,"\n","\n"\n3,C,x\n', ["3"], ["line 3: 5 fields where the header has 3"]),
         ('2,"B\n3,C",x,"y\n4,D",z\n5,E,z\n', ["4", "5"],
          ["line 3: 5 fields where the header has 3", "line 4: 5 fields where the header has 3"]),
     ],

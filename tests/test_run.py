@@ -680,7 +680,7 @@ def test_lines_of_a_results_file_that_are_not_ours_are_told(
     assert OUT.read_bytes() == success("a1")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warnings == [
-        f"batch_tool.py: warning: batch {batch.id} line 1: not valid JSON: Expecting value: line 1 column 1 (char 0); "
+        f"batch_tool.py: warning: batch {batch.id} line 1: not valid JSON: Expecting value (character 1 of the line); "
         "line ignored",
         f'batch_tool.py: warning: batch {batch.id} line 2: custom_id "b1" is not in the request file; line ignored',
     ]

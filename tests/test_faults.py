@@ -1,0 +1,521 @@
+"""Every step made to fail in turn: whatever happens, nothing is run twice and the next run ends well."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KEY, ROOT
+from local_batch_api import Exchange, Fault, LocalBatchAPI
+
+import batch_tool
+
+OPENAPI = ROOT.parent / "shared" / "data" / "openapi.batch.json"
+MANAGER = ROOT / "batch_tool.py"
+CONVERTER = ROOT / "gen_batch_jsonl.py"
+IDS = ["a1", "a2", "a3"]
+CREATE = ("create", "--in", "requests.jsonl", "--max-requests", "2")
+RUN = ("run", "--in", "requests.jsonl", "--out", "results.jsonl", "--max-requests", "2")
+LEFT_BEHIND = {"logs", "requests.jsonl", "results.jsonl"}
+
+
+def request_line(custom_id: str) -> bytes:
+    body = {"model": "m", "input": f"Bio of {custom_id}"}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": body}).encode() + b"\n"
+
+
+def write_requests(custom_ids: list[str]) -> None:
+    Path("requests.jsonl").write_bytes(b"".join(map(request_line, custom_ids)))
+
+
+def manage(*args: str) -> int:
+    """The command in process, on a clock that only its own sleeping moves on."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        assert now < 100_000, "it waits for ever"
+
+    return batch_tool.main(args, sleep=sleep, clock=lambda: now)
+
+
+def assert_results(path: str, custom_ids: list[str]) -> None:
+    """One successful line per request, in request order."""
+    lines = [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+    assert [line["custom_id"] for line in lines] == custom_ids
+    assert {line["response"]["status_code"] for line in lines} <= {200}
+
+
+def assert_run_once(api: LocalBatchAPI, custom_ids: list[str], failed: Counter[str] | None = None) -> None:
+    """Each request was run once, and once more for each time that it was made to fail."""
+    assert api.executions == Counter(custom_ids) + (failed or Counter())
+    for batch in api.batches.values():
+        api.look(batch)
+    done = Counter((batch.metadata or {}).get("input_sha256") for batch in api.batches.values())
+    assert set(done.values()) == {1}
+
+
+def assert_clear_end(exit_code: int, err: str) -> None:
+    """It ended well, or with one clear line, and without secrets."""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if ": error: " in line]
+    assert (exit_code, len(errors)) in ((0, 0), (1, 1)), err
+    assert err.splitlines()[-1:] == errors or not errors
+    assert KEY not in err
+    assert all(KEY not in log.read_text() for log in Path("logs").iterdir())
+    assert set(os.listdir()) <= LEFT_BEHIND
+
+
+# ---- one HTTP exchange goes wrong ----
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "reset before": {"action": "reset"},
+    "reset after": {"action": "reset", "when": "after"},
+    "500": {"status": 500},
+    "429": {"status": 429},
+    "409 after": {"status": 409, "when": "after"},
+    "504 after": {"status": 504, "when": "after"},
+    "garbage": {"status": 200, "body": b"\xff\x00{garbage", "when": "after"},
+    "HTML": {"status": 200, "body": b"<html>Bad gateway</html>", "headers": {"content-type": "text/html"}},
+    "empty object": {"status": 200, "body": b"{}", "when": "after"},
+    "empty list": {"status": 200, "body": b"[]"},
+    "nothing": {"status": 200, "body": b"", "when": "after"},
+    "cut": {"action": "cut"},
+    "shorten": {"action": "shorten"},
+    "401": {"status": 401},
+    "404": {"status": 404},
+}
+
+
+@contextlib.contextmanager
+def fresh_api(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
+    with LocalBatchAPI() as api:
+        api.outcomes = {"a2": ["500", "200"]}
+        monkeypatch.setenv("OPENAI_BASE_URL", api.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        for path in ("results.jsonl", *Path().glob("logs/*")):
+            Path(path).unlink(missing_ok=True)
+        yield api
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("command", [CREATE, RUN], ids=["create", "run"])
+@pytest.mark.parametrize("times", [1, 40], ids=["once", "for long"])
+def test_each_request_of_a_command_fails_in_turn(
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    kind: str,
+    times: int,
+) -> None:
+    write_requests(IDS)
+    for nth in itertools.count():
+        with fresh_api(monkeypatch) as api:
+            api.faults = [Fault(skip=nth, times=times, **FAULTS[kind])]
+            exit_code = manage(*command)
+            if not times <= api.faults[0].seen - nth and api.faults[0].seen <= nth:
+                assert exit_code == 0
+                break
+            assert_clear_end(exit_code, capfd.readouterr().err)
+            api.faults.clear()
+            assert manage(*command) == 0
+            if command is CREATE:
+                assert manage(*RUN) == 0
+            assert_run_once(api, IDS, Counter(["a2"]))
+            assert_results("results.jsonl", IDS)
+    assert nth > 4
+
+
+def test_a_batch_that_is_listed_late_is_not_made_twice(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_requests(IDS)
+    with fresh_api(monkeypatch) as api:
+        api.list_delay = 0.5
+        api.faults = [Fault("POST", "/batches$", times=2, when="after", action="reset")]
+        assert batch_tool.main(RUN, sleep=lambda seconds: time.sleep(seconds / 5)) == 0
+        assert_run_once(api, IDS, Counter(["a2"]))
+
+
+def test_a_file_is_kept_where_a_lost_answer_may_have_made_its_batch(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_requests(["a1"])
+    with fresh_api(monkeypatch) as api:
+        api.list_delay = 3600
+        api.faults = [
+            Fault("POST", "/batches$", when="after", action="reset"),
+            Fault("POST", "/batches$", status=400),
+        ]
+        assert manage(*RUN) == 1
+        assert_clear_end(1, capfd.readouterr().err)
+        assert [exchange.method for exchange in api.exchanges].count("DELETE") == 0
+
+
+# ---- killed and stopped ----
+
+
+@contextlib.contextmanager
+def slow_api() -> Iterator[tuple[LocalBatchAPI, dict[str, str]]]:
+    """The stand-in with steps that take a little while, and the environment of its clients."""
+    with LocalBatchAPI(step=0.1) as api:
+        api.outcomes = {"a2": ["500", "200"], "a7": ["expired", "200"]}
+        yield api, {**os.environ, "OPENAI_BASE_URL": api.base_url, "OPENAI_API_KEY": KEY}
+
+
+def start(command: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(MANAGER), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_log(process: subprocess.Popen[str]) -> None:
+    """Until the command has begun to log, which is after it has begun to catch signals."""
+    while process.poll() is None and not any(path.stat().st_size for path in Path().glob("logs/*")):
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_again_and_again_it_runs_nothing_twice(work: Path, seed: int) -> None:
+    ids = [f"a{number}" for number in range(1, 9)]
+    write_requests(ids)
+    chance = random.Random(seed)
+    run = ("run", "--in", "requests.jsonl", "--out", "results.jsonl", "--max-requests", "3", "--interval", "0.05")
+    with slow_api() as (api, environment):
+        for _ in range(4):
+            for log in Path().glob("logs/*"):
+                log.unlink()
+            process = start(chance.choice([run, ("create", *run[1:3], *run[5:7])]), environment)
+            wait_for_log(process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=chance.uniform(0.1, 1.2))
+            process.kill()
+            process.communicate()
+        last = start(run, environment)
+        _, err = last.communicate(timeout=30)
+        assert last.returncode == 0, err
+        assert_run_once(api, ids, Counter(["a2"]))
+    assert_results("results.jsonl", ids)
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_stopped_at_any_moment_it_leaves_nothing_behind(work: Path, number: signal.Signals, exit_code: int) -> None:
+    write_requests(IDS)
+    Path("results.jsonl").write_text("old\n")
+    chance = random.Random(number)
+    with slow_api() as (api, environment):
+        for _ in range(3):
+            for log in Path().glob("logs/*"):
+                log.unlink()
+            process = start((*RUN, "--interval", "0.05"), environment)
+            wait_for_log(process)
+            time.sleep(chance.uniform(0, 0.9))
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+            assert process.returncode in (exit_code, 0), err
+            if process.returncode:
+                assert Path("results.jsonl").read_text() == "old\n"
+                assert err.endswith("batch_tool.py: stopped\n")
+            assert "Traceback" not in err
+            assert set(os.listdir()) == LEFT_BEHIND
+            if not process.returncode:
+                break
+        assert start((*RUN, "--interval", "0.05"), environment).wait(timeout=20) == 0
+        assert_run_once(api, IDS, Counter(["a2"]))
+    assert_results("results.jsonl", IDS)
+
+
+# ---- nowhere to write ----
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does; the write then fails
+
+
+def big_files() -> list[str]:
+    """A CSV, a request file and its results, each larger than a file may be; their requests."""
+    ids = [f"a{number}" for number in range(400)]
+    rows = "".join(f"{custom_id},Artist {custom_id},{'x' * 100}\n" for custom_id in ids)
+    Path("artists.csv").write_text(f"artist_id,artist_name,artist_data\n{rows}")
+    write_requests(ids)
+    Path("bios.jsonl").write_bytes(b"".join(result_line(custom_id) for custom_id in ids))
+    return ids
+
+
+def result_line(custom_id: str) -> bytes:
+    content = [{"type": "output_text", "text": "A bio. " * 20}]
+    body = {"status": "completed", "output": [{"type": "message", "content": content}]}
+    response = {"status_code": 200, "request_id": "r", "body": body}
+    return json.dumps({"id": "x", "custom_id": custom_id, "response": response, "error": None}).encode() + b"\n"
+
+
+WRITERS = {
+    "convert": (CONVERTER, "--in", "artists.csv", "--prompt-id", "p", "--model", "m"),
+    "retry": (MANAGER, "retry", "--in", "requests.jsonl", "--results", "/dev/null"),
+    "export": (MANAGER, "export", "--in", "requests.jsonl", "--results", "bios.jsonl"),
+    "run": (MANAGER, "run", "--in", "requests.jsonl", "--log-file", "/dev/null", "--interval", "0.01"),
+    "retrieve": (MANAGER, "retrieve", "--batch-id", "batch_1", "--log-file", "/dev/null"),
+}
+
+
+@pytest.mark.parametrize("out", ["old", "new", "full", "directory", "stdout", "-"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_an_output_that_cannot_be_written_is_one_line_and_no_half_file(
+    api: LocalBatchAPI, command: str, out: str
+) -> None:
+    big_files()
+    batch = api.new_batch("completed", output=Path("bios.jsonl").read_bytes())
+    api.batches["batch_1"] = batch
+    batch.id = "batch_1"
+    Path("old").write_text("old\n")
+    Path("directory").mkdir()
+    before = {*os.listdir()}
+    path = {"full": "/dev/full", "stdout": "/dev/stdout"}.get(out, out)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *map(str, WRITERS[command]), "--out", path],
+            stdout=full if path in ("-", "/dev/stdout") else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            preexec_fn=None if path in ("-", "/dev/stdout", "/dev/full") else limit_file_size,
+        )
+    errors = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert (done.returncode, len(errors)) == (1, 1), done.stderr
+    assert re.search("No space left|File too large|irectory", errors[0])
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert ({*os.listdir()}, Path("old").read_text(), os.listdir("directory")) == (before, "old\n", [])
+
+
+def test_a_log_on_a_full_disk_ends_the_command_before_it_costs_anything(
+    api: LocalBatchAPI, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_requests(IDS)
+    for command in (CREATE, RUN):
+        assert manage(*command, "--log-file", "/dev/full") == 1
+        assert capfd.readouterr().err == (
+            "batch_tool.py: error: cannot write the log: [Errno 28] No space left on device\n"
+        )
+    assert api.exchanges == []
+
+
+# ---- the API's own document ----
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    if not OPENAPI.exists():
+        pytest.skip("the API's document is not here")
+    return dict(json.loads(OPENAPI.read_text()))
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float),
+    "null": type(None),
+}
+
+
+def violations(value: Any, schema: dict[str, Any], document: dict[str, Any], where: str = "") -> Iterator[str]:
+    """What is wrong with a value by a schema of the document: the subset of JSON Schema that it uses."""
+    if reference := schema.get("$ref"):
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+    for name in ("anyOf", "oneOf"):
+        if name in schema and all(any(violations(value, each, document)) for each in schema[name]):
+            yield f"{where}: {value!r} is none of {name}"
+    kind = schema.get("type")
+    if kind and (not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean")):
+        yield f"{where}: {value!r} is no {kind}"
+        return
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{where}: {value!r} is not in {schema['enum']}"
+    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        yield f"{where}: {value!r} is out of range"
+    if isinstance(value, dict):
+        yield from object_violations(value, schema, document, where)
+    for number, item in enumerate(value if isinstance(value, list) and "items" in schema else []):
+        yield from violations(item, schema["items"], document, f"{where}[{number}]")
+
+
+def object_violations(
+    value: dict[str, Any], schema: dict[str, Any], document: dict[str, Any], where: str
+) -> Iterator[str]:
+    known, others = schema.get("properties", {}), schema.get("additionalProperties")
+    for name in schema.get("required", []):
+        if name not in value:
+            yield f"{where}.{name} is missing"
+    for name, item in value.items():
+        if name in known:
+            optional = item is None and name not in schema.get("required", [])
+            yield from () if optional else violations(item, known[name], document, f"{where}.{name}")
+        elif isinstance(others, dict):
+            yield from violations(item, others, document, f"{where}.{name}")
+        elif known:
+            yield f"{where}.{name} is not in the document"
+
+
+def operation(exchange: Exchange, document: dict[str, Any]) -> dict[str, Any]:
+    """What the document says of the method and path of an exchange."""
+    path = exchange.path.removeprefix("/v1")
+    for pattern, methods in document["paths"].items():
+        if re.fullmatch(re.sub(r"\{[^}]+\}", "[^/]+", pattern), path):
+            return dict(methods[exchange.method.lower()])
+    raise AssertionError(f"{exchange.method} {exchange.path} is not in the document")
+
+
+def exchange_violations(exchange: Exchange, document: dict[str, Any]) -> Iterator[str]:
+    where = f"{exchange.method} {exchange.path}"
+    known = operation(exchange, document)
+    parameters = {each["name"] for each in known.get("parameters", []) if each["in"] == "query"}
+    yield from (f"{where}: {name} is no parameter" for name in exchange.query.keys() - parameters)
+    for kind, media in known.get("requestBody", {}).get("content", {}).items():
+        content = dict(exchange.request_json)
+        if kind == "multipart/form-data":
+            content = {"purpose": content["purpose"], "file": content["filename"]}
+        yield from violations(content, media["schema"], document, f"{where} request")
+    answer = known["responses"]["200"]["content"]["application/json"]["schema"]
+    if exchange.status == 200 and answer != {"type": "string"}:
+        yield from violations(exchange.answer_json, answer, document, f"{where} answer")
+
+
+def test_requests_and_answers_are_what_the_document_says(
+    work: Path, monkeypatch: pytest.MonkeyPatch, document: dict[str, Any]
+) -> None:
+    write_requests(IDS)
+    with fresh_api(monkeypatch) as api:
+        assert manage(*RUN) == 0
+        for status in ("validating", "failed", "expired", "cancelled"):
+            batch_id = api.new_batch(status, output=result_line("a1"), errors=b"{}\n").id
+            manage("cancel", "--batch-id", batch_id)
+            manage("status", "--batch-id", batch_id)
+        api.faults = [Fault("POST", "/batches$", status=400)]
+        write_requests(["b1"])
+        assert manage(*CREATE) == 1  # which deletes the uploaded file
+        Path("requests.jsonl").write_bytes(request_line("b1").replace(b'"m"', b"null"))
+        assert manage(*RUN) == 1
+        assert manage("list") == 0
+        assert {exchange.method for exchange in api.exchanges} == {"GET", "POST", "DELETE"}
+        assert [found for exchange in api.exchanges for found in exchange_violations(exchange, document)] == []
+
+
+# ---- any bytes at all ----
+
+FUZZ_SECONDS = 1.0
+VALUES: list[Any] = [
+    None, True, 0, -1, 1.5, 1e308, float("nan"), "", "a1", "\ud800", "\u2028", "x" * 300, [], {}, [[]], [None], 200, 500,
+    "completed", "failed", {"a": {}}, 10**30, "200",
+]
+
+
+def mutated(chance: random.Random, value: Any) -> Any:
+    """The JSON value with something in it replaced, left out or moved."""
+    if chance.random() < 0.15 or not isinstance(value, (dict, list)) or not value:
+        return chance.choice(VALUES)
+    value = value.copy()
+    key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if chance.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = mutated(chance, value[key])
+    return value
+
+
+def fuzzed_lines(chance: random.Random, lines: list[bytes]) -> bytes:
+    """The lines, some of them mutated as JSON, some as bytes."""
+    out = []
+    for line in lines:
+        kind = chance.random()
+        if kind < 0.5:
+            line = json.dumps(mutated(chance, json.loads(line))).encode() + b"\n"
+        elif kind < 0.7:
+            start = chance.randrange(len(line))
+            line = line[:start] + chance.randbytes(chance.randrange(4)) + line[start + chance.randrange(4) :]
+        elif kind < 0.75:
+            line = chance.choice([b"\n", b"", b"\r\n", b"[" * 100_000 + b"\n", b"\xef\xbb\xbf" + line, line * 2])
+        out.append(line)
+    return b"".join(out)
+
+
+RESULTS = [
+    result_line("a1"),
+    b'{"id": "x", "custom_id": "a2", "response": {"status_code": 200, "body": {"status": "completed", "choices": '
+    b'[{"message": {"content": "A bio"}, "finish_reason": "length"}], "usage": {"prompt_tokens": 5}}}, "error": null}\n',
+    b'{"id": "x", "custom_id": "a3", "response": {"status_code": 200, "body": {"status": "incomplete", '
+    b'"incomplete_details": {"reason": "max_output_tokens"}, "usage": {"input_tokens": 5}}}, "error": null}\n',
+    b'{"id": "x", "custom_id": "a2", "response": {"status_code": 429, "body": {"error": {"code": "c", "message": "m"}}}, '
+    b'"error": null}\n',
+    b'{"id": "x", "custom_id": "a3", "response": null, "error": {"code": "batch_expired", "message": "m"}}\n',
+]
+
+
+def fuzz(check: Callable[[random.Random], None]) -> None:
+    end = time.monotonic() + FUZZ_SECONDS
+    for seed in itertools.count():
+        if time.monotonic() > end:
+            assert seed > 20
+            return
+        check(random.Random(seed))
+
+
+def test_any_results_file_accounts_for_every_request(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_requests(IDS)
+
+    def check(chance: random.Random) -> None:
+        Path("results.jsonl").write_bytes(fuzzed_lines(chance, chance.choices(RESULTS, k=6)))
+        Path("again.jsonl").unlink(missing_ok=True)
+        files = ("--in", "requests.jsonl", "--results", "results.jsonl")
+        assert batch_tool.main(["retry", *files, "--out", "again.jsonl"]) == 0
+        out, err = capfd.readouterr()
+        counts = [int(number) for number in re.findall(r"(\d+) (?:succeeded|rejected|failed|missing)", err)]
+        assert sum(counts[:4]) == len(IDS), err
+        again = Path("again.jsonl").read_bytes().splitlines() if Path("again.jsonl").exists() else []
+        assert out == f"Requests to retry: {len(again)}\n"
+        assert batch_tool.main(["export", *files, "--out", "bios.csv"]) == 0
+        text = Path("bios.csv").read_bytes().decode()
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        assert [row[0] for row in rows] == ["artist_id", *IDS]
+        assert {len(row) for row in rows} == {6}
+        assert "Traceback" not in capfd.readouterr().err
+
+    fuzz(check)
+
+
+def test_any_request_file_is_judged_as_the_api_would(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def check(chance: random.Random) -> None:
+        content = fuzzed_lines(chance, [request_line(custom_id) for custom_id in IDS])
+        Path("requests.jsonl").write_bytes(content)
+        exit_code = batch_tool.main(["validate", "--in", "requests.jsonl"])
+        out, err = capfd.readouterr()
+        assert exit_code in (0, 1)
+        requests = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
+        if exit_code == 0:
+            noun = "request" if requests == 1 else "requests"
+            assert out == f"OK: {requests} {noun}, {len(content)} bytes, 1 batch\n"
+            assert all(isinstance(json.loads(line), dict) for line in content.split(b"\n") if line)
+        else:
+            assert (out, err.count(": error: ")) == ("", 1)
+
+    fuzz(check)
