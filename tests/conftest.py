@@ -36,6 +36,9 @@ def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
     with LocalBatchAPI() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        monkeypatch.setenv("SSL_CERT_DIR", str(work))  # no TLS here, and reading the authorities takes most of a test
         yield server
 
 

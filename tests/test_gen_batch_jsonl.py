@@ -310,7 +310,6 @@ MALFORMED = pytest.mark.parametrize(
         ("2\n", [], ["line 3: 1 field where the header has 3"]),
         ('2,B,C,"x\n3,C,z\n4"\n5,E,z\n', ["3", "5"],
          ["line 3: 4 fields where the header has 3", "line 5: 1 field where the header has 3"]),
-        ('2,B,C,"\n","\n"\n3,C,x\n', ["3"], ["line 3: 5 fields where the header has 3"]),
         ('2,"B\n3,C",x,"y\n4,D",z\n5,E,z\n', ["4", "5"],
          ["line 3: 5 fields where the header has 3", "line 4: 5 fields where the header has 3"]),
     ],
@@ -494,6 +493,14 @@ def short_fields() -> Iterator[None]:
     before = csv.field_size_limit(60)
     yield
     csv.field_size_limit(before)
+
+
+def test_a_blank_row_of_several_lines_inside_a_bad_row_is_passed_over() -> None:
+    content = f'{HEADER}"\n", ","","","\n"\n1,A,x\n'.replace(",", "\t")
+    assert [simplified(row) for row in read_rows(content)] == [
+        (2, "wrong number of fields", 5),
+        (5, "", ["1", "A", "x"]),
+    ]
 
 
 @pytest.mark.usefixtures("short_fields")

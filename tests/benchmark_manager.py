@@ -1,0 +1,139 @@
+"""The manager's part of the benchmark: offline commands, transfers, and whole runs against the stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmark import ROOT, Measured, medians, run_process
+
+sys.path.insert(0, str(ROOT / "samples"))
+
+from local_batch_api import LocalBatchAPI  # noqa: E402
+
+MANAGER = str(ROOT / "batch_tool.py")
+LOADS = "import json, sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        json.loads(line)"
+
+
+def request_line(number: int) -> str:
+    """A request of about 400 bytes."""
+    data = f"Fact {number} about an artist; " * 8
+    body = {"model": "gpt-x", "input": f"Write a bio. {data}", "metadata": {"artist_name": f"Artist {number}"}}
+    return json.dumps({"custom_id": f"a{number}", "method": "POST", "url": "/v1/responses", "body": body}) + "\n"
+
+
+def result_line(number: int) -> str:
+    """A result of about a kilobyte; one in a hundred is a server error."""
+    if number % 100 == 7:
+        response = {"status_code": 500, "request_id": "r", "body": {"error": {"code": "server_error", "message": "m"}}}
+    else:
+        text = f"Artist {number} has made “records” since 1990. " * 11
+        content = [{"type": "output_text", "annotations": [], "text": text}]
+        body = {
+            "id": f"resp_{number}", "object": "response", "status": "completed", "error": None, "model": "gpt-x",
+            "output": [{"id": "rs", "type": "reasoning", "summary": []},
+                       {"id": "msg", "type": "message", "role": "assistant", "content": content}],
+            "usage": {"input_tokens": 120, "output_tokens": 150, "total_tokens": 270},
+        }
+        response = {"status_code": 200, "request_id": f"req_{number}", "body": body}
+    return json.dumps({"id": f"b{number}", "custom_id": f"a{number}", "response": response, "error": None}) + "\n"
+
+
+def write_lines(path: Path, lines: Iterator[str]) -> Path:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    return path
+
+
+def manager(*args: str | Path) -> list[str]:
+    return [sys.executable, MANAGER, *map(str, args)]
+
+
+def bare(*paths: Path) -> list[str]:
+    return [sys.executable, "-c", LOADS, *map(str, paths)]
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def seconds(measured: Measured) -> str:
+    return f"{measured.seconds:.2f} s"
+
+
+def megabytes(measured: Measured) -> str:
+    return f"{measured.peak_mb:.0f} MB"
+
+
+def offline_table(folder: Path, number: int) -> Iterator[str]:
+    requests = write_lines(folder / "requests.jsonl", map(request_line, range(number)))
+    results = write_lines(folder / "results.jsonl", map(result_line, reversed(range(number))))
+    files = ("--in", requests, "--results", results, "--out", folder / "out")
+    commands = {
+        "validate": manager("validate", "--in", requests),
+        "retry": manager("retry", *files),
+        "export": manager("export", *files),
+    }
+    baselines = {"validate": bare(requests), "retry": bare(requests, results), "export": bare(requests, results)}
+    times = medians({**commands, "requests": baselines["validate"], "both": baselines["retry"]})
+    yield f"{number:,} requests of {requests.stat().st_size // number} bytes, results of " \
+          f"{results.stat().st_size // number} bytes:"
+    yield ""
+    yield row("command", "time", "peak memory", "`json.loads` of the same lines", "ratio")
+    yield "|---|---|---|---|---|"
+    for name in commands:
+        base = times["requests" if name == "validate" else "both"]
+        ratio = f"{times[name].seconds / base.seconds:.2f}"
+        yield row(name, seconds(times[name]), megabytes(times[name]), seconds(base), ratio)
+
+
+def transfer_table(folder: Path, api: LocalBatchAPI, download_mb: int, upload_mb: int) -> Iterator[str]:
+    output = write_lines(folder / "output.jsonl", map(result_line, range(download_mb * 1000)))
+    batch = api.new_batch("completed", output=b"")
+    size = output.stat().st_size
+    batch.output_file_id = api.store(output.rename(api.new_path()), "batch_output", "output.jsonl").id
+    yield row("transfer", "time", "peak memory")
+    yield "|---|---|---|"
+    measured = run_process(manager("retrieve", "--batch-id", batch.id, "--out", folder / "out"))
+    yield row(f"`retrieve` of {size / 1e6:.0f} MB", seconds(measured), megabytes(measured))
+    requests = write_lines(folder / "upload.jsonl", map(request_line, range(upload_mb * 2300)))
+    size = requests.stat().st_size
+    api.max_requests = 10**9
+    measured = run_process(manager("create", "--in", requests, "--max-requests", "50000"))
+    yield row(f"`create` of {size / 1e6:.0f} MB in parts of 50,000", seconds(measured), megabytes(measured))
+
+
+def run_table(folder: Path, api: LocalBatchAPI, numbers: list[int]) -> Iterator[str]:
+    yield row("`run` of", "parts", "time", "requests a second", "peak memory", "bytes a request")
+    yield "|---|---|---|---|---|---|"
+    small = run_process(manager("--help")).peak_mb
+    for number in numbers:
+        requests = write_lines(folder / "requests.jsonl", map(request_line, range(number)))
+        api.queue_limit = number // 4
+        command = manager("run", "--in", requests, "--out", folder / "out", "--interval", "0.5")
+        measured = run_process([*command, "--max-requests", str(number // 20)])
+        speed, grown = number / measured.seconds, (measured.peak_mb - small) * 1e6 / number
+        yield row(f"{number:,} requests", 20, seconds(measured), f"{speed:,.0f}", megabytes(measured), f"{grown:.0f}")
+
+
+def tables(quick: bool) -> Iterator[str]:
+    """The lines of the manager's tables, in Markdown."""
+    with tempfile.TemporaryDirectory() as name, LocalBatchAPI() as api:
+        folder = Path(name)
+        os.environ.update(OPENAI_BASE_URL=api.base_url, OPENAI_API_KEY="local")
+        os.chdir(folder)
+        api.recording = False
+        yield from offline_table(folder, 10_000 if quick else 100_000)
+        yield ""
+        yield from transfer_table(folder, api, *((30, 20) if quick else (300, 200)))
+        yield ""
+        yield from run_table(folder, api, [5_000, 20_000] if quick else [250_000, 1_000_000])
+
+
+if __name__ == "__main__":
+    for line in tables("--quick" in sys.argv):
+        print(line, flush=True)
