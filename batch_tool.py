@@ -2087,13 +2087,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     inputs = [path for path in (getattr(args, "input", None), *getattr(args, "results", [])) if path]
-    output = getattr(args, "output", None)
+    outputs = [path for path in (getattr(args, "output", None), getattr(args, "log_file", None)) if path]
     if inputs.count("-") > 1:
         parser.error("only one input can be stdin (-)")
-    for path in inputs:
-        if output and same_regular_file(path, output):
-            parser.error(f"{path} would be read and written at once; choose another --out")
-    if output and len(getattr(args, "batch_ids", [])) > 1:
+    for path, output in itertools.product(inputs, outputs):
+        if same_regular_file(path, output):
+            parser.error(f"{path} would be read and written at once; choose another path to write")
+    if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
         parser.error("--out goes with one --batch-id")
     args.argv = [*(sys.argv[1:] if argv is None else argv)]
     return args

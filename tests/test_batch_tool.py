@@ -2038,7 +2038,7 @@ def test_a_file_cannot_be_read_and_written_at_once(command: str, out: str, work:
     Path("results.jsonl").write_bytes(jsonl(success()))
     Path("link").symlink_to("requests.jsonl")
     arguments = [command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", out]
-    assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another --out")
+    assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
