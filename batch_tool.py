@@ -1143,9 +1143,9 @@ def usage_of(result: Json) -> tuple[int | None, int | None]:
     return tuple(n if isinstance(n, int) and not isinstance(n, bool) else None for n in found)  # type: ignore[return-value]
 
 
-def dicts(value: Any) -> Iterator[Json]:
+def dicts(value: Any) -> list[Json]:
     """The objects in what ought to be a list of them."""
-    return (item for item in value if isinstance(item, dict)) if isinstance(value, list) else iter(())
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def answer_text(body: Json) -> tuple[str, str]:
@@ -1155,7 +1155,7 @@ def answer_text(body: Json) -> tuple[str, str]:
     text = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "output_text")
     refusal = "".join(str(part.get("refusal") or "") for part in parts if part.get("type") == "refusal")
     cut_off = ""
-    for choice in itertools.islice(dicts(body.get("choices")), 1):
+    for choice in dicts(body.get("choices"))[:1]:
         message = choice.get("message")
         if isinstance(message, dict):
             text = str(message.get("content") or "")

@@ -2041,6 +2041,12 @@ def test_a_file_cannot_be_read_and_written_at_once(command: str, out: str, work:
     assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
 
 
+def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None:
+    requests_file()
+    arguments = ["create", "--in", "requests.jsonl", "--log-file", "requests.jsonl"]
+    assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: Capture) -> None:
     assert {"--help", *USAGE[command][::2]} - {"r", "s"} <= options_of(command, capsys) | {"o", "b"}

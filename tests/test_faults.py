@@ -202,9 +202,9 @@ def test_a_file_is_kept_where_a_lost_answer_may_have_made_its_batch(
 
 
 @contextlib.contextmanager
-def slow_api() -> Iterator[tuple[LocalBatchAPI, dict[str, str]]]:
+def slow_api(step: float) -> Iterator[tuple[LocalBatchAPI, dict[str, str]]]:
     """The stand-in with steps that take a little while, and the environment of its clients."""
-    with LocalBatchAPI(step=0.1) as api:
+    with LocalBatchAPI(step=step) as api:
         api.outcomes = {"a2": ["500", "200"], "a7": ["expired", "200"]}
         yield api, {**os.environ, "OPENAI_BASE_URL": api.base_url, "OPENAI_API_KEY": KEY}
 
@@ -230,7 +230,7 @@ def test_killed_again_and_again_it_runs_nothing_twice(work: Path) -> None:
     write_requests(ids)
     chance = random.Random(2)
     run = ("run", "--in", "requests.jsonl", "--out", "results.jsonl", "--max-requests", "3", "--interval", "0.05")
-    with slow_api() as (api, environment):
+    with slow_api(0.1) as (api, environment):
         for _ in range(4):
             for log in Path().glob("logs/*"):
                 log.unlink()
@@ -254,7 +254,7 @@ def test_stopped_at_any_moment_it_leaves_nothing_behind(work: Path, number: sign
     write_requests(IDS)
     Path("results.jsonl").write_text("old\n")
     chance = random.Random(number)
-    with slow_api() as (api, environment):
+    with slow_api(0.2) as (api, environment):
         process = start((*RUN, "--interval", "0.05"), environment)
         wait_for_log(process)
         time.sleep(chance.uniform(0, 0.9))
