@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
-    from openai import OpenAI, OpenAIError
+    from openai import APIStatusError, OpenAI, OpenAIError
     from openai._legacy_response import LegacyAPIResponse
     from openai.types import Batch, FileObject
 
@@ -51,10 +51,12 @@ MAX_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
 RECENT_SECONDS = 30 * 24 * 60 * 60  # the life of an uploaded file
 PAGE_SIZE = 100  # the most that a listing takes
 MAX_PAGES = 500  # a listing that has not ended by then does not end
+OTHERS = "others"  # batches of a request file that are none of its parts; no sha256 reads so
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 TRIES = 3  # of one request whose answer is lost
 LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
 RATE_LIMIT_SECONDS = 600  # how long a 429 is waited out in all
+NOTICED_SECONDS = 5  # a longer pause before a request is made again is told of
 POLL_SECONDS = 60  # how long one poll may take
 UPLOAD_SECONDS = 600  # how long the answer to an upload may take
 MAX_SECONDS = 10**8  # of --interval and --timeout; what sleep() takes at most is not much more
@@ -62,7 +64,10 @@ IDLE_REFUSALS = 5  # for the queue limit, with no batch of ours active
 MAX_LISTED = 20  # errors and warnings shown one by one
 CHUNK = 1 << 20
 ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-SECRET = re.compile(r"((?i:Bearer)\s+|(?<![A-Za-z0-9])sk-)[^\s\\\"',;]{16,}")
+SECRET = re.compile(  # also behind a blank or line break that is written as an escape of JSON or of a URL
+    r"((?i:Bearer)(?:\s|\\[nrt]|%20)+|(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9a-f]{4})|(?<=%[0-9A-F]{2}))sk-)"
+    r"[^\s\\\"',;]{16,}"
+)
 HIDDEN = "[secret]"
 JSON_LINE = json.JSONDecoder()
 BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
@@ -84,20 +89,27 @@ class Failure(Exception):
     exit_code = 1
 
 
-class Refused(Failure):
+class CallFailed(Failure):
+    """A request to the API without the answer that was asked for.
+
+    Where there was an answer: its HTTP status, the error's code and type, and the seconds that it asks to wait.
+    """
+
+    def __init__(
+        self, text: str, status: int | None = None, codes: tuple[Any, ...] = (), retry_after: float | None = None
+    ) -> None:
+        super().__init__(text)
+        self.status = status
+        self.codes = codes
+        self.retry_after = retry_after
+
+
+class Refused(CallFailed):
     """The API said no: a 4xx that the same request would get again."""
 
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
 
-
-class NoAnswer(Failure):
+class NoAnswer(CallFailed):
     """What became of a request is unknown: connection lost, time-out, 408, 409, 5xx, or an answer without sense."""
-
-    def __init__(self, text: str, status: int | None = None) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 class TimedOut(Failure):
@@ -261,14 +273,30 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             yield stdout.buffer
         return
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            with open(path, "wb") as file:
-                yield file
+        if is_stream(path):
+            with open(path, "wb") as stream, dropping_the_rest(stream):
+                yield stream
         else:
             with replacing(os.path.realpath(path)) as file:
                 yield file
     except OSError as error:
         raise Failure(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def dropping_the_rest(file: BinaryIO) -> Iterator[None]:
+    """Where the command is stopped, drop what is buffered: a reader that stands still would keep it from ending."""
+    try:
+        yield
+        file.flush()
+    except (OSError, Stopped):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        raise
+
+
+def is_stream(path: str) -> bool:
+    """Whether what is written there cannot be replaced: stdout, a pipe, a device."""
+    return path == "-" or (os.path.exists(path) and not os.path.isfile(path))
 
 
 @contextlib.contextmanager
@@ -294,7 +322,7 @@ def refuse_unwritable(path: str) -> None:
     """Raise Failure now for what would otherwise be one after the download, or after a day of waiting."""
     if os.path.isdir(path):
         raise Failure(f"cannot write {path}: it is a directory; choose another --out")
-    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+    if is_stream(path):
         return
     directory = os.path.dirname(os.path.realpath(path))
     try:
@@ -568,8 +596,9 @@ def base_url(console: Console) -> str:
         usable = False
     if not usable:
         raise Failure("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
-    if parts.password:
-        console.secrets += {parts.password, urllib.parse.unquote(parts.password)}
+    password = parts.password or ""
+    if len(password) >= 8:
+        console.secrets += {password, urllib.parse.unquote(password)}
     return url
 
 
@@ -609,6 +638,7 @@ class Api:
     def __init__(self, client: OpenAI, log: logging.Logger, args: argparse.Namespace) -> None:
         self.client = client
         self.sleep: Callable[[float], None] = args.sleep
+        self.seconds_left: Callable[[], float] = lambda: math.inf
         self.console: Console = args.console
         self.log = log
         self._verbose: bool = args.verbose
@@ -626,31 +656,30 @@ class Api:
         """What `read` makes of the answer to `send`; a lost answer is tried again, a 429 waited out for `patience`."""
         import openai
 
-        for attempt in itertools.count(1):
+        lost = limited = 0
+        while True:
             self.log.info("%s request %s", operation, to_json(about))
-            pause = 0.5 * 2 ** min(attempt - 1, 10)
             try:
                 content = send()
                 answer = read(content)
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, NoAnswer) as error:
                 failure = explain(error, without_password(str(self.client.base_url)))
-                pause = retry_after(error) or pause
-                self.log.exception("%s error %s", operation, failure)
-            except NoAnswer as nonsense:
-                failure = nonsense
                 self.log.exception("%s error %s", operation, failure)
             else:
                 self.log.info("%s response %s", operation, to_json(content))
                 if self._verbose:
                     self.console.say(f"{operation}: {to_json(content)}")
                 return answer
+            lost, limited = lost + isinstance(failure, NoAnswer), limited + is_rate_limit(failure)
+            pause = failure.retry_after or 0.5 * 2 ** min(lost + limited - 1, 10)
             if is_rate_limit(failure) and pause <= patience:
                 patience -= pause
-                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
-            elif not isinstance(failure, NoAnswer) or failure.status == 409 or attempt >= tries:
+            elif not isinstance(failure, NoAnswer) or failure.status == 409 or lost >= tries:
                 raise failure
-            self.sleep(min(pause, RATE_LIMIT_SECONDS))
-        raise AssertionError("unreachable")
+            pause = min(pause, RATE_LIMIT_SECONDS)
+            if is_rate_limit(failure) or pause > NOTICED_SECONDS:
+                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
+            self.sleep(pause)
 
     def upload(self, file: BinaryIO, part: Part, name: str) -> FileObject:
         client = self.client.with_options(timeout=UPLOAD_SECONDS)
@@ -670,13 +699,14 @@ class Api:
             read,
         )
 
-    def create_batch(self, request: Json, tries: int = 1) -> Batch:
+    def create_batch(self, request: Json) -> Batch:
         """One POST, as the SDK's own repetitions would each be a batch, and each be charged."""
         create = self.client.batches.with_raw_response.create
-        return self.call("CREATE_BATCH", request, lambda: json_object(create(**request)), as_batch, tries=tries)
+        return self.call("CREATE_BATCH", request, lambda: json_object(create(**request)), as_batch, tries=1)
 
     def batch(self, batch_id: str, **limits: Any) -> Batch:
-        retrieve = self.client.batches.with_raw_response.retrieve
+        client = self.client.with_options(timeout=max(1, min(POLL_SECONDS, self.seconds_left())))
+        retrieve = client.batches.with_raw_response.retrieve
 
         def read(answer: Json) -> Batch:
             batch = as_batch(answer)
@@ -708,7 +738,7 @@ class Api:
             data = content.get("data")
             if not isinstance(data, list):
                 raise NoAnswer("the answer is not a list of batches")
-            return [as_batch(item) for item in data], content.get("has_more") is True
+            return [as_batch(item) for item in data], content.get("has_more") is not False
 
         list_batches = self.client.batches.with_raw_response.list
         return self.call("LIST_BATCHES", dict(query), lambda: json_object(list_batches(**query)), read)
@@ -802,42 +832,46 @@ def is_id(value: Any) -> bool:
     return isinstance(value, str) and ID.fullmatch(value) is not None
 
 
-def explain(error: OpenAIError, url: str) -> Refused | NoAnswer:
+def explain(error: OpenAIError | NoAnswer, url: str) -> CallFailed:
     """What an error of the SDK means, in the API's words where there are any."""
     import openai
 
+    if isinstance(error, NoAnswer):
+        return error
     if isinstance(error, openai.APIStatusError):
-        status = error.status_code
-        body = error.body if isinstance(error.body, Mapping) else {}
-        words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
-        code = f" ({body['code']})" if body.get("code") else ""
-        text = f"HTTP {status}: {words}{code}"
-        if status == 401:
-            return Refused(f"{text}; check OPENAI_API_KEY", status)
-        return NoAnswer(text, status) if status in (408, 409) or status >= 500 else Refused(text, status)
+        return explain_status(error)
     if isinstance(error, openai.APITimeoutError):
         return NoAnswer(f"no answer from {url} in time")
     return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
 
 
-def is_rate_limit(failure: Failure) -> bool:
-    return isinstance(failure, Refused) and failure.status == 429 and "insufficient_quota" not in str(failure)
+def explain_status(error: APIStatusError) -> CallFailed:
+    status = error.status_code
+    body = error.body if isinstance(error.body, Mapping) else {}
+    words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
+    code = f" ({body['code']})" if body.get("code") else ""
+    advice = "; check OPENAI_API_KEY" if status == 401 else ""
+    kind = NoAnswer if status in (408, 409) or status >= 500 else Refused
+    codes = body.get("code"), body.get("type")
+    return kind(f"HTTP {status}: {words}{code}{advice}", status, codes, retry_after(error.response.headers))
 
 
-def retry_after(error: OpenAIError) -> float | None:
-    """The seconds that the answer asks to wait before the request is made again."""
-    import openai
+def is_rate_limit(failure: CallFailed) -> bool:
+    """Whether waiting helps; it does not where the account's quota is used up."""
+    return failure.status == 429 and "insufficient_quota" not in failure.codes
 
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    headers = error.response.headers
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1)):
-        with contextlib.suppress(KeyError, ValueError):
-            seconds = float(headers[name]) * unit
-            return seconds if math.isfinite(seconds) and seconds > 0 else None
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    return None
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that an answer asks to wait before the request is made again, given as a number or as a date."""
+    milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 # -- batches -----------------------------------------------------------------------------------------------------
@@ -932,22 +966,25 @@ def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
 class Watch:
     """Keeps time and looks at batches while they run, saying how far they are."""
 
-    def __init__(self, api: Api, args: argparse.Namespace) -> None:
+    def __init__(self, api: Api, args: argparse.Namespace, *, answered: bool = False) -> None:
         self.latest: dict[str, Batch] = {}
-        self._answered = False  # a first poll; from then on, outages are outlived
+        self._answered = answered  # the API, once; from then on, outages are outlived
         self._api = api
         self._sleep: Callable[[float], None] = args.sleep
         self._clock: Callable[[], float] = args.clock
         self._started = args.clock()
         self._deadline = math.inf if args.timeout is None else self._started + args.timeout
         self._said = ""
+        api.sleep, api.seconds_left = self.pause, self.seconds_left  # no wait inside a call outlasts --timeout
+
+    def seconds_left(self) -> float:
+        return self._deadline - self._clock()
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises TimedOut once --timeout has passed."""
-        left = self._deadline - self._clock()
-        if left > 0:
-            self._sleep(min(seconds, left))
-        if self._clock() >= self._deadline:
+        if self.seconds_left() > 0:
+            self._sleep(min(seconds, self.seconds_left()))
+        if self.seconds_left() <= 0:
             raise TimedOut("--timeout passed")
 
     def look(self, batch_ids: Iterable[str]) -> list[Batch]:
@@ -956,7 +993,7 @@ class Watch:
         for batch_id in batch_ids:
             try:
                 batch = self._api.batch(batch_id, **({"tries": 1, "patience": 0} if self._answered else {}))
-            except (NoAnswer, Refused) as failure:
+            except CallFailed as failure:
                 if not self._answered or not (isinstance(failure, NoAnswer) or is_rate_limit(failure)):
                     raise
                 self._api.console.warn(f"{batch_id}: {failure}; still waiting")
@@ -1148,6 +1185,11 @@ def dicts(value: Any) -> list[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def chat_text(content: Any) -> str:
+    """The content of a chat message, which is a text or a list of parts."""
+    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in dicts(content))
+
+
 def answer_text(body: Json) -> tuple[str, str]:
     """The text of a response and what there is to say against it: `refusal: …`, or that it was cut off."""
     parts = [part for item in dicts(body.get("output")) if item.get("type") == "message"
@@ -1158,7 +1200,7 @@ def answer_text(body: Json) -> tuple[str, str]:
     for choice in dicts(body.get("choices"))[:1]:
         message = choice.get("message")
         if isinstance(message, dict):
-            text = str(message.get("content") or "")
+            text = chat_text(message.get("content"))
             refusal = str(message.get("refusal") or "")
         cut_off = "incomplete: length" if choice.get("finish_reason") == "length" else ""
     return text, f"refusal: {refusal}" if refusal else cut_off
@@ -1203,6 +1245,8 @@ def input_path(text: str) -> str:
 
 
 def output_path(text: str) -> str:
+    if text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"not the name of a file: {text!a}")
     return "-" if text == "/dev/stdout" else path_argument(text)
 
 
@@ -1210,6 +1254,12 @@ def path_argument(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def log_path(text: str) -> str:
+    if text == "-":
+        raise argparse.ArgumentTypeError("stdout is for results; name a file, or /dev/stderr")
+    return path_argument(text)
 
 
 def batch_id(text: str) -> str:
@@ -1404,17 +1454,16 @@ class Submission:
         self._origin = origin
 
     def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
-        """By sha256, the recent batches of the same parts at the same endpoint, newest first; by `origin`, others."""
-        earlier: dict[str, list[Batch]] = {part.sha256: [] for part in parts}
-        if self._origin:
-            earlier.setdefault(self._origin, [])
+        """The recent batches at the same endpoint, newest first: by the sha256 of each part, and OTHERS of `origin`."""
+        earlier: dict[str, list[Batch]] = {OTHERS: [], **{part.sha256: [] for part in parts}}
         for batch in self._api.recent_batches():
-            keys = [metadata_of(batch, "input_sha256")]
-            if self._origin:
-                keys.append(metadata_of(batch, "request_file_sha256"))
-            same = next((earlier[key] for key in keys if key in earlier), None)
-            if same is not None and text_of(batch, "endpoint") == self._endpoint:
-                same.append(batch)
+            sha256, origin = metadata_of(batch, "input_sha256"), metadata_of(batch, "request_file_sha256")
+            if text_of(batch, "endpoint") != self._endpoint:
+                continue
+            if sha256 in earlier:
+                earlier[sha256].append(batch)
+            elif self._origin and self._origin in (sha256, origin):
+                earlier[OTHERS].append(batch)
         return earlier
 
     def upload(self, part: Part) -> str:
@@ -1457,14 +1506,14 @@ class Submission:
 
     def _create_visible(self, request: Json) -> Batch:
         """One batch; a file that was just uploaded and is not found yet is given some seconds."""
-        for delay in (*LOOK_UP_DELAYS, None):
+        for delay in LOOK_UP_DELAYS:
             try:
                 return self._api.create_batch(request)
             except Refused as failure:
-                if delay is None or failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
+                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
                     raise
-                self._api.sleep(delay)
-        raise AssertionError("unreachable")
+            self._api.sleep(delay)
+        return self._api.create_batch(request)
 
     def _look_up(self, file_id: str, known: set[str]) -> Batch | None:
         """The batch of an uploaded file, or None if it is not there; raises Failure if nobody answers."""
@@ -1476,7 +1525,7 @@ class Submission:
                     if text_of(batch, "input_file_id") == file_id and batch.id not in known:
                         return batch
                 answered = True
-            except (NoAnswer, Refused) as failure:
+            except CallFailed as failure:
                 self._console.warn(str(failure))
                 answered = False
         if not answered:
@@ -1522,28 +1571,34 @@ def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
             console.emit(f"Batch ID: {batch.id}")
         for line in describe(batch):
             console.emit(line)
-    saved = {}
+    saved: dict[str, str] = {}
     try:
         if args.auto_save and has_ended(batch):
-            saved = save_files(api, batch, batch_paths(batch.id), skip_complete=True, quiet=args.json)
+            save_files(api, batch, batch_paths(batch.id), saved, skip_complete=True, quiet=args.json)
     finally:
         if args.json:
             console.emit(batch_json(batch, saved))
 
 
 def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
-    """Where the output and the error file of a batch are saved."""
-    if out is None:
-        return {"results": f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
-    root, extension = os.path.splitext(out)
-    return {"results": out, "errors": f"errors_{batch_id}.jsonl" if out == "-" else f"{root}.errors{extension}"}
+    """Where the output and the error file of a batch are saved; beside a stream there is no place for errors."""
+    paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
+    if out and not is_stream(out):
+        root, extension = os.path.splitext(out)
+        paths["errors"] = f"{root}.errors{extension}"
+    return paths
 
 
 def save_files(
-    api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False, quiet: bool = False
-) -> dict[str, str]:
-    """Save the files that a batch has; by `results_path` and `errors_path`, where."""
-    saved = {}
+    api: Api,
+    batch: Batch,
+    paths: Mapping[str, str],
+    saved: dict[str, str],
+    *,
+    skip_complete: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Save the files that a batch has, and put where into `saved`, as `results_path` and `errors_path`."""
     for kind, name in (("results", "output_file_id"), ("errors", "error_file_id")):
         if file_id := file_id_of(batch, name):
             path = paths[kind]
@@ -1551,21 +1606,20 @@ def save_files(
             saved[f"{kind}_path"] = path
             say = api.console.say if quiet or paths["results"] == "-" else api.console.emit
             say(f"{kind.capitalize()} saved: {path} ({size} bytes)")
-    return saved
 
 
 def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
-    if os.path.isfile(path) and path != "-":
-        if skip_complete and is_complete(path, api.file(file_id).bytes):
-            return os.path.getsize(path)
-        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
-    if path == "-" or (os.path.exists(path) and not os.path.isfile(path)):
+    if is_stream(path):
         with tempfile.TemporaryFile() as copy:
             size = api.download(file_id, copy, path)
             copy.seek(0)
             with open_output(path) as out:
                 shutil.copyfileobj(copy, out, CHUNK)
         return size
+    if os.path.isfile(path):
+        if skip_complete and is_complete(path, api.file(file_id).bytes):
+            return os.path.getsize(path)
+        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
     with open_output(path) as out:
         return api.download(file_id, out, path)
 
@@ -1646,7 +1700,8 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
     if not has_ended(batch):
         raise Failure(f"Batch not completed (status: {batch.status})")
     paths = batch_paths(batch.id, args.output)
-    saved = save_files(api, batch, paths)
+    saved: dict[str, str] = {}
+    save_files(api, batch, paths, saved)
     if batch.status == "failed":
         raise Failure("Batch failed: " + "; ".join(batch_errors(batch)[:MAX_LISTED] or ["no reason given"]))
     if "results_path" not in saved:
@@ -1869,7 +1924,8 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 def missing_line(custom_id: str) -> bytes:
     error = {"code": "missing", "message": "the request is in no output or error file of its batches"}
-    return to_json({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
+    line = to_json({"id": None, "custom_id": custom_id, "response": None, "error": error})
+    return line.encode(errors="backslashreplace") + b"\n"
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -1877,9 +1933,9 @@ def sha256_of(file: BinaryIO) -> str:
     return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
 
 
-def usable(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches, given newest first, that did or may do anything; oldest first."""
-    return [batch for batch in batches if batch.status != "failed"][::-1]
+def adoptable(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, given newest first, that have or may yet have a success; oldest first."""
+    return [batch for batch in batches if not has_ended(batch) or has_output(batch)][::-1]
 
 
 class Job:
@@ -1901,7 +1957,7 @@ class Run:
         self._endpoint = endpoint
         self._results = results
         self._spool = spool
-        self._watch = Watch(api, args)
+        self._watch = Watch(api, args, answered=True)  # the listing or a submission comes before any poll
         self._waiting: deque[Job] = deque()
         self._active: dict[str, Job | None] = {}  # by batch id; None for one that is not sent again as it is
         self._cancelling: set[str] = set()  # active batches that were being cancelled before this run saw them
@@ -1946,13 +2002,13 @@ class Run:
         earlier = submission.find_earlier(parts)
         new = []
         for part in parts:
-            batches = usable(earlier.pop(part.sha256))
+            batches = adoptable(earlier[part.sha256])
             for batch in batches:
                 self._console.say(f"part {part.label} is batch {batch.id} ({batch.status}) already")
                 self._adopt(batch, Job(part) if len(batches) == 1 else None)
             if not batches:
                 new.append(part)
-        others = usable(itertools.chain.from_iterable(earlier.values()))
+        others = adoptable(earlier[OTHERS])
         for batch in others:
             self._console.say(f"batch {batch.id} ({batch.status}) has some of the requests already")
             self._adopt(batch, None)
@@ -2011,7 +2067,10 @@ class Run:
             else:
                 ended += 1
                 self._take(batch)
-                self._cancelled |= batch.status == "cancelled" and batch.id not in self._cancelling
+                if batch.status == "cancelled" and batch.id not in self._cancelling:
+                    self._cancelled = True
+                    self._console.warn(f"batch {batch.id} was cancelled; this run ends with what is under way, and a "
+                                       "later one does the rest")
         if self._cancelled:
             self._waiting.clear()
         else:
@@ -2055,7 +2114,7 @@ def online_options() -> argparse.ArgumentParser:
     """The options of every command that talks to the API."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
-        "--log-file", type=path_argument, metavar="PATH", help="default: logs/batch_YYYYMMDD_HHMMSS.log"
+        "--log-file", type=log_path, metavar="PATH", help="default: logs/batch_YYYYMMDD_HHMMSS.log"
     )
     parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
     return parser
@@ -2128,11 +2187,11 @@ def main(
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run the command line; the exit code."""
-    args = parse_args(argv)
     console = Console()
-    args.console, args.sleep, args.clock = console, sleep, clock
     try:
         with stopping_on_signals():
+            args = parse_args(argv)
+            args.console, args.sleep, args.clock = console, sleep, clock
             return int(args.run(args))
     except Failure as failure:
         console.say(f"{PROG}: error: {failure}")

@@ -346,13 +346,19 @@ class RowReader:
         self._number = began + last - 1
 
     def _look_for_swallowed(self, began: int, fields: list[str], lines: list[str]) -> None:
-        """Note the lines inside a quoted field that look like rows; prose has a blank behind its commas."""
+        """Note the lines inside a quoted field that look like rows.
+
+        Where ids are words or numbers, prose may begin like one, but has a blank behind its commas.
+        """
         delimiter, width, (id_at, *_) = self._layout
         shape = shape_of(fields[id_at])
+        prose_like = not {"a", "0"} <= set(shape)
         swallowed = []
         for number, line in enumerate(lines[1:], began + 1):
             inner = line.split(delimiter)
-            if len(inner) == width and shape_of(inner[id_at]) == shape and not any(f[:1].isspace() for f in inner[1:]):
+            if len(inner) != width or shape_of(inner[id_at]) != shape:
+                continue
+            if not (prose_like and any(field[:1].isspace() for field in inner[1:])):
                 swallowed.append(number)
         if swallowed:
             self.swallowing.append((began, swallowed))

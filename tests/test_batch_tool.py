@@ -943,14 +943,32 @@ def test_pages_that_repeat_come_to_an_end(api: LocalBatchAPI, tool: Tool) -> Non
     assert sent(api, "GET") == 2
 
 
+def test_a_listing_without_has_more_is_read_to_its_end(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    path = requests_file()
+    metadata = {"input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    known = {"id": "b2", "status": "in_progress", "endpoint": "/v1/responses", "metadata": metadata}
+    pages = {"data": [{"id": "b1", "status": "failed"}]}, {"data": [known]}, {"data": []}
+    api.faults += [Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()) for page in pages]
+    assert tool("create", "--in", path) == 0
+    assert capsys.readouterr().out == "File ID: \nBatch ID: b2\n"
+    assert sent(api, "POST") == 0
+
+
 def test_an_earlier_batch_with_few_fields_is_adopted(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     path = requests_file()
     metadata = {"input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     known = {"id": "b1", "status": "validating", "endpoint": "/v1/responses", "metadata": metadata, "created_at": "?"}
-    page = {"data": [{"id": "b2", "status": "validating", "metadata": metadata}, known]}
+    page = {"data": [{"id": "b2", "status": "validating", "metadata": metadata}, known], "has_more": False}
     api.faults.append(Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()))
     assert tool("create", "--in", path) == 0
     assert capsys.readouterr().out == "File ID: \nBatch ID: b1\n"
+
+
+def test_a_used_up_quota_is_known_by_its_type_too(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+    error = {"error": {"message": "Pay first.", "type": "insufficient_quota", "code": None}}
+    api.faults.append(Fault("POST", "/batches$", status=429, times=9, body=json.dumps(error).encode()))
+    assert tool("create", "--in", requests_file()) == 1
+    assert (sent(api, "POST", "/batches$"), clock.now) == (1, 0)
 
 
 @pytest.mark.parametrize("cut", [{"action": "cut"}, {"status": 500}], ids=in_short)
@@ -1268,6 +1286,13 @@ def test_an_outage_after_the_first_answer_is_outlived(
     assert err.count("batch_tool.py: warning: batch_1: ") == err.count("; still waiting\n") == 20
 
 
+def test_a_rate_limit_does_not_outlast_the_timeout(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+    batch = api.new_batch("in_progress")
+    api.faults.append(Fault("GET", status=429, headers={"Retry-After": "100"}, times=9))
+    assert tool("wait", "--batch-id", batch.id, "--timeout", "3") == 3
+    assert clock.now == 3
+
+
 def test_a_first_poll_that_fails_ends_the_wait(api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture) -> None:
     api.new_batch("in_progress", id="batch_1")
     api.faults.append(Fault("GET", times=3, message="Out", code="out"))
@@ -1570,6 +1595,7 @@ RESULTS = {
     "several parts": (response({"output": [message(text("A"), text("B")), message(text("C"))]}), SUCCEEDED, "ABC", ""),
     "chat": (response(chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
     "chat cut off": (response(chat("length", content="Bi")), SUCCEEDED, "Bi", "incomplete: length"),
+    "chat parts": (response(chat(content=[{"type": "text", "text": "A b"}, {"text": "io."}])), SUCCEEDED, "A bio.", ""),
     "chat refusal": (response(chat(content=None, refusal="No.")), SUCCEEDED, "", "refusal: No."),
     "refusal": (response({"output": [message({"type": "refusal", "refusal": "No."})]}), SUCCEEDED, "", "refusal: No."),
     "no text": (response({"object": "list", "data": []}), SUCCEEDED, "", ""),
@@ -2041,6 +2067,11 @@ def test_a_file_cannot_be_read_and_written_at_once(command: str, out: str, work:
     assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
 
 
+def test_the_log_cannot_be_stdout(work: Path, capsys: Capture) -> None:
+    error = usage_error(["list", "--log-file", "-"], capsys)
+    assert error.endswith("argument --log-file: stdout is for results; name a file, or /dev/stderr")
+
+
 def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None:
     requests_file()
     arguments = ["create", "--in", "requests.jsonl", "--log-file", "requests.jsonl"]
@@ -2186,3 +2217,29 @@ def test_a_create_whose_reader_is_gone_is_run_again(api: LocalBatchAPI, tool: To
     assert (done.returncode, done.stderr) == (1, "")
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(only_batch(api))
+
+
+@pytest.mark.parametrize("around", ["x\n{}", "a%20{}", "Bearer\t{}", "x\u0085{}", "({})"], ids=ascii)
+def test_a_secret_is_hidden_also_behind_an_escape(around: str, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    secret = "sk-proj-ABCDEFGHIJKLMNOPQRSTUV"
+    batch = api.new_batch("in_progress", metadata={"note": around.format(secret)})
+    assert tool("status", "--verbose", "--json", "--batch-id", batch.id) == 0
+    out, err = capsys.readouterr()
+    assert "ABCDEFGHIJ" not in out + err + log_text()
+    assert json.loads(out)["id"] == batch.id
+
+
+@pytest.mark.parametrize(("password", "hidden"), [("1", []), ("long-enough", ["long-enough"])])
+def test_a_short_password_in_the_url_does_not_garble_the_results(
+    password: str, hidden: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{password}@127.0.0.1:9/v1")
+    console = batch_tool.Console()
+    assert batch_tool.base_url(console) == f"http://user:{password}@127.0.0.1:9/v1"
+    assert sorted(set(console.secrets)) == hidden
+
+
+def test_a_stream_has_its_error_file_in_the_current_folder(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    batch = api.new_batch("completed", output=jsonl(success()), errors=jsonl(refused("a2")))
+    assert tool("retrieve", "--batch-id", batch.id, "--out", "/dev/null") == 0
+    assert Path(f"errors_{batch.id}.jsonl").read_bytes() == jsonl(refused("a2"))

@@ -570,7 +570,10 @@ SWALLOWING = pytest.mark.parametrize(
         ('a1,A,"Born in Leeds, lives in York, paints\nSculptor, painter, teacher"\n', [], []),
         ('a1,A,"x\nsculptor,painter,teacher"\n', [], []),
         ('a1,A,"x\na2,B"\n', [], []),
-        ('a1,A,"x\na2, B, y"\n', [], []),
+        ('a1,A,"x\na2, B, y"\n', [(2, [3])],
+         ["line 2: a quoted field holds line 3, which looks like a row of its own; check the quotes on line 2"]),
+        ('ab,A,"x\ncd, B, y"\n', [], []),
+        ('1930,A,"x\n1999, Berlin, y"\n', [], []),
         ('a1,A,"x\n\n\ny"\n', [], []),
     ],
 )
