@@ -19,6 +19,7 @@ import csv
 import datetime
 import email.utils
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -1175,9 +1176,9 @@ def usage_of(result: Json) -> tuple[int | None, int | None]:
     usage = body_of(result).get("usage")
     if not isinstance(usage, dict):
         return None, None
-    found = (usage.get("input_tokens", usage.get("prompt_tokens")),
-             usage.get("output_tokens", usage.get("completion_tokens")))
-    return tuple(n if isinstance(n, int) and not isinstance(n, bool) else None for n in found)  # type: ignore[return-value]
+    spent = usage.get("input_tokens", usage.get("prompt_tokens"))
+    made = usage.get("output_tokens", usage.get("completion_tokens"))
+    return spent if type(spent) is int else None, made if type(made) is int else None
 
 
 def dicts(value: Any) -> list[Json]:
@@ -1832,6 +1833,7 @@ def cmd_retry(args: argparse.Namespace) -> int:
 
 def read_results(args: argparse.Namespace, file: BinaryIO, files: contextlib.ExitStack) -> Results:
     """The best results of the requests in `file`, from all of --results, which stay open in `files`."""
+    gc.disable()  # nothing here makes reference cycles; looking for them among the entries takes a fifth of the time
     results = Results(request_ids(file, args.input), args.console)
     for path in args.results:
         results.read(files.enter_context(open_input(path)), path)

@@ -219,9 +219,20 @@ def benchmark_converter(folder: Path, quick: bool) -> None:
                 [[name, f"{each.seconds:.2f}", f"{each.peak_mb:.0f}"] for name, each in taken.items()])
 
 
+def benchmark_manager(_folder: Path, quick: bool) -> None:
+    from benchmark_manager import tables  # it measures with what is above
+
+    print()
+    for line in tables(quick):
+        print(line, flush=True)
+
+
 # -- command line ------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Path, bool], None]] = {"converter": benchmark_converter}
+SECTIONS: dict[str, Callable[[Path, bool], None]] = {
+    "converter": benchmark_converter,
+    "manager": benchmark_manager,
+}
 
 
 def main() -> None:
