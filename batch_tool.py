@@ -170,8 +170,8 @@ def to_json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, default=str)
 
 
-def commonest(counts: Counter[str], most: int = 5) -> str:
-    return ", ".join(f"{number} × {code}" for code, number in counts.most_common(most))
+def commonest(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} × {code}" for code, number in counts.most_common(5))
 
 
 @contextlib.contextmanager
@@ -919,11 +919,15 @@ def local_time(moment: int | None, separator: str = "T") -> str:
         return ""
 
 
+def error_list(batch: Batch) -> list[Any]:
+    errors = getattr(getattr(batch, "errors", None), "data", None)
+    return errors if isinstance(errors, list) else []
+
+
 def batch_errors(batch: Batch) -> list[str]:
     """The errors of a failed batch, a line each: `line 3: duplicate_custom_id: …`."""
-    errors = getattr(getattr(batch, "errors", None), "data", None)
     lines = []
-    for error in errors if isinstance(errors, list) else []:
+    for error in error_list(batch):
         line = number_of(error, "line")
         words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
         lines.append(": ".join(word for word in words if word))
@@ -931,10 +935,8 @@ def batch_errors(batch: Batch) -> list[str]:
 
 
 def is_over_queue_limit(batch: Batch) -> bool:
-    errors = getattr(getattr(batch, "errors", None), "data", None)
-    return batch.status == "failed" and isinstance(errors, list) and any(
-        text_of(error, "code") == "token_limit_exceeded" for error in errors
-    )
+    codes = [text_of(error, "code") for error in error_list(batch)]
+    return batch.status == "failed" and "token_limit_exceeded" in codes
 
 
 def describe(batch: Batch) -> Iterator[str]:
@@ -1823,8 +1825,8 @@ def cmd_retry(args: argparse.Namespace) -> int:
                 out.writelines(lines_to_send(file, results.best, wanted))
     report = args.console.say if args.output == "-" else args.console.emit
     report(f"Requests to retry: {count}")
-    rejected = f", {outcomes[REJECTED]} rejected" + ("" if args.include_rejected else " (not sent again)")
-    args.console.say(f"{outcomes[SUCCEEDED]} succeeded{rejected if outcomes[REJECTED] else ', 0 rejected'}, "
+    note = " (not sent again)" if outcomes[REJECTED] and not args.include_rejected else ""
+    args.console.say(f"{outcomes[SUCCEEDED]} succeeded, {outcomes[REJECTED]} rejected{note}, "
                      f"{outcomes[RETRYABLE]} failed otherwise, {outcomes['missing']} missing")
     if errors := results.errors():
         args.console.say(f"commonest errors: {commonest(errors)}")

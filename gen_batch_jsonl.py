@@ -125,8 +125,8 @@ def quoted(text: str) -> str:
     return f'"{escape_controls(text[:80])}{"…" if len(text) > 80 else ""}"'
 
 
-def count_of(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+def count_of(number: int, noun: str) -> str:
+    return f"{number} {noun if number == 1 else noun + 's'}"
 
 
 def shape_of(text: str) -> str:
