@@ -29,7 +29,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import signal
 import stat
 import sys
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from openai.types import Batch, FileObject
 
 PROG = "batch_tool.py"
+STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
 MAX_REQUESTS = 50_000  # in one batch; Batch API guide, "Rate limits"
 MAX_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
 RECENT_SECONDS = 30 * 24 * 60 * 60  # the life of an uploaded file
@@ -54,6 +54,7 @@ PAGE_SIZE = 100  # the most that a listing takes
 MAX_PAGES = 500  # a listing that has not ended by then does not end
 OTHERS = "others"  # batches of a request file that are none of its parts; no sha256 reads so
 TERMINAL = ("completed", "failed", "expired", "cancelled")
+SUCCEEDED, REJECTED, RETRYABLE, MISSING = "succeeded", "rejected", "retryable", "missing"  # how a request ended
 TRIES = 3  # of one request whose answer is lost
 LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
 RATE_LIMIT_SECONDS = 600  # how long a 429 is waited out in all
@@ -70,7 +71,6 @@ SECRET = re.compile(  # also behind a blank or line break that is written as an 
     r"[^\s\\\"',;]{16,}"
 )
 HIDDEN = "[secret]"
-JSON_LINE = json.JSONDecoder()
 BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
 TIMESTAMPS = (
     ("Created", "created_at"),
@@ -88,6 +88,12 @@ class Failure(Exception):
     """A foreseeable end of the command; its text is the one line that the user reads."""
 
     exit_code = 1
+
+
+class TimedOut(Failure):
+    """--timeout passed."""
+
+    exit_code = 3
 
 
 class CallFailed(Failure):
@@ -113,14 +119,8 @@ class NoAnswer(CallFailed):
     """What became of a request is unknown: connection lost, time-out, 408, 409, 5xx, or an answer without sense."""
 
 
-class TimedOut(Failure):
-    """--timeout passed."""
-
-    exit_code = 3
-
-
 class Stopped(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived; carries the exit code."""
+    """The command ends here without an error: stdout was closed or a signal arrived. Carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -147,6 +147,35 @@ class Problem(NamedTuple):
         return f"line {self.line}: {self.code}: {self.message}"
 
 
+class Counts(NamedTuple):
+    """How many requests of a batch have ended, and how; zeros while that is not known."""
+
+    completed: int
+    failed: int
+    total: int
+
+
+class Verdict(NamedTuple):
+    """What a results line says of its request: how it ended, and why."""
+
+    outcome: str
+    code: str = ""
+    message: str = ""
+
+    def error(self) -> str:
+        return ": ".join(word for word in (self.code, self.message) if word)
+
+
+class Entry(NamedTuple):
+    """The best results line of a request: what it says, and where it stands."""
+
+    outcome: str
+    code: str
+    file: int
+    offset: int
+    size: int
+
+
 # -- text --------------------------------------------------------------------------------------------------------
 
 
@@ -166,100 +195,93 @@ def shorten(text: str) -> str:
     return textwrap.shorten(text[:10_000], 200, placeholder=" …").strip()
 
 
-def to_json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, default=str)
-
-
 def commonest(counts: Counter[str]) -> str:
     return ", ".join(f"{number} × {code}" for code, number in counts.most_common(5))
 
 
-@contextlib.contextmanager
-def writing_stdout() -> Iterator[TextIO]:
-    """stdout, flushed at the end. Raises BrokenPipeError where nobody reads it, Failure where it cannot be written."""
-    if sys.stdout is None:
-        raise BrokenPipeError
+def to_json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def quoted(value: Any) -> str:
+    """A value as JSON for a message, cut to a readable length."""
+    return to_json(value)[:80]
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON_LINE = json.JSONDecoder()
+STRICT_JSON_LINE = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
+    """The JSON object on a line. Raises ValueError with what is wrong in words."""
     try:
-        try:
-            yield sys.stdout
-        finally:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter's last flush may go
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise Failure(f"cannot write to stdout: {error.strerror}") from None
+        content = decoder.decode(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(json_problem(error) if line.strip() else "blank line") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
 
 
-class Console:
-    """stdout for results and stderr for the rest, a line at a time, without secrets."""
+def json_problem(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"
+    return f"not valid JSON: {error}"
 
-    def __init__(self) -> None:
-        self.secrets: list[str] = []
-        self._stderr = sys.stderr
-        self._shown = 0  # characters of progress on the terminal's line
-        self.live = self._stderr is not None and self._stderr.isatty()
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for what its encoding cannot say
 
-    def scrub(self, text: str) -> str:
-        """The text without the API key or anything that looks like one, on one line."""
-        for secret in self.secrets:
-            text = text.replace(secret, HIDDEN)
-        return escape_controls(SECRET.sub(lambda found: found[1] + HIDDEN, text))
-
-    def emit(self, text: str) -> None:
-        """A line of the results, flushed. Raises BrokenPipeError where nobody reads them."""
-        self.clear()
-        with writing_stdout() as stdout:
-            stdout.write(self.scrub(text) + "\n")
-
-    def say(self, text: str) -> None:
-        self.clear()
-        self._write(self.scrub(text) + "\n")
-
-    def warn(self, text: str) -> None:
-        self.say(f"{PROG}: warning: {text}")
-
-    def progress(self, text: str) -> None:
-        """On a terminal, write over the progress shown before; elsewhere, a line."""
-        if not self.live:
-            self.say(text)
-            return
-        text = self.scrub(text)[: shutil.get_terminal_size().columns - 1]
-        self._write("\r" + text.ljust(self._shown))
-        self._shown = len(text)
-
-    def clear(self) -> None:
-        if self._shown:
-            self._write("\r" + " " * self._shown + "\r")
-            self._shown = 0
-
-    def _write(self, text: str) -> None:
-        if self._stderr is not None:
-            with contextlib.suppress(OSError):  # a lost message must not end the work that it tells of
-                self._stderr.write(text)
-                self._stderr.flush()
+def dicts(value: Any) -> list[Json]:
+    """The objects in what ought to be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 # -- files -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def open_input(path: str) -> Iterator[BinaryIO]:
-    """The file's bytes; stdin (`-`) and what is not a regular file as a temporary copy, to be read more than once."""
-    if path == "-" and sys.stdin is None:
-        raise Failure("stdin is closed; there is nothing to read")
+def failing_to(do: str, advice: str = "") -> Iterator[None]:
+    """Turn an OSError into the Failure that says what could not be done, and why."""
     try:
-        file = sys.stdin.buffer if path == "-" else open(path, "rb")
-        if path == "-" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            copy = tempfile.TemporaryFile()
-            shutil.copyfileobj(file, copy, CHUNK)
+        yield
+    except OSError as error:
+        raise Failure(f"cannot {do}: {error.strerror or error}{advice}") from None
+
+
+@contextlib.contextmanager
+def temporary_file() -> Iterator[BinaryIO]:
+    """A file without a name that lasts as long as the block."""
+    advice = "; set TMPDIR to a directory with room"
+    with failing_to("write a temporary file", advice), tempfile.TemporaryFile() as file:
+        yield cast(BinaryIO, file)
+
+
+def blocks(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """The file's bytes, some at a time; keeps an error of reading apart from one of whoever uses them."""
+    with failing_to(f"read {path}"):
+        while block := file.read(CHUNK):
+            yield block
+
+
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """The file's bytes; stdin and what is not a regular file as a temporary copy, to be read more than once."""
+    if path == STDIN and sys.stdin is None:
+        raise Failure("stdin is closed; there is nothing to read")
+    with contextlib.ExitStack() as stack:
+        with failing_to(f"read {path}"):
+            file = sys.stdin.buffer if path == STDIN else stack.enter_context(open(path, "rb"))
+        if path == STDIN or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            copy = stack.enter_context(temporary_file())
+            copy.writelines(blocks(file, path))
             copy.seek(0)
             file = copy
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror}") from None
-    with file:
         yield file
 
 
@@ -267,44 +289,56 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 def open_output(path: str) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
 
-    stdout (`-`) and what is not a regular file are written as they come.
+    stdout and what is not a regular file are written as they come.
     """
-    if path == "-":
-        with writing_stdout() as stdout:
-            yield stdout.buffer
-        return
     try:
-        if is_stream(path):
-            with open(path, "wb") as stream, dropping_the_rest(stream):
-                yield stream
+        if path == STDOUT:
+            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
+                yield file
+        elif is_stream(path):
+            with open(path, "wb") as opened, streaming(opened) as file:
+                yield file
         else:
             with replacing(os.path.realpath(path)) as file:
                 yield file
     except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}") from None
+        if path == STDOUT and isinstance(error, BrokenPipeError):
+            raise Stopped(1) from None
+        raise Failure(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def is_stream(path: str) -> bool:
+    """Whether what is written there cannot be replaced: stdout, a pipe, a device."""
+    return path == STDOUT or (os.path.exists(path) and not os.path.isfile(path))
 
 
 @contextlib.contextmanager
-def dropping_the_rest(file: BinaryIO) -> Iterator[None]:
-    """Where the command is stopped, drop what is buffered: a reader that stands still would keep it from ending."""
+def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
+    """The file, flushed at the end.
+
+    What is left in its buffer is dropped where the file does not take it, which would be complained of once more when
+    the interpreter ends, or where the command was stopped, as a reader that stands still would keep it from ending.
+    """
+    if file is None:
+        raise BrokenPipeError
     try:
-        yield
+        try:
+            yield file
+        except Failure:
+            file.flush()
+            raise
         file.flush()
     except (OSError, Stopped):
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         raise
 
 
-def is_stream(path: str) -> bool:
-    """Whether what is written there cannot be replaced: stdout, a pipe, a device."""
-    return path == "-" or (os.path.exists(path) and not os.path.isfile(path))
-
-
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A temporary file beside `path`, which replaces it once it is whole and on disk."""
     directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
+        os.makedirs(directory)
     temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x+b") as file:
@@ -326,17 +360,16 @@ def refuse_unwritable(path: str) -> None:
     if is_stream(path):
         return
     directory = os.path.dirname(os.path.realpath(path))
-    try:
-        os.makedirs(directory, exist_ok=True)
+    with failing_to(f"write {path}", "; choose another --out"):
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(directory)
         tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; choose another --out") from None
 
 
 def same_regular_file(source: str, destination: str) -> bool:
     try:
-        there = os.fstat(0) if source == "-" else os.stat(source)
-        here = os.fstat(1) if destination == "-" else os.stat(destination)
+        there = os.fstat(0) if source == STDIN else os.stat(source)
+        here = os.fstat(1) if destination == STDOUT else os.stat(destination)
     except OSError:
         return False
     return stat.S_ISREG(there.st_mode) and os.path.samestat(there, here)
@@ -345,11 +378,27 @@ def same_regular_file(source: str, destination: str) -> bool:
 @contextlib.contextmanager
 def locked(file: BinaryIO, path: str) -> Iterator[None]:
     """Hold the request file, so that no second create or run on this machine submits it at the same time."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
+    with failing_to(f"lock {path}"):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
     yield
+
+
+def file_signature(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def refuse_changes(file: BinaryIO, signature: tuple[int, int], path: str) -> None:
+    if file_signature(file) != signature:
+        raise Failure(f"{path} was changed while it was in use; run the same command again")
+
+
+def last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 class FilePart(io.BufferedIOBase):
@@ -385,14 +434,59 @@ class FilePart(io.BufferedIOBase):
         return data
 
 
+# -- stdout and stderr -------------------------------------------------------------------------------------------
+
+
+class Console:
+    """stdout for results and stderr for the rest, a line at a time, without secrets."""
+
+    def __init__(self, stderr: TextIO | None) -> None:
+        self.secrets: list[str] = []
+        self._stderr = stderr
+        self._shown = 0  # characters of progress on the terminal's line
+        self.live = stderr is not None and stderr.isatty()
+
+    def scrub(self, text: str) -> str:
+        """The text without the API key or anything that looks like one, on one line."""
+        for secret in self.secrets:
+            text = text.replace(secret, HIDDEN)
+        return escape_controls(SECRET.sub(lambda found: found[1] + HIDDEN, text))
+
+    def emit(self, text: str) -> None:
+        """A line of the results, flushed; what the encoding of stdout cannot say as backslash escapes."""
+        self.clear()
+        with open_output(STDOUT) as stdout:
+            stdout.write((self.scrub(text) + "\n").encode(sys.stdout.encoding, "backslashreplace"))
+
+    def say(self, text: str) -> None:
+        self.clear()
+        self._write(self.scrub(text) + "\n")
+
+    def warn(self, text: str) -> None:
+        self.say(f"{PROG}: warning: {text}")
+
+    def progress(self, text: str) -> None:
+        """On a terminal, write over the progress shown before; elsewhere, a line."""
+        if self._stderr is None or not self.live:
+            self.say(text)
+            return
+        text = self.scrub(text)[: (os.get_terminal_size(self._stderr.fileno()).columns or 80) - 1]
+        self._write("\r" + text.ljust(self._shown))
+        self._shown = len(text)
+
+    def clear(self) -> None:
+        if self._shown:
+            self._write("\r" + " " * self._shown + "\r")
+            self._shown = 0
+
+    def _write(self, text: str) -> None:
+        if self._stderr is not None:
+            with contextlib.suppress(OSError):  # a lost message must not end the work that it tells of
+                self._stderr.write(text)
+                self._stderr.flush()
+
+
 # -- request files -----------------------------------------------------------------------------------------------
-
-
-def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT_JSON_LINE = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 class InputCheck:
@@ -408,6 +502,7 @@ class InputCheck:
         self.line_of: dict[str, int] = {}
         self._model: Any = None
         self._max_requests = max_requests
+        self._hash = hashlib.sha256()
         self._parts: list[Part] = []
         self._start_part()
 
@@ -420,6 +515,10 @@ class InputCheck:
         size = self.size - self._part_offset
         self._parts.append(Part("", self._part_offset, size, self._part_requests, self._part_hash.hexdigest()))
         self._start_part()
+
+    def sha256(self) -> str:
+        """Of all bytes of the file that has been read."""
+        return self._hash.hexdigest()
 
     def parts(self) -> list[Part]:
         """The parts of the file that has been read: consecutive lines within the limits of a batch."""
@@ -436,6 +535,7 @@ class InputCheck:
             self.size += len(line)
             self._part_requests += 1
             self._part_hash.update(line)
+            self._hash.update(line)
             if len(line) > MAX_BYTES:
                 yield Problem(number, "invalid_request", f"{len(line)} bytes; a batch takes {MAX_BYTES} at most")
             yield from self._line_problems(number, line)
@@ -444,22 +544,19 @@ class InputCheck:
 
     def _line_problems(self, number: int, line: bytes) -> Iterator[Problem]:
         try:
-            request = STRICT_JSON_LINE.decode(line.decode())
-        except (ValueError, RecursionError) as error:
-            yield Problem(number, "invalid_json_line", "blank line" if not line.strip() else json_problem(error))
-            return
-        if not isinstance(request, dict):
-            yield Problem(number, "invalid_json_line", "not a JSON object")
+            request = read_object(line, STRICT_JSON_LINE)
+        except ValueError as error:
+            yield Problem(number, "invalid_json_line", str(error))
             return
         yield from self._id_problems(number, request.get("custom_id"))
-        if request.get("method") != "POST":
-            yield Problem(number, "invalid_request", f"method is {to_json(request.get('method'))[:80]}, not \"POST\"")
-        url, body = request.get("url"), request.get("body")
+        method, url, body = request.get("method"), request.get("url"), request.get("body")
+        if method != "POST":
+            yield Problem(number, "invalid_request", f'method is {quoted(method)}, not "POST"')
         if self.endpoint is None and isinstance(url, str) and url.startswith("/") and url.isprintable():
             self.endpoint = url
         if not url or url != self.endpoint:
             endpoint = self.endpoint or "a path like /v1/responses"
-            yield Problem(number, "url_mismatch", f"url is {to_json(url)[:80]}, not {endpoint[:80]}")
+            yield Problem(number, "url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}")
         if isinstance(body, dict):
             yield from self._body_problems(number, body)
         else:
@@ -471,8 +568,8 @@ class InputCheck:
         elif not isinstance(custom_id, str) or not custom_id:
             yield Problem(number, "invalid_request", "custom_id is not a string with at least one character")
         elif (first := self.line_of.setdefault(custom_id, number)) != number:
-            name = to_json(custom_id[:80])
-            yield Problem(number, "duplicate_custom_id", f"custom_id {name} was already used on line {first}")
+            message = f"custom_id {quoted(custom_id)} was already used on line {first}"
+            yield Problem(number, "duplicate_custom_id", message)
 
     def _body_problems(self, number: int, body: Json) -> Iterator[Problem]:
         if body.get("stream") is True:
@@ -483,28 +580,8 @@ class InputCheck:
         elif self._model is None:
             self._model = model
         elif model != self._model:
-            names = f"{to_json(model)[:80]}, not {to_json(self._model)[:80]}"
-            yield Problem(number, "model_mismatch", f"model is {names}; a batch has one model")
-
-
-def json_problem(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"
-    return f"not valid JSON: {error}"
-
-
-def file_signature(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def refuse_changes(file: BinaryIO, signature: tuple[int, int], path: str) -> None:
-    if file_signature(file) != signature:
-        raise Failure(f"{path} was changed while it was in use; run the same command again")
+            message = f"model is {quoted(model)}, not {quoted(self._model)}; a batch has one model"
+            yield Problem(number, "model_mismatch", message)
 
 
 def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) -> list[Part]:
@@ -523,6 +600,184 @@ def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) 
         console.warn(f"{count_of(check.without_model, 'request')} without body.model, which the Batch API refuses")
     refuse_changes(file, signature, path)
     return check.parts()
+
+
+# -- batches and files of the API --------------------------------------------------------------------------------
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, str) and ID.fullmatch(value) is not None
+
+
+def as_batch(content: Any) -> Batch:
+    """The Batch that an answer is; raises NoAnswer for any other. Of its fields only id and status are certain."""
+    from openai.types import Batch
+
+    if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
+        raise NoAnswer(f"the answer is not a batch: {shorten(to_json(content))}")
+    return Batch.construct(**content)
+
+
+def as_file(content: Json) -> FileObject:
+    """The FileObject that an answer is; raises NoAnswer for any other. Only its id and bytes are certain."""
+    from openai.types import FileObject
+
+    if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
+        raise NoAnswer(f"the answer is not a file: {shorten(to_json(content))}")
+    return FileObject.construct(**content)
+
+
+def text_of(thing: Any, name: str) -> str:
+    """A field of an SDK object as text; empty where the answer had it null, empty, or not as text."""
+    value = getattr(thing, name, None)
+    return value if isinstance(value, str) else ""
+
+
+def number_of(thing: Any, name: str) -> int | None:
+    value = getattr(thing, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def metadata_of(batch: Batch, name: str) -> str:
+    value = batch.metadata.get(name) if isinstance(batch.metadata, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def has_ended(batch: Batch) -> bool:
+    """Whether the status is terminal; one that is not known is not."""
+    return batch.status in TERMINAL
+
+
+def file_id_of(batch: Batch, name: str) -> str:
+    """The id of its output or error file; empty where it has none. Raises NoAnswer for what cannot be an id."""
+    file_id = getattr(batch, name, None)
+    if file_id and not is_id(file_id):
+        raise NoAnswer(f"{name} of batch {batch.id} is no file id: {quoted(file_id)}")
+    return file_id or ""
+
+
+def has_output(batch: Batch) -> bool:
+    return bool(file_id_of(batch, "output_file_id"))
+
+
+def result_files(batch: Batch) -> Iterator[tuple[str, str]]:
+    """The files that a batch has left: what is in it, `results` or `errors`, and its id."""
+    for kind, name in (("results", "output_file_id"), ("errors", "error_file_id")):
+        if file_id := file_id_of(batch, name):
+            yield kind, file_id
+
+
+def request_counts(batch: Batch) -> Counts:
+    counts = getattr(batch, "request_counts", None)
+    return Counts(*(number_of(counts, name) or 0 for name in Counts._fields))
+
+
+def error_list(batch: Batch) -> list[Any]:
+    errors = getattr(getattr(batch, "errors", None), "data", None)
+    return errors if isinstance(errors, list) else []
+
+
+def batch_errors(batch: Batch) -> list[str]:
+    """The errors of a failed batch, a line each: `line 3: duplicate_custom_id: …`."""
+    lines = []
+    for error in error_list(batch):
+        line = number_of(error, "line")
+        words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
+        lines.append(": ".join(word for word in words if word))
+    return [line for line in lines if line]
+
+
+def reasons(batch: Batch) -> str:
+    """Why a batch failed, on one line."""
+    return "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
+
+
+def is_over_queue_limit(batch: Batch) -> bool:
+    codes = [text_of(error, "code") for error in error_list(batch)]
+    return batch.status == "failed" and "token_limit_exceeded" in codes
+
+
+def local_time(moment: int | None, separator: str = "T") -> str:
+    """Unix seconds as local time; empty where there is none."""
+    try:
+        return datetime.datetime.fromtimestamp(moment).isoformat(separator, "seconds") if moment else ""
+    except (OverflowError, OSError, ValueError):
+        return ""
+
+
+def describe(batch: Batch) -> Iterator[str]:
+    """What `status` shows of a batch; lines without a value are left out."""
+    yield f"Status: {batch.status}"
+    stamps = [*TIMESTAMPS, *([] if has_ended(batch) else [("Expires", "expires_at")])]
+    for label, name in stamps:
+        if moment := local_time(number_of(batch, name)):
+            yield f"{label}: {moment}"
+    counts = request_counts(batch)
+    if counts.total:
+        yield f"Requests: {counts.completed} completed, {counts.failed} failed of {counts.total}"
+    usage = getattr(batch, "usage", None)
+    spent, made = number_of(usage, "input_tokens"), number_of(usage, "output_tokens")
+    if spent or made:
+        yield f"Tokens: {spent or 0} input, {made or 0} output"
+    yield from batch_errors(batch)
+
+
+def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
+    """The Batch object as the API gave it, on one line, and where its files were saved."""
+    return to_json({**batch.to_dict(mode="json", warnings=False), **(saved or {})})
+
+
+# -- answers of the API ------------------------------------------------------------------------------------------
+
+
+def json_object(response: LegacyAPIResponse[Any]) -> Json:
+    """The answer's JSON object; read here, as the SDK makes a str of what is not labelled JSON."""
+    try:
+        return read_object(response.content)
+    except ValueError:
+        raise NoAnswer(f"the answer is not a JSON object: {shorten(response.text) or 'it is empty'}") from None
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that an answer asks to wait before the request is made again, given as a number or as a date."""
+    milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return seconds if 0 < seconds < math.inf else None
+
+
+def explain_status(error: APIStatusError) -> CallFailed:
+    status = error.status_code
+    body = error.body if isinstance(error.body, Mapping) else {}
+    words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
+    code = f" ({body['code']})" if body.get("code") else ""
+    advice = "; check OPENAI_API_KEY" if status == 401 else ""
+    kind = NoAnswer if status in (408, 409) or status >= 500 else Refused
+    codes = body.get("code"), body.get("type")
+    return kind(f"HTTP {status}: {words}{code}{advice}", status, codes, retry_after(error.response.headers))
+
+
+def explain(error: OpenAIError | NoAnswer, url: str) -> CallFailed:
+    """What an error of the SDK means, in the API's words where there are any."""
+    import openai
+
+    if isinstance(error, NoAnswer):
+        return error
+    if isinstance(error, openai.APIStatusError):
+        return explain_status(error)
+    if isinstance(error, openai.APITimeoutError):
+        return NoAnswer(f"no answer from {url} in time")
+    return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
+
+
+def is_rate_limit(failure: CallFailed) -> bool:
+    """Whether waiting helps; it does not where the account's quota is used up."""
+    return failure.status == 429 and "insufficient_quota" not in failure.codes
 
 
 # -- the API -----------------------------------------------------------------------------------------------------
@@ -550,13 +805,11 @@ class LogHandler(logging.StreamHandler[TextIO]):
 def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
     """A log that only its owner can read; a run that costs money leaves its trace there, or does not begin."""
     path = path or time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
-    try:
+    with failing_to(f"open the log {path}", "; choose another with --log-file"):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
-    except OSError as error:
-        raise Failure(f"cannot open the log {path}: {error.strerror}; choose another with --log-file") from None
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
     handler = LogHandler(file)
     handler.setFormatter(LogFormatter(console))
@@ -608,28 +861,6 @@ def without_password(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-@contextlib.contextmanager
-def connect(args: argparse.Namespace) -> Iterator[Api]:
-    """The API as the environment names it; no request is made yet."""
-    console: Console = args.console
-    key, url = api_key(console), base_url(console)
-    organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
-    with open_log(args.log_file, console) as log:
-        log.info("START %s", to_json([PROG, *args.argv]))
-        try:
-            import httpx2
-            import openai
-        except ImportError as error:
-            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt") from None
-        try:
-            client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
-                                   max_retries=0, timeout=POLL_SECONDS)
-        except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
-            raise Failure(f"the environment does not make a client: {error}") from None
-        with client:
-            yield Api(client, log, args)
-
-
 class Api:
     """The operations of the Files and Batches API that the commands use, each logged, with one loop for all calls.
 
@@ -638,6 +869,7 @@ class Api:
 
     def __init__(self, client: OpenAI, log: logging.Logger, args: argparse.Namespace) -> None:
         self.client = client
+        self.url = without_password(str(client.base_url))
         self.sleep: Callable[[float], None] = args.sleep
         self.seconds_left: Callable[[], float] = lambda: math.inf
         self.console: Console = args.console
@@ -664,7 +896,7 @@ class Api:
                 content = send()
                 answer = read(content)
             except (openai.OpenAIError, NoAnswer) as error:
-                failure = explain(error, without_password(str(self.client.base_url)))
+                failure = explain(error, self.url)
                 self.log.exception("%s error %s", operation, failure)
             else:
                 self.log.info("%s response %s", operation, to_json(content))
@@ -682,8 +914,19 @@ class Api:
                 self.console.warn(f"{failure}; trying again in {pause:.0f} s")
             self.sleep(pause)
 
+    def ask(
+        self,
+        operation: str,
+        send: Callable[..., LegacyAPIResponse[Any]],
+        read: Callable[[Json], T],
+        parameters: Json,
+        **limits: Any,
+    ) -> T:
+        """What `read` makes of the SDK's answer to these parameters, which the log shows as they are."""
+        return self.call(operation, parameters, lambda: json_object(send(**parameters)), read, **limits)
+
     def upload(self, file: BinaryIO, part: Part, name: str) -> FileObject:
-        client = self.client.with_options(timeout=UPLOAD_SECONDS)
+        send = self.client.with_options(timeout=UPLOAD_SECONDS).files.with_raw_response.create
         content = (name, cast(BinaryIO, FilePart(file, part)))
         about = {"file": name, "part": part.label, "bytes": part.size, "requests": part.requests, "sha256": part.sha256}
 
@@ -693,21 +936,14 @@ class Api:
                 raise NoAnswer(f"file {uploaded.id} has {uploaded.bytes} bytes where {part.size} were uploaded")
             return uploaded
 
-        return self.call(
-            "UPLOAD",
-            about,
-            lambda: json_object(client.files.with_raw_response.create(file=content, purpose="batch")),
-            read,
-        )
+        return self.call("UPLOAD", about, lambda: json_object(send(file=content, purpose="batch")), read)
 
     def create_batch(self, request: Json) -> Batch:
-        """One POST, as the SDK's own repetitions would each be a batch, and each be charged."""
-        create = self.client.batches.with_raw_response.create
-        return self.call("CREATE_BATCH", request, lambda: json_object(create(**request)), as_batch, tries=1)
+        """One POST, as each repetition could be a batch of its own, and be charged."""
+        return self.ask("CREATE_BATCH", self.client.batches.with_raw_response.create, as_batch, request, tries=1)
 
     def batch(self, batch_id: str, **limits: Any) -> Batch:
         client = self.client.with_options(timeout=max(1, min(POLL_SECONDS, self.seconds_left())))
-        retrieve = client.batches.with_raw_response.retrieve
 
         def read(answer: Json) -> Batch:
             batch = as_batch(answer)
@@ -715,11 +951,11 @@ class Api:
                 raise NoAnswer(f"the answer is another batch: {batch.id}")
             return batch
 
-        return self.call("GET_STATUS", {"batch_id": batch_id}, lambda: json_object(retrieve(batch_id)), read, **limits)
+        send = client.batches.with_raw_response.retrieve
+        return self.ask("GET_STATUS", send, read, {"batch_id": batch_id}, **limits)
 
     def cancel(self, batch_id: str) -> Batch:
-        cancel = self.client.batches.with_raw_response.cancel
-        return self.call("CANCEL_BATCH", {"batch_id": batch_id}, lambda: json_object(cancel(batch_id)), as_batch)
+        return self.ask("CANCEL_BATCH", self.client.batches.with_raw_response.cancel, as_batch, {"batch_id": batch_id})
 
     def batches(self, page_size: int = PAGE_SIZE) -> Iterator[Batch]:
         """All batches, newest first, a request a page; ends where a page brings nothing new."""
@@ -732,17 +968,16 @@ class Api:
             if not has_more or not new:
                 return
             seen.update(batch.id for batch in new)
-            query["after"] = page[-1].id
+            query = {"limit": page_size, "after": page[-1].id}
 
     def _page(self, query: Json) -> tuple[list[Batch], bool]:
         def read(content: Json) -> tuple[list[Batch], bool]:
-            data = content.get("data")
-            if not isinstance(data, list):
+            page = content.get("data")
+            if not isinstance(page, list):
                 raise NoAnswer("the answer is not a list of batches")
-            return [as_batch(item) for item in data], content.get("has_more") is not False
+            return [as_batch(item) for item in page], content.get("has_more") is not False
 
-        list_batches = self.client.batches.with_raw_response.list
-        return self.call("LIST_BATCHES", dict(query), lambda: json_object(list_batches(**query)), read)
+        return self.ask("LIST_BATCHES", self.client.batches.with_raw_response.list, read, query)
 
     def recent_batches(self) -> Iterator[Batch]:
         """The batches of the last 30 days, newest first."""
@@ -753,14 +988,12 @@ class Api:
             yield batch
 
     def file(self, file_id: str) -> FileObject:
-        retrieve = self.client.files.with_raw_response.retrieve
-        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id}, lambda: json_object(retrieve(file_id)), as_file)
+        return self.ask("DOWNLOAD_RESULTS", self.client.files.with_raw_response.retrieve, as_file, {"file_id": file_id})
 
     def delete_file(self, file_id: str) -> None:
         """Delete an uploaded file that no batch uses; not worth a failure of its own."""
-        delete = self.client.files.with_raw_response.delete
         try:
-            self.call("DELETE_FILE", {"file_id": file_id}, lambda: json_object(delete(file_id)), lambda _: None)
+            self.ask("DELETE_FILE", self.client.files.with_raw_response.delete, bool, {"file_id": file_id})
         except Failure as failure:
             self.console.warn(f"file {file_id} was not deleted: {failure}")
 
@@ -792,178 +1025,137 @@ class Api:
                     out.write(block)
                     received += len(block)
         except httpx2.HTTPError as error:
-            url = without_password(str(self.client.base_url))
-            raise NoAnswer(f"download of {file_id} from {url} broke off: {error or type(error).__name__}") from error
+            why = str(error) or type(error).__name__
+            raise NoAnswer(f"download of {file_id} from {self.url} broke off: {why}") from error
         return received
 
 
-def last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-def json_object(response: LegacyAPIResponse[Any]) -> Json:
-    """The answer's JSON object; read here, as the SDK makes a str of what is not labelled JSON."""
-    try:
-        content = json.loads(response.content)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise NoAnswer(f"the answer is not a JSON object: {shorten(response.text) or 'it is empty'}")
-    return content
-
-
-def as_batch(content: Any) -> Batch:
-    from openai.types import Batch
-
-    if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
-        raise NoAnswer(f"the answer is not a batch: {shorten(to_json(content))}")
-    return Batch.construct(**content)
-
-
-def as_file(content: Json) -> FileObject:
-    from openai.types import FileObject
-
-    if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
-        raise NoAnswer(f"the answer is not a file: {shorten(to_json(content))}")
-    return FileObject.construct(**content)
-
-
-def is_id(value: Any) -> bool:
-    return isinstance(value, str) and ID.fullmatch(value) is not None
-
-
-def explain(error: OpenAIError | NoAnswer, url: str) -> CallFailed:
-    """What an error of the SDK means, in the API's words where there are any."""
-    import openai
-
-    if isinstance(error, NoAnswer):
-        return error
-    if isinstance(error, openai.APIStatusError):
-        return explain_status(error)
-    if isinstance(error, openai.APITimeoutError):
-        return NoAnswer(f"no answer from {url} in time")
-    return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
-
-
-def explain_status(error: APIStatusError) -> CallFailed:
-    status = error.status_code
-    body = error.body if isinstance(error.body, Mapping) else {}
-    words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
-    code = f" ({body['code']})" if body.get("code") else ""
-    advice = "; check OPENAI_API_KEY" if status == 401 else ""
-    kind = NoAnswer if status in (408, 409) or status >= 500 else Refused
-    codes = body.get("code"), body.get("type")
-    return kind(f"HTTP {status}: {words}{code}{advice}", status, codes, retry_after(error.response.headers))
-
-
-def is_rate_limit(failure: CallFailed) -> bool:
-    """Whether waiting helps; it does not where the account's quota is used up."""
-    return failure.status == 429 and "insufficient_quota" not in failure.codes
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an answer asks to wait before the request is made again, given as a number or as a date."""
-    milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
-    try:
-        seconds = float(milliseconds) / 1000 if milliseconds else float(text)
-    except ValueError:
+@contextlib.contextmanager
+def connect(args: argparse.Namespace) -> Iterator[Api]:
+    """The API as the environment names it; no request is made yet."""
+    console: Console = args.console
+    key, url = api_key(console), base_url(console)
+    organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
+    with open_log(args.log_file, console) as log:
+        log.info("START %s", to_json([PROG, *args.argv]))
         try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return seconds if 0 < seconds < math.inf else None
+            import httpx2
+            import openai
+        except ImportError as error:
+            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt") from None
+        try:
+            client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
+                                   max_retries=0, timeout=POLL_SECONDS)
+        except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
+            raise Failure(f"the environment does not make a client: {error}") from None
+        with client:
+            yield Api(client, log, args)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------
+# -- submitting and watching -------------------------------------------------------------------------------------
 
 
-def text_of(thing: Any, name: str) -> str:
-    """A field of an SDK object as text; empty where the answer had it null, empty, or not as text."""
-    value = getattr(thing, name, None)
-    return value if isinstance(value, str) else ""
+class Submission:
+    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers.
 
+    With the sha256 of a whole request file, they are found again as batches of that file, whatever its parts.
+    """
 
-def number_of(thing: Any, name: str) -> int | None:
-    value = getattr(thing, name, None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    def __init__(
+        self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str, request_file_sha256: str = ""
+    ) -> None:
+        self._api = api
+        self._console: Console = args.console
+        self._file = file
+        self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
+        self._endpoint = endpoint
+        self._window: str = args.completion_window
+        self._signature = file_signature(file)
+        self._request_file_sha256 = request_file_sha256
 
+    def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
+        """The recent batches at the same endpoint, newest first: by the sha256 of each part, and OTHERS of the file."""
+        earlier: dict[str, list[Batch]] = {OTHERS: [], **{part.sha256: [] for part in parts}}
+        whole = self._request_file_sha256
+        for batch in self._api.recent_batches():
+            if text_of(batch, "endpoint") != self._endpoint:
+                continue
+            sha256 = metadata_of(batch, "input_sha256")
+            if sha256 in earlier:
+                earlier[sha256].append(batch)
+            elif whole and whole in (sha256, metadata_of(batch, "request_file_sha256")):
+                earlier[OTHERS].append(batch)
+        return earlier
 
-def metadata_of(batch: Batch, name: str) -> str:
-    value = batch.metadata.get(name) if isinstance(batch.metadata, dict) else None
-    return value if isinstance(value, str) else ""
+    def upload(self, part: Part) -> str:
+        """The id of the part as an uploaded file."""
+        file_id = self._api.upload(self._file, part, self._name).id
+        try:
+            refuse_changes(self._file, self._signature, self._name)
+        except Failure:
+            self._api.delete_file(file_id)
+            raise
+        return file_id
 
+    def create(self, part: Part, file_id: str, known: Iterable[str] = ()) -> Batch:
+        """The batch of an uploaded part; raises Failure where it is refused, or its existence stays unknown.
 
-def has_ended(batch: Batch) -> bool:
-    """Whether the status is terminal; one that is not known is not."""
-    return batch.status in TERMINAL
+        `known` are batches of the same file that it cannot be.
+        """
+        request = {
+            "input_file_id": file_id,
+            "endpoint": self._endpoint,
+            "completion_window": self._window,
+            "metadata": self._metadata(part),
+        }
+        for attempt in range(TRIES):
+            try:
+                return self._create_visible(request)
+            except NoAnswer as failure:
+                self._console.warn(f"{failure}; looking whether the batch exists")
+            except Refused:
+                if not attempt:  # else an earlier POST may have made a batch of the file
+                    self._api.delete_file(file_id)
+                raise
+            batch, answered = self._look_up(file_id, set(known))
+            if batch:
+                return batch
+            if not answered:
+                break
+        raise Failure(f"no answer whether the batch of file {file_id} was created; run the same command again: "
+                      "it adopts the batch if it exists")
 
+    def _metadata(self, part: Part) -> dict[str, str]:
+        metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
+        if self._request_file_sha256 not in ("", part.sha256):
+            metadata["request_file_sha256"] = self._request_file_sha256
+        return metadata
 
-def file_id_of(batch: Batch, name: str) -> str:
-    """The id of its output or error file; empty where it has none. Raises NoAnswer for what cannot be an id."""
-    file_id = getattr(batch, name, None)
-    if file_id and not is_id(file_id):
-        raise NoAnswer(f"{name} of batch {batch.id} is no file id: {to_json(file_id)[:80]}")
-    return file_id or ""
+    def _create_visible(self, request: Json) -> Batch:
+        """One batch; a file that was just uploaded and is not found yet is given some seconds."""
+        for delay in LOOK_UP_DELAYS:
+            try:
+                return self._api.create_batch(request)
+            except Refused as failure:
+                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
+                    raise
+            self._api.sleep(delay)
+        return self._api.create_batch(request)
 
-
-def has_output(batch: Batch) -> bool:
-    return bool(file_id_of(batch, "output_file_id"))
-
-
-def local_time(moment: int | None, separator: str = "T") -> str:
-    """Unix seconds as local time; empty where there is none."""
-    try:
-        return datetime.datetime.fromtimestamp(moment).isoformat(separator, "seconds") if moment else ""
-    except (OverflowError, OSError, ValueError):
-        return ""
-
-
-def error_list(batch: Batch) -> list[Any]:
-    errors = getattr(getattr(batch, "errors", None), "data", None)
-    return errors if isinstance(errors, list) else []
-
-
-def batch_errors(batch: Batch) -> list[str]:
-    """The errors of a failed batch, a line each: `line 3: duplicate_custom_id: …`."""
-    lines = []
-    for error in error_list(batch):
-        line = number_of(error, "line")
-        words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
-        lines.append(": ".join(word for word in words if word))
-    return [line for line in lines if line]
-
-
-def is_over_queue_limit(batch: Batch) -> bool:
-    codes = [text_of(error, "code") for error in error_list(batch)]
-    return batch.status == "failed" and "token_limit_exceeded" in codes
-
-
-def describe(batch: Batch) -> Iterator[str]:
-    """What `status` shows of a batch; lines without a value are left out."""
-    yield f"Status: {batch.status}"
-    stamps = [*TIMESTAMPS, *([] if has_ended(batch) else [("Expires", "expires_at")])]
-    for label, name in stamps:
-        if moment := local_time(number_of(batch, name)):
-            yield f"{label}: {moment}"
-    completed, failed, total = request_counts(batch)
-    if total:
-        yield f"Requests: {completed} completed, {failed} failed of {total}"
-    usage = getattr(batch, "usage", None)
-    if number_of(usage, "input_tokens") or number_of(usage, "output_tokens"):
-        yield f"Tokens: {number_of(usage, 'input_tokens') or 0} input, {number_of(usage, 'output_tokens') or 0} output"
-    yield from batch_errors(batch)
-
-
-def request_counts(batch: Batch) -> tuple[int, int, int]:
-    """completed, failed, total; zeros while they are not known."""
-    counts = getattr(batch, "request_counts", None)
-    return tuple(number_of(counts, name) or 0 for name in ("completed", "failed", "total"))  # type: ignore[return-value]
-
-
-def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
-    """The Batch object as the API gave it, on one line, and where its files were saved."""
-    return to_json({**batch.to_dict(mode="json", warnings=False), **(saved or {})})
+    def _look_up(self, file_id: str, known: set[str]) -> tuple[Batch | None, bool]:
+        """The batch of an uploaded file, where it is listed; and whether the last look got an answer."""
+        answered = False
+        for delay in LOOK_UP_DELAYS:
+            self._api.sleep(delay)
+            try:
+                for batch in self._api.recent_batches():
+                    if text_of(batch, "input_file_id") == file_id and batch.id not in known:
+                        return batch, True
+                answered = True
+            except CallFailed as failure:
+                self._console.warn(str(failure))
+                answered = False
+        return None, answered
 
 
 class Watch:
@@ -1010,7 +1202,7 @@ class Watch:
     def show(self) -> None:
         """Progress over all batches: on a terminal every time, elsewhere when it has changed."""
         batches = self.latest.values()
-        completed, failed, total = map(sum, zip((0, 0, 0), *map(request_counts, batches), strict=True))
+        completed, failed, total = map(sum, zip(Counts(0, 0, 0), *map(request_counts, batches), strict=True))
         statuses = ", ".join(f"{number} {status}" for status, number in Counter(b.status for b in batches).items())
         done = f"{completed + failed}/{total} requests ({100 * (completed + failed) // total}%)" if total else ""
         said = ", ".join(word for word in (statuses, done, f"{failed} failed" if failed else "") if word)
@@ -1021,28 +1213,6 @@ class Watch:
 
 
 # -- results -----------------------------------------------------------------------------------------------------
-
-SUCCEEDED, REJECTED, RETRYABLE = "succeeded", "rejected", "retryable"
-
-
-class Verdict(NamedTuple):
-    """What a results line says of its request: whether it succeeded, may be sent again or not, and why."""
-
-    outcome: str
-    code: str = ""
-    message: str = ""
-
-    def error(self) -> str:
-        return ": ".join(word for word in (self.code, self.message) if word)
-
-
-class Entry(NamedTuple):
-    """The best results line of a request: what it says, and where it stands."""
-
-    outcome: str
-    code: str
-    file: int
-    offset: int
 
 
 def error_verdict(outcome: str, error: Any, otherwise: str) -> Verdict:
@@ -1070,103 +1240,6 @@ def judge(result: Json) -> Verdict:
     return error_verdict(REJECTED if rejected else RETRYABLE, body.get("error") or result.get("error"), otherwise)
 
 
-def request_ids(file: BinaryIO, path: str) -> dict[str, Entry | None]:
-    """The custom_ids of a request file in its order, each without an entry yet; raises Failure for a bad line."""
-    ids: dict[str, Entry | None] = {}
-    for number, line in enumerate(file, 1):
-        try:
-            request = JSON_LINE.decode(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise Failure(f"{path} line {number}: {json_problem(error)}; is this the request file?") from None
-        custom_id = request.get("custom_id") if isinstance(request, dict) else None
-        if not isinstance(custom_id, str) or not custom_id:
-            raise Failure(f"{path} line {number}: no custom_id; is this the request file?")
-        if custom_id in ids:
-            raise Failure(f"{path} line {number}: custom_id {to_json(custom_id[:80])} was used before; see validate")
-        ids[custom_id] = None
-    file.seek(0)
-    return ids
-
-
-class Results:
-    """The best results line of every request: a success wins, else the last one read.
-
-    `best` has every custom_id of the request file in its order; the lines stay in their files.
-    """
-
-    def __init__(self, best: dict[str, Entry | None], console: Console) -> None:
-        self.best = best
-        self.input_tokens = 0  # of all lines read: what was charged
-        self.output_tokens = 0
-        self._console = console
-        self._files: list[BinaryIO] = []
-        self._warned = 0
-
-    def read(self, file: BinaryIO, path: str) -> None:
-        """Index the lines of a file from where it stands; it must stay open."""
-        if file not in self._files:
-            self._files.append(file)
-        index = self._files.index(file)
-        offset = file.tell()
-        for number, line in enumerate(file, 1):
-            self._read_line(line, index, offset, f"{path} line {number}")
-            offset += len(line)
-
-    def _read_line(self, line: bytes, index: int, offset: int, where: str) -> None:
-        try:
-            result = JSON_LINE.decode(line.decode())
-        except (ValueError, RecursionError) as error:
-            self._warn(f"{where}: {json_problem(error)}; line ignored")
-            return
-        custom_id = result.get("custom_id") if isinstance(result, dict) else None
-        if not isinstance(custom_id, str):
-            self._warn(f"{where}: not a results line (no custom_id); line ignored")
-        elif custom_id not in self.best:
-            self._warn(f"{where}: custom_id {to_json(custom_id[:80])} is not in the request file; line ignored")
-        else:
-            verdict = judge(result)
-            known = self.best[custom_id]
-            if known is None or known.outcome != SUCCEEDED or verdict.outcome == SUCCEEDED:
-                self.best[custom_id] = Entry(verdict.outcome, sys.intern(verdict.code[:80]), index, offset)
-            tokens = usage_of(result)
-            self.input_tokens += tokens[0] or 0
-            self.output_tokens += tokens[1] or 0
-
-    def _warn(self, text: str) -> None:
-        self._warned += 1
-        if self._warned <= MAX_LISTED:
-            self._console.warn(text)
-
-    def warn_of_the_rest(self) -> None:
-        if self._warned > MAX_LISTED:
-            self._console.warn(f"{self._warned} results lines were ignored in all; {MAX_LISTED} are named above")
-
-    def line(self, entry: Entry) -> bytes:
-        """The results line itself, with a line end."""
-        file = self._files[entry.file]
-        file.seek(entry.offset)
-        return file.readline().rstrip(b"\n") + b"\n"
-
-    def outcomes(self) -> Counter[str]:
-        """How many requests ended how: succeeded, rejected, retryable, missing."""
-        return Counter(entry.outcome if entry else "missing" for entry in self.best.values())
-
-    def errors(self) -> Counter[str]:
-        return Counter(entry.code for entry in self.best.values() if entry and entry.code)
-
-    def summary(self) -> str:
-        """The totals, the tokens and the commonest errors, for stderr."""
-        outcomes = self.outcomes()
-        incomplete = self.errors()["incomplete"]
-        failed = outcomes[REJECTED] + outcomes[RETRYABLE] - incomplete
-        text = (
-            f"{outcomes[SUCCEEDED]} succeeded, {failed} failed, {incomplete} incomplete, "
-            f"{outcomes['missing']} missing of {count_of(len(self.best), 'request')}; "
-            f"tokens: {self.input_tokens} input, {self.output_tokens} output"
-        )
-        return f"{text}; errors: {commonest(self.errors())}" if self.errors() else text
-
-
 def body_of(result: Json) -> Json:
     response = result.get("response")
     body = response.get("body") if isinstance(response, dict) else None
@@ -1183,9 +1256,111 @@ def usage_of(result: Json) -> tuple[int | None, int | None]:
     return spent if type(spent) is int else None, made if type(made) is int else None
 
 
-def dicts(value: Any) -> list[Json]:
-    """The objects in what ought to be a list of them."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def request_ids(file: BinaryIO, path: str) -> dict[str, Entry | None]:
+    """The custom_ids of a request file in its order, each without an entry yet; raises Failure for a bad line."""
+    ids: dict[str, Entry | None] = {}
+    for number, line in enumerate(file, 1):
+        try:
+            custom_id = read_object(line).get("custom_id")
+        except ValueError as error:
+            raise Failure(f"{path} line {number}: {error}; is this the request file?") from None
+        if not isinstance(custom_id, str) or not custom_id:
+            raise Failure(f"{path} line {number}: no custom_id; is this the request file?")
+        if custom_id in ids:
+            raise Failure(f"{path} line {number}: custom_id {quoted(custom_id)} was used before; see validate")
+        ids[custom_id] = None
+    file.seek(0)
+    return ids
+
+
+class Results:
+    """The best results line of every request: a success wins, else the last one read.
+
+    `best` has every custom_id of the request file in its order; the lines stay in their files.
+    """
+
+    def __init__(self, best: dict[str, Entry | None], console: Console) -> None:
+        self.best = best
+        self.ignored = 0  # lines that are no result of any request
+        self.input_tokens = 0  # of all lines read: what was charged
+        self.output_tokens = 0
+        self._console = console
+        self._files: list[BinaryIO] = []
+
+    def read(self, file: BinaryIO, path: str) -> None:
+        """Index the lines of a file from where it stands; it must stay open."""
+        if file not in self._files:
+            self._files.append(file)
+        index = self._files.index(file)
+        offset = file.tell()
+        for number, line in enumerate(file, 1):
+            try:
+                self._add(read_object(line), index, offset, len(line))
+            except ValueError as error:
+                self._ignore(f"{path} line {number}: {error}; line ignored")
+            offset += len(line)
+
+    def _add(self, result: Json, file: int, offset: int, size: int) -> None:
+        custom_id = result.get("custom_id")
+        if not isinstance(custom_id, str):
+            raise ValueError("not a results line (no custom_id)")
+        if custom_id not in self.best:
+            raise ValueError(f"custom_id {quoted(custom_id)} is not in the request file")
+        outcome, code, _ = judge(result)
+        known = self.best[custom_id]
+        if known is None or known.outcome != SUCCEEDED or outcome == SUCCEEDED:
+            self.best[custom_id] = Entry(outcome, sys.intern(code[:80]), file, offset, size)
+        spent, made = usage_of(result)
+        self.input_tokens += spent or 0
+        self.output_tokens += made or 0
+
+    def _ignore(self, text: str) -> None:
+        self.ignored += 1
+        if self.ignored <= MAX_LISTED:
+            self._console.warn(text)
+
+    def line(self, entry: Entry) -> bytes:
+        """The results line itself, with a line end."""
+        file = self._files[entry.file]
+        file.seek(entry.offset)
+        return file.read(entry.size).rstrip(b"\n") + b"\n"
+
+    def outcomes(self) -> Counter[str]:
+        """How many requests ended how: succeeded, rejected, retryable, missing."""
+        return Counter(entry.outcome if entry else MISSING for entry in self.best.values())
+
+    def errors(self) -> Counter[str]:
+        return Counter(entry.code for entry in self.best.values() if entry and entry.code)
+
+    def summary(self) -> str:
+        """The totals, the tokens and the commonest errors, for stderr."""
+        outcomes, errors = self.outcomes(), self.errors()
+        incomplete = errors["incomplete"]
+        failed = outcomes[REJECTED] + outcomes[RETRYABLE] - incomplete
+        text = (
+            f"{outcomes[SUCCEEDED]} succeeded, {failed} failed, {incomplete} incomplete, "
+            f"{outcomes[MISSING]} missing of {count_of(len(self.best), 'request')}; "
+            f"tokens: {self.input_tokens} input, {self.output_tokens} output"
+        )
+        return text + (f"; errors: {commonest(errors)}" if errors else "") + self.ignored_lines()
+
+    def ignored_lines(self) -> str:
+        return f"; {count_of(self.ignored, 'results line')} ignored" if self.ignored else ""
+
+
+def lines_to_send(file: BinaryIO, best: Mapping[str, Entry | None], wanted: Iterable[str]) -> Iterator[bytes]:
+    """The lines of a request file whose requests ended in one of the wanted ways, as they stand there."""
+    for line, entry in zip(file, best.values(), strict=True):
+        if (entry.outcome if entry else MISSING) in wanted:
+            yield line
+
+
+# -- bios --------------------------------------------------------------------------------------------------------
+
+
+def joined(parts: Iterable[Json], kind: str, field: str) -> str:
+    """The text in the parts of one type."""
+    return "".join(str(part.get(field) or "") for part in parts if part.get("type") == kind)
 
 
 def chat_text(content: Any) -> str:
@@ -1195,18 +1370,15 @@ def chat_text(content: Any) -> str:
 
 def answer_text(body: Json) -> tuple[str, str]:
     """The text of a response and what there is to say against it: `refusal: …`, or that it was cut off."""
-    parts = [part for item in dicts(body.get("output")) if item.get("type") == "message"
-             for part in dicts(item.get("content"))]
-    text = "".join(str(part.get("text") or "") for part in parts if part.get("type") == "output_text")
-    refusal = "".join(str(part.get("refusal") or "") for part in parts if part.get("type") == "refusal")
-    cut_off = ""
-    for choice in dicts(body.get("choices"))[:1]:
-        message = choice.get("message")
-        if isinstance(message, dict):
-            text = chat_text(message.get("content"))
-            refusal = str(message.get("refusal") or "")
-        cut_off = "incomplete: length" if choice.get("finish_reason") == "length" else ""
-    return text, f"refusal: {refusal}" if refusal else cut_off
+    messages = [item for item in dicts(body.get("output")) if item.get("type") == "message"]
+    parts = [part for message in messages for part in dicts(message.get("content"))]
+    text, refusal = joined(parts, "output_text", "text"), joined(parts, "refusal", "refusal")
+    choice = next(iter(dicts(body.get("choices"))), {})
+    if isinstance(message := choice.get("message"), dict):
+        text, refusal = chat_text(message.get("content")), str(message.get("refusal") or "")
+    if refusal:
+        return text, f"refusal: {refusal}"
+    return text, "incomplete: length" if choice.get("finish_reason") == "length" else ""
 
 
 def artist_name(request: Json) -> str:
@@ -1225,48 +1397,45 @@ def bio_row(request: Json, result: Json | None) -> tuple[str | int, ...]:
     """The row of the exported CSV for a request and its best results line."""
     known = request["custom_id"], artist_name(request)
     if result is None:
-        return *known, "", "missing", "", ""
-    verdict = judge(result)
+        return *known, "", MISSING, "", ""
     text, objection = answer_text(body_of(result))
     tokens = ("" if number is None else number for number in usage_of(result))
-    return *known, text, verdict.error() or objection, *tokens
+    return *known, text, judge(result).error() or objection, *tokens
 
 
-# -- commands ----------------------------------------------------------------------------------------------------
+# -- arguments ---------------------------------------------------------------------------------------------------
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 def text_argument(text: str) -> str:
-    if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"empty, or with control characters: {text!a}")
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"has control characters or is not valid UTF-8: {text!a}")
     return text
 
 
 def input_path(text: str) -> str:
-    return "-" if text == "/dev/stdin" else path_argument(text)
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return STDIN if text == "-" else text
 
 
 def output_path(text: str) -> str:
-    if text.endswith("/"):
+    if not text or text.endswith("/"):
         raise argparse.ArgumentTypeError(f"not the name of a file: {text!a}")
-    return "-" if text == "/dev/stdout" else path_argument(text)
-
-
-def path_argument(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    return STDOUT if text == "-" else text
 
 
 def log_path(text: str) -> str:
-    if text == "-":
+    if text in ("-", STDOUT):
         raise argparse.ArgumentTypeError("stdout is for results; name a file, or /dev/stderr")
-    return path_argument(text)
+    return output_path(text)
 
 
-def batch_id(text: str) -> str:
-    if not ID.fullmatch(text):
+def id_argument(text: str) -> str:
+    if not is_id(text):
         raise argparse.ArgumentTypeError(f"not a batch id: {text!a}")
     return text
 
@@ -1292,64 +1461,53 @@ def positive_seconds(text: str) -> float:
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--in", dest="input", required=True, type=input_path, metavar="JSONL", help="request file, - for stdin"
-    )
+    add = parser.add_argument
+    add("--in", dest="input", required=True, type=input_path, metavar="JSONL", help="request file, - for stdin")
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = True) -> None:
+    parser.add_argument("--out", dest="output", required=required, type=output_path, metavar=metavar, help=text)
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--endpoint", type=text_argument, metavar="E", help="what the requests are for (default: the url they name)"
-    )
+    text = "what the requests are for (default: the url they name)"
+    parser.add_argument("--endpoint", type=text_argument, metavar="E", help=text)
 
 
 def add_submission(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     add_endpoint(parser)
-    parser.add_argument(
-        "--completion-window", type=text_argument, default="24h", metavar="W", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-requests",
-        type=batch_size,
-        default=MAX_REQUESTS,
-        metavar="N",
-        help="requests in one batch (default: %(default)s); fewer for an account with a small token queue",
-    )
+    add = parser.add_argument
+    add("--completion-window", type=text_argument, default="24h", metavar="W", help="default: %(default)s")
+    text = "requests in one batch (default: %(default)s); fewer for an account with a small token queue"
+    add("--max-requests", type=batch_size, default=MAX_REQUESTS, metavar="N", help=text)
 
 
 def add_batch_ids(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=batch_id, metavar="ID")
+    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=id_argument, metavar="ID")
 
 
 def add_auto_save(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--auto-save",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="save the results of a batch that has ended (default: yes)",
-    )
+    text = "save the results of a batch that has ended (default: yes)"
+    parser.add_argument("--auto-save", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def add_waiting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--interval", type=positive_seconds, default=30.0, metavar="S", help="seconds between polls (default: 30)"
-    )
-    parser.add_argument("--timeout", type=positive_seconds, metavar="S", help="give up waiting after S seconds: exit 3")
+    add = parser.add_argument
+    add("--interval", type=positive_seconds, default=30.0, metavar="S", help="seconds between polls (default: 30)")
+    add("--timeout", type=positive_seconds, metavar="S", help="give up waiting after S seconds: exit 3")
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    add_input(parser)
-    parser.add_argument(
-        "--results", nargs="+", required=True, type=input_path, metavar="JSONL", help="output and error files"
-    )
+    text = "output and error files"
+    parser.add_argument("--results", nargs="+", required=True, type=input_path, metavar="JSONL", help=text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print each batch as one line of JSON")
 
 
-# validate
+# -- commands, in the order a batch lives ------------------------------------------------------------------------
 
 
 def add_validate(commands: Subparsers) -> None:
@@ -1368,58 +1526,8 @@ def cmd_validate(args: argparse.Namespace) -> int:
     return 0
 
 
-# create
-
-
-def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("create", parents=[online], help="upload a request file and create its batches",
-                                 allow_abbrev=False)
-    add_submission(parser)
-    parser.add_argument("--force", action="store_true", help="submit even what was submitted before, and pay again")
-    add_json(parser)
-    parser.set_defaults(run=cmd_create)
-
-
-def cmd_create(args: argparse.Namespace) -> int:
-    check = InputCheck(args.endpoint, args.max_requests)
-    with open_input(args.input) as file, locked(file, args.input), connect(args) as api:
-        parts = check_input(file, args.input, check, args.console)
-        submission = Submission(api, args, file, check.endpoint or "")
-        earlier = {} if args.force else submission.find_earlier(parts)
-        left_out = 0
-        for part in parts:
-            batches = earlier.get(part.sha256, [])
-            if adopted := next((batch for batch in batches if is_under_way_or_done(batch)), None):
-                known = f"part {part.label} is batch {adopted.id} ({adopted.status}) already"
-                args.console.say(f"{known}; not submitted again")
-                print_ids(args, adopted)
-            elif partial := next((batch for batch in batches if is_partial(batch)), None):
-                left_out += 1
-                args.console.warn(what_is_left(part, partial))
-            else:
-                create_part(args, submission, part)
-    return 1 if left_out else 0
-
-
-def create_part(args: argparse.Namespace, submission: Submission, part: Part) -> None:
-    """Upload a part and create its batch, printing each id as soon as it is known."""
-    file_id = submission.upload(part)
-    if not args.json:
-        args.console.emit(f"File ID: {file_id}")
-    batch = submission.create(part, file_id)
-    args.console.emit(batch_json(batch) if args.json else f"Batch ID: {batch.id}")
-
-
-def print_ids(args: argparse.Namespace, batch: Batch) -> None:
-    if args.json:
-        args.console.emit(batch_json(batch))
-    else:
-        args.console.emit(f"File ID: {text_of(batch, 'input_file_id')}")
-        args.console.emit(f"Batch ID: {batch.id}")
-
-
-def is_under_way_or_done(batch: Batch) -> bool:
-    """Whether a batch stands for its part: it runs, or has completed with at least one success."""
+def stands_for_its_part(batch: Batch) -> bool:
+    """Whether a batch runs, or has completed with at least one success."""
     if batch.status == "completed":
         return has_output(batch)
     return not has_ended(batch) and batch.status != "cancelling"
@@ -1430,128 +1538,47 @@ def is_partial(batch: Batch) -> bool:
 
 
 def what_is_left(part: Part, batch: Batch) -> str:
-    completed, _, total = request_counts(batch)
-    done = f"{completed} of {total or part.requests} requests"
+    counts = request_counts(batch)
+    done = f"{counts.completed} of {counts.total or part.requests} requests"
     return (
         f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished {done} of it; get them with "
         f"retrieve --batch-id {batch.id}, and the rest with retry, without paying for all of it again"
     )
 
 
-class Submission:
-    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers.
-
-    With `origin`, the sha256 of a whole request file, they are found again as batches of that file, whatever its parts.
-    """
-
-    def __init__(
-        self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str, origin: str | None = None
-    ) -> None:
-        self._api = api
-        self._console: Console = args.console
-        self._file = file
-        self._name = "stdin" if args.input == "-" else escape_controls(os.path.basename(args.input))
-        self._endpoint = endpoint
-        self._window: str = args.completion_window
-        self._signature = file_signature(file)
-        self._origin = origin
-
-    def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
-        """The recent batches at the same endpoint, newest first: by the sha256 of each part, and OTHERS of `origin`."""
-        earlier: dict[str, list[Batch]] = {OTHERS: [], **{part.sha256: [] for part in parts}}
-        for batch in self._api.recent_batches():
-            sha256, origin = metadata_of(batch, "input_sha256"), metadata_of(batch, "request_file_sha256")
-            if text_of(batch, "endpoint") != self._endpoint:
-                continue
-            if sha256 in earlier:
-                earlier[sha256].append(batch)
-            elif self._origin and self._origin in (sha256, origin):
-                earlier[OTHERS].append(batch)
-        return earlier
-
-    def upload(self, part: Part) -> str:
-        """The id of the part as an uploaded file."""
-        file_id = self._api.upload(self._file, part, self._name).id
-        try:
-            refuse_changes(self._file, self._signature, self._name)
-        except Failure:
-            self._api.delete_file(file_id)
-            raise
-        return file_id
-
-    def create(self, part: Part, file_id: str, known: Iterable[str] = ()) -> Batch:
-        """The batch of an uploaded part; raises Failure where it is refused, or its existence stays unknown.
-
-        `known` are batches of the same file that it cannot be.
-        """
-        metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
-        if self._origin and self._origin != part.sha256:
-            metadata["request_file_sha256"] = self._origin
-        request = {
-            "input_file_id": file_id,
-            "endpoint": self._endpoint,
-            "completion_window": self._window,
-            "metadata": metadata,
-        }
-        for attempt in range(TRIES):
-            try:
-                return self._create_visible(request)
-            except NoAnswer as failure:
-                self._console.warn(f"{failure}; looking whether the batch exists")
-            except Refused:
-                if not attempt:  # else an earlier POST may have made a batch of the file
-                    self._api.delete_file(file_id)
-                raise
-            if batch := self._look_up(file_id, set(known)):
-                return batch
-        raise Failure(f"no answer whether the batch of file {file_id} was created; run the same command again: "
-                      "it adopts the batch if it exists")
-
-    def _create_visible(self, request: Json) -> Batch:
-        """One batch; a file that was just uploaded and is not found yet is given some seconds."""
-        for delay in LOOK_UP_DELAYS:
-            try:
-                return self._api.create_batch(request)
-            except Refused as failure:
-                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
-                    raise
-            self._api.sleep(delay)
-        return self._api.create_batch(request)
-
-    def _look_up(self, file_id: str, known: set[str]) -> Batch | None:
-        """The batch of an uploaded file, or None if it is not there; raises Failure if nobody answers."""
-        answered = False
-        for delay in LOOK_UP_DELAYS:
-            self._api.sleep(delay)
-            try:
-                for batch in self._api.recent_batches():
-                    if text_of(batch, "input_file_id") == file_id and batch.id not in known:
-                        return batch
-                answered = True
-            except CallFailed as failure:
-                self._console.warn(str(failure))
-                answered = False
-        if not answered:
-            raise Failure(f"whether the batch of file {file_id} was created is not known; run the same command again: "
-                          "it adopts the batch if it exists")
-        return None
-
-
-# status
-
-
-def add_status(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("status", parents=[online], help="show batches, and save their results once ended",
-                                 allow_abbrev=False)
-    add_batch_ids(parser)
-    add_auto_save(parser)
+def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    text = "upload a request file and create its batches"
+    parser = commands.add_parser("create", parents=[online], help=text, allow_abbrev=False)
+    add_submission(parser)
+    parser.add_argument("--force", action="store_true", help="submit even what was submitted before, and pay again")
     add_json(parser)
-    parser.set_defaults(run=cmd_status)
+    parser.set_defaults(run=cmd_create)
 
 
-def cmd_status(args: argparse.Namespace) -> int:
-    with connect(args) as api:
-        return each_batch(args, lambda batch_id: show_and_save(args, api, api.batch(batch_id)))
+def cmd_create(args: argparse.Namespace) -> int:
+    console: Console = args.console
+    check = InputCheck(args.endpoint, args.max_requests)
+    with open_input(args.input) as file, locked(file, args.input), connect(args) as api:
+        parts = check_input(file, args.input, check, console)
+        submission = Submission(api, args, file, check.endpoint or "")
+        earlier = {} if args.force else submission.find_earlier(parts)
+        left_out = 0
+        for part in parts:
+            batches = earlier.get(part.sha256, [])
+            adopted = next(filter(stands_for_its_part, batches), None)
+            partial = next(filter(is_partial, batches), None)
+            if adopted:
+                console.say(f"part {part.label} is batch {adopted.id} ({adopted.status}) already; not submitted again")
+            elif partial:
+                left_out += 1
+                console.warn(what_is_left(part, partial))
+                continue
+            file_id = text_of(adopted, "input_file_id") if adopted else submission.upload(part)
+            if file_id and not args.json:
+                console.emit(f"File ID: {file_id}")
+            batch = adopted or submission.create(part, file_id)
+            console.emit(batch_json(batch) if args.json else f"Batch ID: {batch.id}")
+    return 1 if left_out else 0
 
 
 def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
@@ -1566,23 +1593,6 @@ def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
     return exit_code
 
 
-def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
-    """Print a batch; where it has ended, save its files and print where."""
-    console: Console = args.console
-    if not args.json:
-        if len(args.batch_ids) > 1:
-            console.emit(f"Batch ID: {batch.id}")
-        for line in describe(batch):
-            console.emit(line)
-    saved: dict[str, str] = {}
-    try:
-        if args.auto_save and has_ended(batch):
-            save_files(api, batch, batch_paths(batch.id), saved, skip_complete=True, quiet=args.json)
-    finally:
-        if args.json:
-            console.emit(batch_json(batch, saved))
-
-
 def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
     """Where the output and the error file of a batch are saved; beside a stream there is no place for errors."""
     paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
@@ -1592,32 +1602,20 @@ def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
     return paths
 
 
-def save_files(
-    api: Api,
-    batch: Batch,
-    paths: Mapping[str, str],
-    saved: dict[str, str],
-    *,
-    skip_complete: bool = False,
-    quiet: bool = False,
-) -> None:
-    """Save the files that a batch has, and put where into `saved`, as `results_path` and `errors_path`."""
-    for kind, name in (("results", "output_file_id"), ("errors", "error_file_id")):
-        if file_id := file_id_of(batch, name):
-            path = paths[kind]
-            size = save_file(api, file_id, path, skip_complete)
-            saved[f"{kind}_path"] = path
-            say = api.console.say if quiet or paths["results"] == "-" else api.console.emit
-            say(f"{kind.capitalize()} saved: {path} ({size} bytes)")
+def is_complete(path: str, size: int) -> bool:
+    """Whether the file was downloaded whole before."""
+    with failing_to(f"read {path}"), open(path, "rb") as file:
+        return os.path.getsize(path) == size and (not size or last_byte(file) == b"\n")
 
 
 def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
+    """Download a file, to a stream only once it is whole; its size."""
     if is_stream(path):
-        with tempfile.TemporaryFile() as copy:
+        with temporary_file() as copy:
             size = api.download(file_id, copy, path)
             copy.seek(0)
             with open_output(path) as out:
-                shutil.copyfileobj(copy, out, CHUNK)
+                out.writelines(blocks(copy, path))
         return size
     if os.path.isfile(path):
         if skip_complete and is_complete(path, api.file(file_id).bytes):
@@ -1627,18 +1625,66 @@ def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
         return api.download(file_id, out, path)
 
 
-def is_complete(path: str, size: int) -> bool:
-    """Whether the file was downloaded whole before."""
-    with open(path, "rb") as file:
-        return os.path.getsize(path) == size and (not size or last_byte(file) == b"\n")
+def save_files(
+    api: Api, batch: Batch, paths: Mapping[str, str], report: Callable[[str], None], *, skip_complete: bool = False
+) -> Iterator[str]:
+    """Save the files that a batch has, and say so; which they are, as each is saved."""
+    for kind, file_id in result_files(batch):
+        size = save_file(api, file_id, paths[kind], skip_complete)
+        report(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
+        yield kind
 
 
-# wait
+def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
+    """Print a batch; where it has ended, save its files and print where."""
+    console: Console = args.console
+    if not args.json:
+        if len(args.batch_ids) > 1:
+            console.emit(f"Batch ID: {batch.id}")
+        for line in describe(batch):
+            console.emit(line)
+    paths = batch_paths(batch.id)
+    saved: dict[str, str] = {}
+    try:
+        if args.auto_save and has_ended(batch):
+            report = console.say if args.json else console.emit
+            for kind in save_files(api, batch, paths, report, skip_complete=True):
+                saved[f"{kind}_path"] = paths[kind]
+    finally:
+        if args.json:
+            console.emit(batch_json(batch, saved))
+
+
+def add_status(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    text = "show batches, and save their results once ended"
+    parser = commands.add_parser("status", parents=[online], help=text, allow_abbrev=False)
+    add_batch_ids(parser)
+    add_auto_save(parser)
+    add_json(parser)
+    parser.set_defaults(run=cmd_status)
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    with connect(args) as api:
+        return each_batch(args, lambda batch_id: show_and_save(args, api, api.batch(batch_id)))
+
+
+def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
+    """The batches, by id, once all have ended."""
+    watch = Watch(api, args)
+    active = list(dict.fromkeys(args.batch_ids))
+    while True:
+        ended = {batch.id for batch in watch.look(active)}
+        active = [batch_id for batch_id in active if batch_id not in ended]
+        watch.show()
+        if not active:
+            return watch.latest
+        watch.pause(args.interval)
 
 
 def add_wait(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("wait", parents=[online], help="wait for batches to end, then as status",
-                                 allow_abbrev=False)
+    text = "wait for batches to end, then as status"
+    parser = commands.add_parser("wait", parents=[online], help=text, allow_abbrev=False)
     add_batch_ids(parser)
     add_waiting(parser)
     add_auto_save(parser)
@@ -1660,33 +1706,40 @@ def cmd_wait(args: argparse.Namespace) -> int:
     return exit_code or int(any(batch.status != "completed" for batch in batches.values()))
 
 
-def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
-    """The batches, by id, once all have ended."""
-    watch = Watch(api, args)
-    active = list(dict.fromkeys(args.batch_ids))
-    while True:
-        ended = {batch.id for batch in watch.look(active)}
-        active = [batch_id for batch_id in active if batch_id not in ended]
-        watch.show()
-        if not active:
-            return watch.latest
-        watch.pause(args.interval)
+def count_errors(path: str) -> Counter[str]:
+    """The errors of an error file, by code and message."""
+    counts: Counter[str] = Counter()
+    with failing_to(f"read {path}"), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                counts[judge(read_object(line)).error()[:200]] += 1
+    return counts
 
 
-# retrieve
+def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
+    """Save what there is of a batch; raises Failure where that is not everything."""
+    batch = api.batch(batch_id)
+    if not has_ended(batch):
+        raise Failure(f"Batch not completed (status: {batch.status})")
+    paths = batch_paths(batch.id, args.output)
+    report = args.console.say if args.output == STDOUT else args.console.emit
+    saved = [*save_files(api, batch, paths, report)]
+    if batch.status == "failed":
+        raise Failure(f"Batch failed: {reasons(batch)}")
+    if "results" not in saved:
+        errors = f": {commonest(count_errors(paths['errors']))}" if saved else ""
+        raise Failure(f"Batch has no results (status: {batch.status}){errors}")
+    if batch.status != "completed":
+        completed, _, total = request_counts(batch)
+        raise Failure(f"Batch {batch.status} with {completed} of {total} requests completed; get the rest with retry")
 
 
 def add_retrieve(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("retrieve", parents=[online], help="download the output and error file of batches",
-                                 allow_abbrev=False)
+    text = "download the output and error file of batches"
+    parser = commands.add_parser("retrieve", parents=[online], help=text, allow_abbrev=False)
     add_batch_ids(parser)
-    parser.add_argument(
-        "--out",
-        dest="output",
-        type=output_path,
-        metavar="PATH",
-        help="where the output file goes (default: results_<batch id>.jsonl); with one --batch-id only",
-    )
+    text = "where the output file goes (default: results_<batch id>.jsonl); with one --batch-id only"
+    add_output(parser, "PATH", text, required=False)
     parser.set_defaults(run=cmd_retrieve)
 
 
@@ -1697,37 +1750,21 @@ def cmd_retrieve(args: argparse.Namespace) -> int:
         return each_batch(args, lambda batch_id: retrieve(args, api, batch_id))
 
 
-def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
-    """Save what there is of a batch; raises Failure where that is not everything."""
-    batch = api.batch(batch_id)
-    if not has_ended(batch):
-        raise Failure(f"Batch not completed (status: {batch.status})")
-    paths = batch_paths(batch.id, args.output)
-    saved: dict[str, str] = {}
-    save_files(api, batch, paths, saved)
-    if batch.status == "failed":
-        raise Failure("Batch failed: " + "; ".join(batch_errors(batch)[:MAX_LISTED] or ["no reason given"]))
-    if "results_path" not in saved:
-        errors = f": {commonest(count_errors(paths['errors']))}" if "errors_path" in saved else ""
-        raise Failure(f"Batch has no results (status: {batch.status}){errors}")
-    if batch.status != "completed":
-        completed, _, total = request_counts(batch)
-        raise Failure(f"Batch {batch.status} with {completed} of {total} requests completed; get the rest with retry")
-
-
-def count_errors(path: str) -> Counter[str]:
-    """The errors of an error file, by code and message."""
-    counts: Counter[str] = Counter()
-    with open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                result = JSON_LINE.decode(line.decode())
-                if isinstance(result, dict):
-                    counts[judge(result).error()[:200]] += 1
-    return counts
-
-
-# cancel
+def cancel(args: argparse.Namespace, batch: Batch) -> None:
+    """Say what became of the cancellation of a batch."""
+    emit: Callable[[str], None] = args.console.emit
+    if args.json:
+        emit(batch_json(batch))
+        return
+    emit(f"Batch cancellation initiated: {batch.id}")
+    emit(f"Status: {batch.status}")
+    if created := local_time(number_of(batch, "created_at"), " "):
+        emit(f"Created: {created}")
+    if batch.status == "cancelled":
+        emit("Note: Batch was successfully cancelled. Any completed requests have been processed and you will be "
+             "charged for them.")
+    else:
+        emit("Note: Batch cancellation in progress. This may take up to 10 minutes.")
 
 
 def add_cancel(commands: Subparsers, online: argparse.ArgumentParser) -> None:
@@ -1740,50 +1777,6 @@ def add_cancel(commands: Subparsers, online: argparse.ArgumentParser) -> None:
 def cmd_cancel(args: argparse.Namespace) -> int:
     with connect(args) as api:
         return each_batch(args, lambda batch_id: cancel(args, api.cancel(batch_id)))
-
-
-def cancel(args: argparse.Namespace, batch: Batch) -> None:
-    """Say what became of the cancellation of a batch."""
-    if args.json:
-        args.console.emit(batch_json(batch))
-        return
-    args.console.emit(f"Batch cancellation initiated: {batch.id}")
-    args.console.emit(f"Status: {batch.status}")
-    if created := local_time(number_of(batch, "created_at"), " "):
-        args.console.emit(f"Created: {created}")
-    if batch.status == "cancelled":
-        args.console.emit("Note: Batch was successfully cancelled. Any completed requests have been processed and you "
-                          "will be charged for them.")
-    else:
-        args.console.emit("Note: Batch cancellation in progress. This may take up to 10 minutes.")
-
-
-# list
-
-
-def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("list", parents=[online], help="list batches, newest first", allow_abbrev=False)
-    parser.add_argument(
-        "--limit", type=positive_int, default=20, metavar="N", help="how many to show (default: %(default)s)"
-    )
-    add_json(parser)
-    parser.set_defaults(run=cmd_list)
-
-
-def cmd_list(args: argparse.Namespace) -> int:
-    with connect(args) as api:
-        batches = itertools.islice(api.batches(min(args.limit, PAGE_SIZE)), args.limit)
-        if args.json:
-            for batch in batches:
-                args.console.emit(batch_json(batch))
-            return 0
-        rows = [list_row(batch) for batch in batches]
-    if not rows:
-        args.console.emit("No batches found.")
-        return 0
-    for line in table([("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"), *rows]):
-        args.console.emit(line)
-    return 0
 
 
 def list_row(batch: Batch) -> tuple[str, ...]:
@@ -1799,37 +1792,28 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-# retry
+def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("list", parents=[online], help="list batches, newest first", allow_abbrev=False)
+    text = "how many to show (default: %(default)s)"
+    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help=text)
+    add_json(parser)
+    parser.set_defaults(run=cmd_list)
 
 
-def add_retry(commands: Subparsers) -> None:
-    parser = commands.add_parser("retry", help="write the requests that have no result yet", allow_abbrev=False)
-    add_results(parser)
-    parser.add_argument(
-        "--out", dest="output", required=True, type=output_path, metavar="JSONL", help="request file to write"
-    )
-    parser.add_argument(
-        "--include-rejected", action="store_true", help="also those that would be refused again as they are"
-    )
-    parser.set_defaults(run=cmd_retry)
-
-
-def cmd_retry(args: argparse.Namespace) -> int:
-    with open_input(args.input) as file, contextlib.ExitStack() as files:
-        results = read_results(args, file, files)
-        outcomes = results.outcomes()
-        wanted = {RETRYABLE, "missing", *([REJECTED] if args.include_rejected else [])}
-        count = sum(outcomes[outcome] for outcome in wanted)
-        if count:
-            with open_output(args.output) as out:
-                out.writelines(lines_to_send(file, results.best, wanted))
-    report = args.console.say if args.output == "-" else args.console.emit
-    report(f"Requests to retry: {count}")
-    note = " (not sent again)" if outcomes[REJECTED] and not args.include_rejected else ""
-    args.console.say(f"{outcomes[SUCCEEDED]} succeeded, {outcomes[REJECTED]} rejected{note}, "
-                     f"{outcomes[RETRYABLE]} failed otherwise, {outcomes['missing']} missing")
-    if errors := results.errors():
-        args.console.say(f"commonest errors: {commonest(errors)}")
+def cmd_list(args: argparse.Namespace) -> int:
+    console: Console = args.console
+    with connect(args) as api:
+        batches = itertools.islice(api.batches(min(args.limit, PAGE_SIZE)), args.limit)
+        if args.json:
+            for batch in batches:
+                console.emit(batch_json(batch))
+            return 0
+        rows = [list_row(batch) for batch in batches]
+    if not rows:
+        console.emit("No batches found.")
+        return 0
+    for line in table([("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"), *rows]):
+        console.emit(line)
     return 0
 
 
@@ -1839,39 +1823,36 @@ def read_results(args: argparse.Namespace, file: BinaryIO, files: contextlib.Exi
     results = Results(request_ids(file, args.input), args.console)
     for path in args.results:
         results.read(files.enter_context(open_input(path)), path)
-    results.warn_of_the_rest()
     return results
 
 
-def lines_to_send(file: BinaryIO, best: Mapping[str, Entry | None], wanted: Iterable[str]) -> Iterator[bytes]:
-    """The lines of a request file whose requests ended in one of the wanted ways, as they stand there."""
-    for line, entry in zip(file, best.values(), strict=True):
-        if (entry.outcome if entry else "missing") in wanted:
-            yield line
-
-
-# export
-
-
-def add_export(commands: Subparsers) -> None:
-    parser = commands.add_parser("export", help="write one CSV row per request, in request order", allow_abbrev=False)
+def add_retry(commands: Subparsers) -> None:
+    parser = commands.add_parser("retry", help="write the requests that have no result yet", allow_abbrev=False)
+    add_input(parser)
     add_results(parser)
-    parser.add_argument(
-        "--out", dest="output", required=True, type=output_path, metavar="CSV", help="CSV to write, - for stdout"
-    )
-    parser.set_defaults(run=cmd_export)
+    add_output(parser, "JSONL", "request file to write")
+    text = "also those that would be refused again as they are"
+    parser.add_argument("--include-rejected", action="store_true", help=text)
+    parser.set_defaults(run=cmd_retry)
 
 
-def cmd_export(args: argparse.Namespace) -> int:
+def cmd_retry(args: argparse.Namespace) -> int:
+    console: Console = args.console
     with open_input(args.input) as file, contextlib.ExitStack() as files:
         results = read_results(args, file, files)
-        with open_output(args.output) as out, csv_text(out) as text:
-            writer = csv.writer(text)
-            writer.writerow(BIO_COLUMNS)
-            for line, entry in zip(file, results.best.values(), strict=True):
-                result = JSON_LINE.decode(results.line(entry).decode()) if entry else None
-                writer.writerow(bio_row(JSON_LINE.decode(line.decode()), result))
-    args.console.say(results.summary())
+        outcomes, errors = results.outcomes(), results.errors()
+        wanted = {RETRYABLE, MISSING, *([REJECTED] if args.include_rejected else [])}
+        count = sum(outcomes[outcome] for outcome in wanted)
+        if count:
+            with open_output(args.output) as out:
+                out.writelines(lines_to_send(file, results.best, wanted))
+    report = console.say if args.output == STDOUT else console.emit
+    report(f"Requests to retry: {count}")
+    note = " (not sent again)" if outcomes[REJECTED] and not args.include_rejected else ""
+    console.say(f"{outcomes[SUCCEEDED]} succeeded, {outcomes[REJECTED]} rejected{note}, {outcomes[RETRYABLE]} failed "
+                f"otherwise, {outcomes[MISSING]} missing{results.ignored_lines()}")
+    if errors:
+        console.say(f"commonest errors: {commonest(errors)}")
     return 0
 
 
@@ -1886,55 +1867,31 @@ def csv_text(out: BinaryIO) -> Iterator[TextIO]:
         text.detach()
 
 
-# run
+def add_export(commands: Subparsers) -> None:
+    parser = commands.add_parser("export", help="write one CSV row per request, in request order", allow_abbrev=False)
+    add_input(parser)
+    add_results(parser)
+    add_output(parser, "CSV", "CSV to write, - for stdout")
+    parser.set_defaults(run=cmd_export)
 
 
-def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("run", parents=[online], help="the whole job, unattended", allow_abbrev=False)
-    add_submission(parser)
-    parser.add_argument(
-        "--out", dest="output", required=True, type=output_path, metavar="JSONL", help="results file to write"
-    )
-    add_waiting(parser)
-    parser.add_argument(
-        "--attempts", type=positive_int, default=3, metavar="N", help="rounds for what can be retried (default: 3)"
-    )
-    parser.set_defaults(run=cmd_run)
-
-
-def cmd_run(args: argparse.Namespace) -> int:
-    check = InputCheck(args.endpoint, args.max_requests)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_input(args.input))
-        stack.enter_context(locked(file, args.input))
-        refuse_unwritable(args.output)
-        api = stack.enter_context(connect(args))
-        parts = check_input(file, args.input, check, args.console)
-        spool = stack.enter_context(tempfile.TemporaryFile())
-        results = Results(dict.fromkeys(check.line_of), args.console)
-        run = Run(api, args, check.endpoint or "", results, spool)
-        try:
-            run.rounds(file, parts)
-        except (TimedOut, Stopped):
-            args.console.say("nothing is written yet; the batches go on at the server, and the same command goes on")
-            raise
-        with open_output(args.output) as out:
-            out.writelines(results.line(entry) if entry else missing_line(custom_id)
-                           for custom_id, entry in results.best.items())
-    results.warn_of_the_rest()
+def cmd_export(args: argparse.Namespace) -> int:
+    with open_input(args.input) as file, contextlib.ExitStack() as files:
+        results = read_results(args, file, files)
+        with open_output(args.output) as out, csv_text(out) as text:
+            writer = csv.writer(text)
+            writer.writerow(BIO_COLUMNS)
+            for line, entry in zip(file, results.best.values(), strict=True):
+                result = read_object(results.line(entry)) if entry else None
+                writer.writerow(bio_row(read_object(line), result))
     args.console.say(results.summary())
-    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
+    return 0
 
 
 def missing_line(custom_id: str) -> bytes:
-    error = {"code": "missing", "message": "the request is in no output or error file of its batches"}
+    error = {"code": MISSING, "message": "the request is in no output or error file of its batches"}
     line = to_json({"id": None, "custom_id": custom_id, "response": None, "error": error})
     return line.encode(errors="backslashreplace") + b"\n"
-
-
-def sha256_of(file: BinaryIO) -> str:
-    file.seek(0)
-    return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
 
 
 def adoptable(batches: Iterable[Batch]) -> list[Batch]:
@@ -1942,8 +1899,8 @@ def adoptable(batches: Iterable[Batch]) -> list[Batch]:
     return [batch for batch in batches if not has_ended(batch) or has_output(batch)][::-1]
 
 
-class Job:
-    """A part on its way through the queue: its uploaded file, and the batches that were refused for the queue limit."""
+class QueuedPart:
+    """A part on its way through the queue: its uploaded file, and the batches that were refused for its limit."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -1954,45 +1911,50 @@ class Job:
 class Run:
     """The rounds of `run`. Parts and rounds follow from the request file and the batches at the server alone."""
 
-    def __init__(self, api: Api, args: argparse.Namespace, endpoint: str, results: Results, spool: BinaryIO) -> None:
+    def __init__(
+        self, api: Api, args: argparse.Namespace, file: BinaryIO, check: InputCheck, results: Results, spool: BinaryIO
+    ) -> None:
         self._api = api
         self._args = args
         self._console: Console = args.console
-        self._endpoint = endpoint
+        self._file = file
+        self._signature = file_signature(file)
+        self._endpoint = check.endpoint or ""
+        self._sha256 = check.sha256()
         self._results = results
-        self._spool = spool
+        self._spool = spool  # what was downloaded
         self._watch = Watch(api, args, answered=True)  # the listing or a submission comes before any poll
-        self._waiting: deque[Job] = deque()
-        self._active: dict[str, Job | None] = {}  # by batch id; None for one that is not sent again as it is
+        self._waiting: deque[QueuedPart] = deque()
+        self._active: dict[str, QueuedPart | None] = {}  # by batch id; None for one that is not sent again as it is
         self._cancelling: set[str] = set()  # active batches that were being cancelled before this run saw them
         self._room = math.inf  # how many more batches the queue may admit
         self._idle_refusals = 0
         self._cancelled = False
 
-    def rounds(self, file: BinaryIO, parts: Sequence[Part]) -> None:
+    def rounds(self, parts: Sequence[Part]) -> None:
         """Bring every request to its success or its last error; --attempts bounds the rounds that submit something."""
-        attempts: int = self._args.attempts
-        signature, origin = file_signature(file), sha256_of(file)
-        submission = Submission(self._api, self._args, file, self._endpoint, origin)
+        submission = self._submission(self._file)
         parts = self._adopt_earlier(submission, parts)
-        with contextlib.ExitStack() as files:
-            for number in itertools.count(1):
-                attempts -= bool(parts)
-                self._round(submission, parts)
-                outcomes = self._results.outcomes()
-                left = outcomes[RETRYABLE] + outcomes["missing"]
-                if not left or not attempts or self._cancelled:
-                    return
-                self._console.say(f"round {number + 1}: {count_of(left, 'request')} to send again")
-                pending = files.enter_context(tempfile.TemporaryFile())
-                refuse_changes(file, signature, self._args.input)
-                parts = self._write_pending(file, pending)
-                submission = Submission(self._api, self._args, pending, self._endpoint, origin)
+        self._round(submission, parts)
+        attempts: int = self._args.attempts - bool(parts)
+        for number in range(2, attempts + 2):
+            outcomes = self._results.outcomes()
+            left = outcomes[RETRYABLE] + outcomes[MISSING]
+            if not left or self._cancelled:
+                return
+            self._console.say(f"round {number}: {count_of(left, 'request')} to send again")
+            refuse_changes(self._file, self._signature, self._args.input)
+            with temporary_file() as pending:
+                parts = self._write_pending(pending)
+                self._round(self._submission(pending), parts)
 
-    def _write_pending(self, file: BinaryIO, pending: BinaryIO) -> list[Part]:
+    def _submission(self, file: BinaryIO) -> Submission:
+        return Submission(self._api, self._args, file, self._endpoint, self._sha256)
+
+    def _write_pending(self, pending: BinaryIO) -> list[Part]:
         """Write what is to be sent again to `pending`; its parts."""
-        file.seek(0)
-        pending.writelines(lines_to_send(file, self._results.best, (RETRYABLE, "missing")))
+        self._file.seek(0)
+        pending.writelines(lines_to_send(self._file, self._results.best, (RETRYABLE, MISSING)))
         pending.seek(0)
         check = InputCheck(self._endpoint, self._args.max_requests)
         return check_input(pending, "the next round", check, self._console)
@@ -2009,7 +1971,7 @@ class Run:
             batches = adoptable(earlier[part.sha256])
             for batch in batches:
                 self._console.say(f"part {part.label} is batch {batch.id} ({batch.status}) already")
-                self._adopt(batch, Job(part) if len(batches) == 1 else None)
+                self._adopt(batch, QueuedPart(part) if len(batches) == 1 else None)
             if not batches:
                 new.append(part)
         others = adoptable(earlier[OTHERS])
@@ -2018,22 +1980,22 @@ class Run:
             self._adopt(batch, None)
         return [] if others else new
 
-    def _adopt(self, batch: Batch, job: Job | None) -> None:
+    def _adopt(self, batch: Batch, queued: QueuedPart | None) -> None:
         if not has_ended(batch):
-            self._follow(batch, job)
+            self._follow(batch, queued)
             if batch.status == "cancelling":
                 self._cancelling.add(batch.id)
         else:
             self._watch.latest[batch.id] = batch
             self._take(batch)
 
-    def _follow(self, batch: Batch, job: Job | None) -> None:
+    def _follow(self, batch: Batch, queued: QueuedPart | None) -> None:
         self._watch.latest[batch.id] = batch
-        self._active[batch.id] = job
+        self._active[batch.id] = queued
 
     def _round(self, submission: Submission, parts: Sequence[Part]) -> None:
         """Submit the parts, and take in what comes of them and of the batches that were adopted."""
-        self._waiting.extend(map(Job, parts))
+        self._waiting.extend(map(QueuedPart, parts))
         self._submit(submission)
         while self._active:
             self._watch.show()
@@ -2045,28 +2007,28 @@ class Run:
     def _submit(self, submission: Submission) -> None:
         """Make batches of waiting parts, as many as the queue may have room for."""
         while self._waiting and self._room:
-            job = self._waiting.popleft()
-            if not job.file_id:
-                job.file_id = submission.upload(job.part)
-                self._console.say(f"part {job.part.label}: File ID: {job.file_id}")
-            batch = submission.create(job.part, job.file_id, job.refused)
-            self._console.say(f"part {job.part.label}: Batch ID: {batch.id}")
-            self._follow(batch, job)
+            queued = self._waiting.popleft()
+            part = queued.part
+            if not queued.file_id:
+                queued.file_id = submission.upload(part)
+                self._console.say(f"part {part.label}: File ID: {queued.file_id}")
+            batch = submission.create(part, queued.file_id, queued.refused)
+            self._console.say(f"part {part.label}: Batch ID: {batch.id}")
+            self._follow(batch, queued)
             self._room -= 1
 
     def _poll(self) -> None:
         """Look at the active batches, and deal with those that have ended."""
-        refused: list[Job] = []
+        refused: list[QueuedPart] = []
         ended = 0
         for batch in self._watch.look([*self._active]):
-            job = self._active.pop(batch.id)
+            queued = self._active.pop(batch.id)
             if batch.status == "failed" and not is_over_queue_limit(batch):
-                reasons = "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
-                raise Failure(f"batch {batch.id} (part {metadata_of(batch, 'part')}) failed: {reasons}; nothing is "
-                              "written, batches under way go on and a later run adopts them")
-            if batch.status == "failed" and job:
-                job.refused.append(batch.id)
-                refused.append(job)
+                raise Failure(f"batch {batch.id} (part {metadata_of(batch, 'part')}) failed: {reasons(batch)}; nothing "
+                              "is written, batches under way go on and a later run adopts them")
+            if batch.status == "failed" and queued:
+                queued.refused.append(batch.id)
+                refused.append(queued)
                 del self._watch.latest[batch.id]
             else:
                 ended += 1
@@ -2080,7 +2042,7 @@ class Run:
         else:
             self._make_room(refused, ended)
 
-    def _make_room(self, refused: Sequence[Job], ended: int) -> None:
+    def _make_room(self, refused: Sequence[QueuedPart], ended: int) -> None:
         """After a refusal for the queue limit, a batch that ends makes room for one; with none active, time may.
 
         So there is room whenever none is active.
@@ -2102,13 +2064,44 @@ class Run:
 
     def _take(self, batch: Batch) -> None:
         """Download what a batch that has ended left, and index it."""
-        self._spool.seek(0, os.SEEK_END)
-        start = self._spool.tell()
-        for name in ("output_file_id", "error_file_id"):
-            if file_id := file_id_of(batch, name):
-                self._api.download(file_id, self._spool, f"{name} of {batch.id}")
-        self._spool.seek(start)
-        self._results.read(self._spool, f"batch {batch.id}")
+        for kind, file_id in result_files(batch):
+            start = self._spool.seek(0, os.SEEK_END)
+            self._api.download(file_id, self._spool, f"{kind} of {batch.id}")
+            self._spool.seek(start)
+            self._results.read(self._spool, f"{kind} of {batch.id}")
+
+
+def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("run", parents=[online], help="the whole job, unattended", allow_abbrev=False)
+    add_submission(parser)
+    add_output(parser, "JSONL", "results file to write")
+    add_waiting(parser)
+    text = "rounds for what can be retried (default: %(default)s)"
+    parser.add_argument("--attempts", type=positive_int, default=3, metavar="N", help=text)
+    parser.set_defaults(run=cmd_run)
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    console: Console = args.console
+    check = InputCheck(args.endpoint, args.max_requests)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_input(args.input))
+        stack.enter_context(locked(file, args.input))
+        refuse_unwritable(args.output)
+        api = stack.enter_context(connect(args))
+        parts = check_input(file, args.input, check, console)
+        spool = stack.enter_context(temporary_file())
+        results = Results(dict.fromkeys(check.line_of), console)
+        try:
+            Run(api, args, file, check, results, spool).rounds(parts)
+        except (TimedOut, Stopped):
+            console.say("nothing is written yet; the batches go on at the server, and the same command goes on")
+            raise
+        with open_output(args.output) as out:
+            out.writelines(results.line(entry) if entry else missing_line(custom_id)
+                           for custom_id, entry in results.best.items())
+    console.say(results.summary())
+    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
 
 
 # -- command line ------------------------------------------------------------------------------------------------
@@ -2117,9 +2110,8 @@ class Run:
 def online_options() -> argparse.ArgumentParser:
     """The options of every command that talks to the API."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--log-file", type=log_path, metavar="PATH", help="default: logs/batch_YYYYMMDD_HHMMSS.log"
-    )
+    text = "default: logs/batch_YYYYMMDD_HHMMSS.log"
+    parser.add_argument("--log-file", type=log_path, metavar="PATH", help=text)
     parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
     return parser
 
@@ -2151,7 +2143,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     inputs = [path for path in (getattr(args, "input", None), *getattr(args, "results", [])) if path]
     outputs = [path for path in (getattr(args, "output", None), getattr(args, "log_file", None)) if path]
-    if inputs.count("-") > 1:
+    if inputs.count(STDIN) > 1:
         parser.error("only one input can be stdin (-)")
     for path, output in itertools.product(inputs, outputs):
         if same_regular_file(path, output):
@@ -2191,7 +2183,7 @@ def main(
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run the command line; the exit code."""
-    console = Console()
+    console = Console(sys.stderr)
     try:
         with stopping_on_signals():
             args = parse_args(argv)
@@ -2200,13 +2192,12 @@ def main(
     except Failure as failure:
         console.say(f"{PROG}: error: {failure}")
         return failure.exit_code
-    except BrokenPipeError:
-        return 1
-    except OSError as error:
-        console.say(f"{PROG}: error: {error.strerror}: {error.filename or 'temporary file'}")
+    except OSError as error:  # of a read, as all that is written has its own words
+        console.say(f"{PROG}: error: {error}")
         return 1
     except Stopped as stopped:
-        console.say(f"{PROG}: stopped")
+        if stopped.exit_code > 128:
+            console.say(f"{PROG}: stopped")
         return stopped.exit_code
 
 

@@ -175,7 +175,7 @@ def test_a_control_character_is_escaped_so_that_json_stays_json(char: str) -> No
     ],
 )
 def test_what_looks_like_a_key_is_hidden(text: str, shown: str) -> None:
-    assert batch_tool.Console().scrub(text) == shown
+    assert batch_tool.Console(None).scrub(text) == shown
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -737,8 +737,8 @@ def test_a_batch_that_cannot_be_looked_for_is_adopted_by_the_next_create(
     batch = only_batch(api)
     out, err = capsys.readouterr()
     assert out == f"File ID: {batch.input_file_id}\n"
-    advice = f"whether the batch of file {batch.input_file_id} was created is not known; run the same command again: "
-    assert err.endswith(f"batch_tool.py: error: {advice}it adopts the batch if it exists\n")
+    assert err.endswith(f"batch_tool.py: error: no answer whether the batch of file {batch.input_file_id} was created; "
+                        "run the same command again: it adopts the batch if it exists\n")
     assert batch.input_file_id in api.files
     api.faults.clear()
     assert tool("create", "--in", "requests.jsonl") == 0
@@ -950,7 +950,7 @@ def test_a_listing_without_has_more_is_read_to_its_end(api: LocalBatchAPI, tool:
     pages = {"data": [{"id": "b1", "status": "failed"}]}, {"data": [known]}, {"data": []}
     api.faults += [Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()) for page in pages]
     assert tool("create", "--in", path) == 0
-    assert capsys.readouterr().out == "File ID: \nBatch ID: b2\n"
+    assert capsys.readouterr().out == "Batch ID: b2\n"
     assert sent(api, "POST") == 0
 
 
@@ -961,7 +961,7 @@ def test_an_earlier_batch_with_few_fields_is_adopted(api: LocalBatchAPI, tool: T
     page = {"data": [{"id": "b2", "status": "validating", "metadata": metadata}, known], "has_more": False}
     api.faults.append(Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()))
     assert tool("create", "--in", path) == 0
-    assert capsys.readouterr().out == "File ID: \nBatch ID: b1\n"
+    assert capsys.readouterr().out == "Batch ID: b1\n"
 
 
 def test_a_used_up_quota_is_known_by_its_type_too(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
@@ -1338,7 +1338,8 @@ def test_out_can_be_stdout(api: LocalBatchAPI, tool: Tool, capfdbinary: pytest.C
     out, err = capfdbinary.readouterr()
     assert out == jsonl(success("a1"))
     assert err.decode() == (
-        f"Results saved: - ({len(out)} bytes)\nErrors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n"
+        f"Results saved: /dev/stdout ({len(out)} bytes)\n"
+        f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n"
     )
 
 
@@ -1662,7 +1663,8 @@ UNUSABLE = pytest.mark.parametrize(
         (jsonl(success())[:44], "not valid JSON: Unterminated string starting at (character 42 of the line)"),
         (b'{"custom_id": "\xff"}\n', "not valid UTF-8 (byte 16 of the line)"),
         (b"[" * 100_000 + b"\n", ""),
-        (b"[]\n", "not a results line (no custom_id)"),
+        (b"[]\n", "not a JSON object"),
+        (b"\n", "blank line"),
         (result(None), "not a results line (no custom_id)"),
         (success("zz\n"), 'custom_id "zz\\n" is not in the request file'),
     ],
@@ -1683,12 +1685,18 @@ def test_an_unusable_results_line_is_warned_about(
     assert warning.endswith("; line ignored")
 
 
-def test_twenty_unusable_lines_are_named_and_all_counted(tool: Tool, capsys: Capture) -> None:
+@pytest.mark.parametrize("command", ["retry", "export"])
+@pytest.mark.parametrize(("unusable", "counted"), [(0, ""), (1, "; 1 results line ignored"),
+                                                   (30, "; 30 results lines ignored")])
+def test_twenty_unusable_lines_are_named_and_all_counted(
+    unusable: int, counted: str, command: str, tool: Tool, capsys: Capture
+) -> None:
     requests_file(request())
-    Path("results.jsonl").write_bytes(b"x\n" * 30)
-    assert tool("retry", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warnings[20:] == ["batch_tool.py: warning: 30 results lines were ignored in all; 20 are named above"]
+    Path("results.jsonl").write_bytes(jsonl(success()) + b"x\n" * unusable)
+    assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
+    *warnings, totals = capsys.readouterr().err.splitlines()
+    assert len(warnings) == min(unusable, 20)
+    assert totals.endswith(counted) and ("ignored" in totals) == bool(counted)
 
 
 # -- retry --------------------------------------------------------------------------------------------------------
@@ -2033,7 +2041,7 @@ def test_every_online_command_has_the_options_of_all(capsys: Capture) -> None:
         (["create", "--in", ""], "argument --in: must not be empty"),
         (["create", "--in", "x", "--max-requests", "0"], "not a whole number of 1 or more: '0'"),
         (["create", "--in", "x", "--max-requests", "50001"], "a batch takes 50000 requests at most: '50001'"),
-        (["create", "--in", "x", "--endpoint", "a\nb"], "empty, or with control characters: 'a\\nb'"),
+        (["create", "--in", "x", "--endpoint", "a\nb"], "has control characters or is not valid UTF-8: 'a\\nb'"),
         (["list", "--limit", "-1"], "not a whole number of 1 or more: '-1'"),
         (["list", "--limit", "1_0"], "not a whole number of 1 or more: '1_0'"),
         (["wait", "--batch-id", "b", "--interval", "0"], "not a number of seconds above 0: '0'"),
@@ -2139,7 +2147,7 @@ def test_a_full_disk_behind_stdout_is_one_line(command: str, work: Path) -> None
         done = bare(command, "--in", "requests.jsonl", *results, capture_output=False, stdout=full,
                     stderr=subprocess.PIPE)
     assert done.returncode == 1
-    assert done.stderr == "batch_tool.py: error: cannot write to stdout: No space left on device\n"
+    assert done.stderr == "batch_tool.py: error: cannot write /dev/stdout: No space left on device\n"
 
 
 def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
@@ -2234,7 +2242,7 @@ def test_a_short_password_in_the_url_does_not_garble_the_results(
     password: str, hidden: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{password}@127.0.0.1:9/v1")
-    console = batch_tool.Console()
+    console = batch_tool.Console(None)
     assert batch_tool.base_url(console) == f"http://user:{password}@127.0.0.1:9/v1"
     assert sorted(set(console.secrets)) == hidden
 

@@ -680,10 +680,10 @@ def test_lines_of_a_results_file_that_are_not_ours_are_told(
     assert run() == 0
     assert OUT.read_bytes() == success("a1")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    where = f"batch_tool.py: warning: results of {batch.id}"
     assert warnings == [
-        f"batch_tool.py: warning: batch {batch.id} line 1: not valid JSON: Expecting value (character 1 of the line); "
-        "line ignored",
-        f'batch_tool.py: warning: batch {batch.id} line 2: custom_id "b1" is not in the request file; line ignored',
+        f"{where} line 1: not valid JSON: Expecting value (character 1 of the line); line ignored",
+        f'{where} line 2: custom_id "b1" is not in the request file; line ignored',
     ]
 
 
