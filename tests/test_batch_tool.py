@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import stat
@@ -1874,6 +1875,16 @@ def test_results_can_come_from_stdin(tool: Tool, monkeypatch: pytest.MonkeyPatch
     with open("results.jsonl") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert rows(tool, "-") == [["a1", "Artist a1", "A bio.", "", "12", "4"]]
+
+
+def test_a_row_is_what_csv_would_write() -> None:
+    chars = ["a", "é", "\u2028", " ", ",", '"', "\r", "\n", ";", "\t", ""]
+    picked = random.Random(1)
+    for _ in range(3000):
+        fields = ["".join(picked.choices(chars, k=picked.randrange(6))) for _ in range(6)]
+        expected = io.StringIO(newline="")
+        csv.writer(expected).writerow(fields)
+        assert batch_tool.csv_line(fields) == expected.getvalue().encode()
 
 
 def test_an_export_that_fails_leaves_the_old_csv(tool: Tool, capsys: Capture) -> None:
