@@ -216,6 +216,16 @@ JSON_LINE = json.JSONDecoder()
 STRICT_JSON_LINE = json.JSONDecoder(parse_constant=refuse_constant)
 
 
+def json_problem(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"
+    return f"not valid JSON: {error}"
+
+
 def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
     """The JSON object on a line. Raises ValueError with what is wrong in words."""
     try:
@@ -228,16 +238,6 @@ def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
-
-
-def json_problem(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"
-    return f"not valid JSON: {error}"
 
 
 def dicts(value: Any) -> list[Json]:
@@ -288,28 +288,6 @@ def open_input(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-@contextlib.contextmanager
-def open_output(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
-
-    stdout and what is not a regular file are written as they come.
-    """
-    try:
-        if path == STDOUT:
-            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
-                yield file
-        elif is_stream(path):
-            with open(path, "wb") as opened, streaming(opened) as file:
-                yield file
-        else:
-            with replacing(os.path.realpath(path)) as file:
-                yield file
-    except OSError as error:
-        if path == STDOUT and isinstance(error, BrokenPipeError):
-            raise Stopped(1) from None
-        raise Failure(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def is_stream(path: str) -> bool:
     """Whether what is written there cannot be replaced: stdout, a pipe, a device."""
     return path == STDOUT or (os.path.exists(path) and not os.path.isfile(path))
@@ -354,6 +332,28 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
+
+    stdout and what is not a regular file are written as they come.
+    """
+    try:
+        if path == STDOUT:
+            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
+                yield file
+        elif is_stream(path):
+            with open(path, "wb") as opened, streaming(opened) as file:
+                yield file
+        else:
+            with replacing(os.path.realpath(path)) as file:
+                yield file
+    except OSError as error:
+        if path == STDOUT and isinstance(error, BrokenPipeError):
+            raise Stopped(1) from None
+        raise Failure(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def refuse_unwritable(path: str) -> None:

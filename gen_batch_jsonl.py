@@ -99,7 +99,7 @@ def escape_controls(text: str) -> str:
     """The text on one line: line breaks, control characters and undecodable bytes as backslash escapes."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def escape_separators(line: bytes) -> bytes:
@@ -247,6 +247,16 @@ def is_blank(fields: Sequence[str]) -> bool:
     return not any(field.strip() for field in fields)
 
 
+def last_filled(fields: Sequence[str]) -> int:
+    """The position of the last field that is not blank; 0 where all are."""
+    return max((position for position, field in enumerate(fields) if field.strip()), default=0)
+
+
+def drain(lines: deque[str]) -> Iterator[str]:
+    while lines:
+        yield lines.popleft()
+
+
 class RowReader:
     """Reads the rows of a CSV; one that is malformed or has the wrong width costs itself and no other."""
 
@@ -324,7 +334,7 @@ class RowReader:
         delimiter, width, _ = self._layout
         noticed = self._number
         begun = fields_begun(failed.lines, delimiter) if failed.fields is not None else []
-        filled = max((at for at, field in enumerate(failed.fields or []) if field.strip()), default=0)  # the last such
+        filled = last_filled(failed.fields or [])
         last = len(failed.lines) if failed.never_closed else max(1, len(failed.lines) - 1)
         for index in range(1, last):
             number, line = began + index, failed.lines[index]
@@ -362,11 +372,6 @@ class RowReader:
                 swallowed.append(number)
         if swallowed:
             self.swallowing.append((began, swallowed))
-
-
-def drain(lines: deque[str]) -> Iterator[str]:
-    while lines:
-        yield lines.popleft()
 
 
 def find_layout(names: Sequence[str], delimiter: str) -> Layout | None:
@@ -409,22 +414,13 @@ def read_header(text: TextIO, skip_header: bool, console: Console) -> Header:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: str) -> str:
-    """The whole of a small UTF-8 file, its line ends as they are."""
-    try:
-        with open_input(path) as file:
-            return file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Failure(f"{path}: not valid UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
-
-
 @contextlib.contextmanager
 def failing_to(do: str) -> Iterator[None]:
     """Turn an OSError into the Failure that says what could not be done and why."""
     try:
         yield
     except OSError as error:
-        raise Failure(f"cannot {do}: {error.strerror}") from None
+        raise Failure(f"cannot {do}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -437,6 +433,15 @@ def open_input(path: str) -> Iterator[BinaryIO]:
             raise Failure("stdin is closed; there is nothing to read")
         else:
             yield sys.stdin.buffer
+
+
+def read_text(path: str) -> str:
+    """The whole of a small UTF-8 file, its line ends as they are."""
+    try:
+        with open_input(path) as file:
+            return file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{path}: not valid UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
 
 
 def read_through(batches: Iterator[list[Row]], path: str) -> Iterator[list[Row]]:
@@ -453,28 +458,6 @@ def decoded(source: BinaryIO) -> Iterator[TextIO]:
         yield text
     finally:
         text.detach()
-
-
-@contextlib.contextmanager
-def open_output(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
-
-    stdout and what is not a regular file are written as they come.
-    """
-    try:
-        if path == STDOUT:
-            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
-                yield file
-        elif os.path.exists(path) and not os.path.isfile(path):
-            with open(path, "wb") as opened, streaming(opened) as file:
-                yield file
-        else:
-            with replacing(os.path.realpath(path)) as file:
-                yield file
-    except OSError as error:
-        if path == STDOUT and isinstance(error, BrokenPipeError):
-            raise Stopped(1) from None
-        raise Failure(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -516,6 +499,28 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
+
+    stdout and what is not a regular file are written as they come.
+    """
+    try:
+        if path == STDOUT:
+            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
+                yield file
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as opened, streaming(opened) as file:
+                yield file
+        else:
+            with replacing(os.path.realpath(path)) as file:
+                yield file
+    except OSError as error:
+        if path == STDOUT and isinstance(error, BrokenPipeError):
+            raise Stopped(1) from None
+        raise Failure(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def same_regular_file(source: str, destination: str) -> bool:
@@ -561,25 +566,23 @@ def fill_placeholders(template: str, slots: Slots, path: str) -> str:
 
 
 def stored_prompt_body(args: argparse.Namespace, slots: Slots) -> dict[str, Any]:
-    prompt = {"id": args.prompt_id}
+    prompt: dict[str, Any] = {"id": args.prompt_id}
     if args.prompt_version:
         prompt["version"] = args.prompt_version
-    variables = {"artist_name": slots.artist_name, "artist_data": slots.artist_data}
-    return {**({"model": args.model} if args.model else {}), "prompt": {**prompt, "variables": variables}}
+    prompt["variables"] = {"artist_name": slots.artist_name, "artist_data": slots.artist_data}
+    return {"model": args.model, "prompt": prompt} if args.model else {"prompt": prompt}
 
 
 def template_body(args: argparse.Namespace, slots: Slots) -> dict[str, Any]:
     text = fill_placeholders(read_text(args.prompt_file), slots, args.prompt_file)
     instructions = read_text(args.instructions_file) if args.instructions_file else None
+    body: dict[str, Any] = {"model": args.model}
     if args.endpoint == CHAT_COMPLETIONS:
         system = [] if instructions is None else [{"role": "system", "content": instructions}]
-        return {"model": args.model, "messages": [*system, {"role": "user", "content": text}]}
-    return {
-        "model": args.model,
-        **({} if instructions is None else {"instructions": instructions}),
-        "input": text,
-        "metadata": {"artist_name": slots.short_name},
-    }
+        return body | {"messages": [*system, {"role": "user", "content": text}]}
+    if instructions is not None:
+        body["instructions"] = instructions
+    return body | {"input": text, "metadata": {"artist_name": slots.short_name}}
 
 
 def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def read_rows(content: str, limit: int | None = None, block_chars: int = 1000) -
         ("", ""),
         ("é ü 東", "é ü 東"),
         ("a\nb", "a\\nb"),
-        ("\x1b[2J", "\\x1b[2J"),
+        ("\x1b[2J", "\\u001b[2J"),
         ("\u2028", "\\u2028"),
         ("\udcff", "\\udcff"),
         ("\u202e", "\\u202e"),
