@@ -96,10 +96,8 @@ class Header(NamedTuple):
 
 
 def escape_controls(text: str) -> str:
-    """The text on one line: line breaks, control characters and undecodable bytes as backslash escapes."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    """The text on one line: line breaks, control characters and undecodable bytes as the escapes of JSON."""
+    return re.sub("[^ -~]", lambda char: char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1], text)
 
 
 def escape_separators(line: bytes) -> bytes:

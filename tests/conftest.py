@@ -26,6 +26,10 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in list(os.environ):
         if name.startswith(READ_BY_THE_SCRIPTS):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("LANGUAGE", "C")  # of argparse's messages
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # no TLS here, and reading the authorities takes most of a test
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,9 +40,6 @@ def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
     with LocalBatchAPI() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-        monkeypatch.setenv("SSL_CERT_DIR", str(work))  # no TLS here, and reading the authorities takes most of a test
         yield server
 
 

@@ -90,7 +90,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "500": {"status": 500},
     "429": {"status": 429},
     "garbage": {"status": 200, "body": b"\xff\x00{garbage"},
-    "HTML": {"status": 200, "body": b"<html>Bad gateway</html>", "headers": {"content-type": "text/html"}},
     "{}": {"status": 200, "body": b"{}"},
 }
 LOST_ANSWERS: dict[str, dict[str, Any]] = {
@@ -202,17 +201,17 @@ def test_a_file_is_kept_where_a_lost_answer_may_have_made_its_batch(
 
 
 @contextlib.contextmanager
-def slow_api(step: float) -> Iterator[tuple[LocalBatchAPI, dict[str, str]]]:
-    """The stand-in with steps that take a little while, and the environment of its clients."""
-    with LocalBatchAPI(step=step) as api:
-        api.outcomes = {"a2": ["500", "200"], "a7": ["expired", "200"]}
-        yield api, {**os.environ, "OPENAI_BASE_URL": api.base_url, "OPENAI_API_KEY": KEY}
+def slow(api: LocalBatchAPI, step: float) -> Iterator[None]:
+    """The stand-in with steps that take a little while, and none any more afterwards."""
+    api.outcomes = {"a2": ["500", "200"], "a7": ["expired", "200"]}
+    api.step = step
+    yield
+    api.step = 0
 
 
-def start(command: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[str]:
+def start(command: tuple[str, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(MANAGER), *command],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -225,47 +224,46 @@ def wait_for_log(process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def test_killed_again_and_again_it_runs_nothing_twice(work: Path) -> None:
+def test_killed_again_and_again_it_runs_nothing_twice(api: LocalBatchAPI) -> None:
     ids = [f"a{number}" for number in range(1, 9)]
     write_requests(ids)
     chance = random.Random(2)
     run = ("run", "--in", "requests.jsonl", "--out", "results.jsonl", "--max-requests", "3", "--interval", "0.05")
-    with slow_api(0.1) as (api, environment):
+    with slow(api, 0.1):
         for _ in range(4):
             for log in Path().glob("logs/*"):
                 log.unlink()
-            process = start(chance.choice([run, ("create", *run[1:3], *run[5:7])]), environment)
+            process = start(chance.choice([run, ("create", *run[1:3], *run[5:7])]))
             wait_for_log(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=chance.uniform(0.1, 1.2))
             process.kill()
             process.communicate()
-        last = start(run, environment)
-        _, err = last.communicate(timeout=30)
-        assert last.returncode == 0, err
-        assert_run_once(api, ids, Counter(["a2"]))
+    assert manage(*run) == 0
+    assert_run_once(api, ids, Counter(["a2"]))
     assert_results("results.jsonl", ids)
 
 
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_stopped_at_any_moment_it_leaves_nothing_behind(work: Path, number: signal.Signals, exit_code: int) -> None:
+def test_stopped_at_any_moment_it_leaves_nothing_behind(
+    api: LocalBatchAPI, number: signal.Signals, exit_code: int
+) -> None:
     write_requests(IDS)
     Path("results.jsonl").write_text("old\n")
-    chance = random.Random(number)
-    with slow_api(0.2) as (api, environment):
-        process = start((*RUN, "--interval", "0.05"), environment)
+    with slow(api, 0.2):
+        process = start((*RUN, "--interval", "0.05"))
         wait_for_log(process)
-        time.sleep(chance.uniform(0, 0.9))
+        time.sleep(random.Random(number).uniform(0, 0.9))
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
-        assert (process.returncode, Path("results.jsonl").read_text()) == (exit_code, "old\n"), err
-        assert err.endswith("batch_tool.py: stopped\n")
-        assert "Traceback" not in err
-        assert set(os.listdir()) == LEFT_BEHIND
-        assert start((*RUN, "--interval", "0.05"), environment).wait(timeout=20) == 0
-        assert_run_once(api, IDS, Counter(["a2"]))
+    assert (process.returncode, Path("results.jsonl").read_text()) == (exit_code, "old\n"), err
+    assert err.endswith("batch_tool.py: stopped\n")
+    assert "Traceback" not in err
+    assert set(os.listdir()) == LEFT_BEHIND
+    assert manage(*RUN) == 0
+    assert_run_once(api, IDS, Counter(["a2"]))
     assert_results("results.jsonl", IDS)
 
 
