@@ -8,8 +8,11 @@ Every time is the median of five runs, interleaved with those that it is compare
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import importlib.util
 import os
+import platform
 import random
 import shutil
 import statistics
@@ -240,7 +243,8 @@ def main() -> None:
     parser.add_argument("section", nargs="?", choices=[*SECTIONS], help="one section (default: all)")
     parser.add_argument("--quick", action="store_true", help="leave out the large sizes")
     args = parser.parse_args()
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs")
+    versions = f"Python {platform.python_version()}, openai {importlib.metadata.version('openai')}"
+    print(f"{datetime.date.today()}, {versions}, {os.cpu_count()} CPUs")
     for name in [args.section] if args.section else [*SECTIONS]:
         with tempfile.TemporaryDirectory() as folder:
             SECTIONS[name](Path(folder), args.quick)

@@ -332,6 +332,15 @@ def test_an_output_that_cannot_be_written_is_one_line_and_no_half_file(
     assert ({*os.listdir()}, Path("old").read_text(), os.listdir("directory")) == (before, "old\n", [])
 
 
+def test_input_that_finds_no_room_to_be_copied_is_one_line(work: Path) -> None:
+    big_files()
+    with open("requests.jsonl", "rb") as source:
+        done = subprocess.run([sys.executable, str(MANAGER), "validate", "--in", "-"], stdin=source,
+                              capture_output=True, text=True, preexec_fn=limit_file_size)
+    error = "cannot write a temporary file: File too large; set TMPDIR to a directory with room"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"batch_tool.py: error: {error}\n")
+
+
 def test_a_log_on_a_full_disk_ends_the_command_before_it_costs_anything(
     api: LocalBatchAPI, capfd: pytest.CaptureFixture[str]
 ) -> None:
