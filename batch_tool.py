@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Put a request file (JSONL) through OpenAI's Batch API: pay for nothing twice, lose nothing paid for.
+"""Put a request file (JSONL) through OpenAI's Batch API: pay for nothing twice,
+lose nothing paid for.
 
   batch_tool.py run --in requests.jsonl --out results.jsonl
   batch_tool.py export --in requests.jsonl --results results.jsonl --out bios.csv
-  batch_tool.py create --in requests.jsonl && batch_tool.py wait --batch-id batch_abc123
+  batch_tool.py create --in requests.jsonl
+  batch_tool.py wait --batch-id batch_abc123
 
-stdout carries results only, stderr everything else. Commands that talk to the API need OPENAI_API_KEY and log every
-request to logs/batch_YYYYMMDD_HHMMSS.log; validate, retry and export work offline.
+stdout carries results only, stderr everything else. Commands that talk to the API
+need OPENAI_API_KEY and log every request to logs/batch_YYYYMMDD_HHMMSS.log;
+validate, retry and export work offline. OPENAI_BASE_URL names another service.
+COMMAND --help shows the options of a command.
 
-exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed, 130 interrupted, 143 terminated,
-129 hung up
+exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed,
+130 interrupted, 143 terminated, 129 hung up
 """
 from __future__ import annotations
 
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from openai.types import Batch, FileObject
 
 PROG = "batch_tool.py"
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
 STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
 MAX_REQUESTS = 50_000  # in one batch; Batch API guide, "Rate limits"
 MAX_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
@@ -207,7 +213,7 @@ def quoted(value: Any) -> str:
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not allowed")
 
 
 JSON_LINE = json.JSONDecoder()
@@ -590,7 +596,7 @@ def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) 
     if found > MAX_LISTED:
         console.say(f"… and {found - MAX_LISTED} more")
     if found:
-        raise Failure(f"{path}: {count_of(found, 'error')}; mend the file, nothing was uploaded")
+        raise Failure(f"{path}: {count_of(found, 'error')}; correct the file; nothing was uploaded")
     if check.without_model:
         console.warn(f"{count_of(check.without_model, 'request')} without body.model, which the Batch API refuses")
     refuse_changes(file, signature, path)
@@ -1037,7 +1043,8 @@ def connect(args: argparse.Namespace) -> Iterator[Api]:
             import httpx2
             import openai
         except ImportError as error:
-            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt") from None
+            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt, "
+                          "or use the Python of a virtual environment that has it") from None
         try:
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
                                    max_retries=0, timeout=POLL_SECONDS)
@@ -1199,11 +1206,14 @@ class Watch:
         batches = self.latest.values()
         completed, failed, total = map(sum, zip(Counts(0, 0, 0), *map(request_counts, batches), strict=True))
         statuses = ", ".join(f"{number} {status}" for status, number in Counter(b.status for b in batches).items())
-        done = f"{completed + failed}/{total} requests ({100 * (completed + failed) // total}%)" if total else ""
-        said = ", ".join(word for word in (statuses, done, f"{failed} failed" if failed else "") if word)
+        said = f"batches: {statuses}"
+        if total:
+            said += f"; requests: {completed + failed}/{total} ({100 * (completed + failed) // total}%)"
+        if failed:
+            said += f", {failed} failed"
         if said != self._said or self._api.console.live:
             elapsed = datetime.timedelta(seconds=int(self._clock() - self._started))
-            self._api.console.progress(f"{said}, {elapsed} elapsed")
+            self._api.console.progress(f"{said}; {elapsed} elapsed")
         self._said = said
 
 
@@ -1458,8 +1468,17 @@ def batch_size(text: str) -> int:
 def positive_seconds(text: str) -> float:
     seconds = float(text) if re.fullmatch(r"([0-9]+\.?|[0-9]*\.[0-9]+)(e-?[0-9]+)?", text) else 0
     if not 0 < seconds <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"not a number of seconds above 0: {text!a}")
+        raise argparse.ArgumentTypeError(f"not a number of seconds above 0 and at most {MAX_SECONDS}: {text!a}")
     return seconds
+
+
+def add_command(
+    commands: Subparsers, name: str, text: str, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, parents=parents, allow_abbrev=False
+    )
+    return parser
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
@@ -1480,13 +1499,15 @@ def add_submission(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     add_endpoint(parser)
     add = parser.add_argument
-    add("--completion-window", type=text_argument, default="24h", metavar="W", help="default: %(default)s")
+    text = "time in which a batch is to be done (default: %(default)s)"
+    add("--completion-window", type=text_argument, default="24h", metavar="W", help=text)
     text = "requests in one batch (default: %(default)s); fewer for an account with a small token queue"
     add("--max-requests", type=batch_size, default=MAX_REQUESTS, metavar="N", help=text)
 
 
 def add_batch_ids(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=id_argument, metavar="ID")
+    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=id_argument, metavar="ID",
+                        help="id of a batch, one or more")
 
 
 def add_auto_save(parser: argparse.ArgumentParser) -> None:
@@ -1513,7 +1534,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_validate(commands: Subparsers) -> None:
-    parser = commands.add_parser("validate", help="check a request file, without uploading it", allow_abbrev=False)
+    parser = add_command(commands, "validate", "check a request file, without uploading it")
     add_input(parser)
     add_endpoint(parser)
     parser.set_defaults(run=cmd_validate)
@@ -1541,16 +1562,16 @@ def is_partial(batch: Batch) -> bool:
 
 def what_is_left(part: Part, batch: Batch) -> str:
     counts = request_counts(batch)
-    done = f"{counts.completed} of {counts.total or part.requests} requests"
+    when = "" if has_ended(batch) else "once it has ended, "
     return (
-        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished {done} of it; get them with "
-        f"retrieve --batch-id {batch.id}, and the rest with retry, without paying for all of it again"
+        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished {counts.completed} of its "
+        f"{counts.total or part.requests} requests; {when}get them with retrieve --batch-id {batch.id}, and the rest "
+        "with retry, without paying for all of it again"
     )
 
 
 def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "upload a request file and create its batches"
-    parser = commands.add_parser("create", parents=[online], help=text, allow_abbrev=False)
+    parser = add_command(commands, "create", "upload a request file and create its batches", [online])
     add_submission(parser)
     parser.add_argument("--force", action="store_true", help="submit even what was submitted before, and pay again")
     add_json(parser)
@@ -1658,8 +1679,7 @@ def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
 
 
 def add_status(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "show batches, and save their results once ended"
-    parser = commands.add_parser("status", parents=[online], help=text, allow_abbrev=False)
+    parser = add_command(commands, "status", "show batches, and save their results once ended", [online])
     add_batch_ids(parser)
     add_auto_save(parser)
     add_json(parser)
@@ -1685,8 +1705,7 @@ def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
 
 
 def add_wait(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "wait for batches to end, then as status"
-    parser = commands.add_parser("wait", parents=[online], help=text, allow_abbrev=False)
+    parser = add_command(commands, "wait", "wait until batches have ended, then do what status does", [online])
     add_batch_ids(parser)
     add_waiting(parser)
     add_auto_save(parser)
@@ -1700,7 +1719,7 @@ def cmd_wait(args: argparse.Namespace) -> int:
         try:
             batches = wait_for_end(api, args)
         except TimedOut:
-            raise TimedOut(f"--timeout passed; the batches go on at the server, to go on waiting: {resume}") from None
+            raise TimedOut(f"--timeout passed; the batches go on at the server; to go on waiting: {resume}") from None
         except Stopped:
             args.console.say(f"the batches go on at the server; to go on waiting: {resume}")
             raise
@@ -1737,10 +1756,10 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
 
 
 def add_retrieve(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "download the output and error file of batches"
-    parser = commands.add_parser("retrieve", parents=[online], help=text, allow_abbrev=False)
+    parser = add_command(commands, "retrieve", "download the output and error file of batches", [online])
     add_batch_ids(parser)
-    text = "where the output file goes (default: results_<batch id>.jsonl); with one --batch-id only"
+    text = "where the output file goes, and the error file beside it (default: results_ID.jsonl, errors_ID.jsonl); "
+    text += "with one --batch-id only"
     add_output(parser, "PATH", text, required=False)
     parser.set_defaults(run=cmd_retrieve)
 
@@ -1770,7 +1789,7 @@ def cancel(args: argparse.Namespace, batch: Batch) -> None:
 
 
 def add_cancel(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("cancel", parents=[online], help="cancel batches", allow_abbrev=False)
+    parser = add_command(commands, "cancel", "cancel batches", [online])
     add_batch_ids(parser)
     add_json(parser)
     parser.set_defaults(run=cmd_cancel)
@@ -1795,7 +1814,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("list", parents=[online], help="list batches, newest first", allow_abbrev=False)
+    parser = add_command(commands, "list", "list batches, newest first", [online])
     text = "how many to show (default: %(default)s)"
     parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help=text)
     add_json(parser)
@@ -1829,10 +1848,10 @@ def read_results(args: argparse.Namespace, file: BinaryIO, files: contextlib.Exi
 
 
 def add_retry(commands: Subparsers) -> None:
-    parser = commands.add_parser("retry", help="write the requests that have no result yet", allow_abbrev=False)
+    parser = add_command(commands, "retry", "write the requests that have no result yet")
     add_input(parser)
     add_results(parser)
-    add_output(parser, "JSONL", "request file to write")
+    add_output(parser, "JSONL", "request file to write, - for stdout")
     text = "also those that would be refused again as they are"
     parser.add_argument("--include-rejected", action="store_true", help=text)
     parser.set_defaults(run=cmd_retry)
@@ -1859,7 +1878,7 @@ def cmd_retry(args: argparse.Namespace) -> int:
 
 
 def add_export(commands: Subparsers) -> None:
-    parser = commands.add_parser("export", help="write one CSV row per request, in request order", allow_abbrev=False)
+    parser = add_command(commands, "export", "write one CSV row per request, in request order")
     add_input(parser)
     add_results(parser)
     add_output(parser, "CSV", "CSV to write, - for stdout")
@@ -1874,7 +1893,7 @@ def cmd_export(args: argparse.Namespace) -> int:
             for line, entry in zip(file, results.best.values(), strict=True):
                 outcome, result = (entry.outcome, read_object(results.line(entry))) if entry else (MISSING, {})
                 out.write(csv_line(bio_row(read_object(line), outcome, result)))
-    args.console.say(results.summary())
+    args.console.say(f"Wrote {args.output}: {results.summary()}")
     return 0
 
 
@@ -1939,6 +1958,7 @@ class Run:
                 return
             self._console.say(f"round {number}: {count_of(left, 'request')} to send again")
             refuse_changes(self._file, self._signature, self._args.input)
+            self._watch.latest.clear()
             with temporary_file() as pending:
                 parts = self._write_pending(pending)
                 self._round(self._submission(pending), parts)
@@ -2022,6 +2042,8 @@ class Run:
                 raise Failure(f"batch {batch.id} (part {metadata_of(batch, 'part')}) failed: {reasons(batch)}; nothing "
                               "is written, batches under way go on and a later run adopts them")
             if batch.status == "failed" and queued:
+                part = queued.part
+                self._console.say(f"part {part.label}: batch {batch.id} was refused for the token limit of the queue")
                 queued.refused.append(batch.id)
                 refused.append(queued)
                 del self._watch.latest[batch.id]
@@ -2054,7 +2076,9 @@ class Run:
             raise Failure(f"part {label} ({count_of(requests, 'request')}, {count_of(size, 'byte')}) was refused "
                           f"{IDLE_REFUSALS} times for the token limit of the queue with no batch of this run active; "
                           "make batches smaller with --max-requests")
-        self._watch.pause(self._args.interval * 2**self._idle_refusals)
+        seconds = self._args.interval * 2**self._idle_refusals
+        self._console.say(f"no batch of this run is active; trying again in {seconds:g} s")
+        self._watch.pause(seconds)
         self._room = 1
 
     def _take(self, batch: Batch) -> None:
@@ -2067,9 +2091,10 @@ class Run:
 
 
 def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("run", parents=[online], help="the whole job, unattended", allow_abbrev=False)
+    text = "submit, wait, download, send again what failed: one result per request"
+    parser = add_command(commands, "run", text, [online])
     add_submission(parser)
-    add_output(parser, "JSONL", "results file to write")
+    add_output(parser, "JSONL", "results file to write, - for stdout")
     add_waiting(parser)
     text = "rounds for what can be retried (default: %(default)s)"
     parser.add_argument("--attempts", type=positive_int, default=3, metavar="N", help=text)
@@ -2090,12 +2115,12 @@ def cmd_run(args: argparse.Namespace) -> int:
         try:
             Run(api, args, file, check, results, spool).rounds(parts)
         except (TimedOut, Stopped):
-            console.say("nothing is written yet; the batches go on at the server, and the same command goes on")
+            console.say("nothing is written yet; the batches go on at the server; run the same command again to go on")
             raise
         with open_output(args.output) as out:
             out.writelines(results.line(entry) if entry else missing_line(custom_id)
                            for custom_id, entry in results.best.items())
-    console.say(results.summary())
+    console.say(f"Wrote {args.output}: {results.summary()}")
     return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
 
 
@@ -2105,7 +2130,7 @@ def cmd_run(args: argparse.Namespace) -> int:
 def online_options() -> argparse.ArgumentParser:
     """The options of every command that talks to the API."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    text = "default: logs/batch_YYYYMMDD_HHMMSS.log"
+    text = "where the log goes (default: logs/batch_YYYYMMDD_HHMMSS.log)"
     parser.add_argument("--log-file", type=log_path, metavar="PATH", help=text)
     parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
     return parser

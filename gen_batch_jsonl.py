@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
 """Turn a CSV of artists into a request file (JSONL) for OpenAI's Batch API.
 
-  gen_batch_jsonl.py --in artists.csv --out requests.jsonl --prompt-file bio_prompt.md --model gpt-5-mini
-  gen_batch_jsonl.py --in artists.csv --out requests.jsonl --prompt-id pmpt_abc --model gpt-5-mini
-  zcat artists.csv.gz | gen_batch_jsonl.py --in - --out - --prompt-file bio_prompt.md --model gpt-5-mini
+  gen_batch_jsonl.py --in artists.csv --out requests.jsonl \\
+      --prompt-file bio_prompt.md --model gpt-5-mini
+  gen_batch_jsonl.py --in artists.csv --out requests.jsonl \\
+      --prompt-id pmpt_abc --model gpt-5-mini
+  zcat artists.csv.gz | gen_batch_jsonl.py --in - --out - \\
+      --prompt-file bio_prompt.md --model gpt-5-mini
 
-The CSV has the columns artist_id, artist_name and artist_data; every valid row becomes one request. Rows that
-cannot be used are named on stderr with their line and skipped; the last line there accounts for every row.
---out is written whole or not at all.
+The CSV has the columns artist_id, artist_name and artist_data; every valid row
+becomes one request. Rows that cannot be used are named on stderr with their line
+and skipped; the last line there accounts for every row. --out is written whole or
+not at all.
 
-exit codes: 0 success, 1 fatal error, 2 invalid arguments, 130 interrupted, 143 terminated, 129 hung up
+exit codes: 0 success, 1 fatal error, 2 invalid arguments, 130 interrupted,
+143 terminated, 129 hung up
 """
 from __future__ import annotations
 
@@ -34,6 +39,8 @@ from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 PROG = "gen_batch_jsonl.py"
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
 STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
 COLUMNS = ("artist_id", "artist_name", "artist_data")
 DELIMITERS = (",", ";", "\t")
@@ -49,6 +56,7 @@ ORDINARY = bytes({*range(32, 256)} - {*b'"\\'})  # bytes that stand for themselv
 BETWEEN = secrets.token_hex(16)  # joins values, none of which can have it
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
+NOT_UTF8 = "not valid UTF-8"  # why a row is skipped
 UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # its byte-order marks, decoded likewise
 
 
@@ -229,7 +237,7 @@ def fields_begun(lines: Sequence[str], delimiter: str) -> list[int]:
 
 
 def ragged(found: int, width: int) -> Problem:
-    return Problem("wrong number of fields", f"{count_of(found, 'field')} where the header has {width}")
+    return Problem("wrong number of fields", f"{count_of(found, 'field')} instead of {width}")
 
 
 def malformed(record: Record, noticed: int) -> Problem:
@@ -587,7 +595,7 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The further body fields of --body-file; raises Failure where one is in `body` already, or is the model."""
 
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
+        raise ValueError(f"{constant} is not allowed")
 
     try:
         fields = json.loads(read_text(path), parse_constant=refuse)
@@ -738,7 +746,7 @@ class RequestWriter:
         values = [value.strip() for value in self._values(fields)]
         for column, value in zip(COLUMNS, values, strict=True):
             if UNDECODABLE.search(value):
-                return Problem("not valid UTF-8", f"{column} is not valid UTF-8")
+                return Problem(NOT_UTF8, f"{column} is {NOT_UTF8}")
             if not value and column != "artist_data":
                 return Problem(f"empty {column}", f"{column} is empty")
         earlier = self.line_of[values[0].encode()]
@@ -783,6 +791,9 @@ def convert(args: argparse.Namespace, console: Console) -> None:
             accounted = account(len(writer.line_of), skipped.reasons)
             if not writer.line_of:
                 raise Failure(f"no valid row in {args.input} ({accounted}); {args.output} is not written")
+    if skipped.reasons[NOT_UTF8]:
+        console.warn("some rows are not valid UTF-8; if the CSV comes from Excel, convert it first: "
+                     "iconv -f WINDOWS-1252 -t UTF-8 IN.csv > OUT.csv")
     warn_of_swallowing(reader.swallowing, console)
     batches = f"; batch_tool.py create will make {writer.parts.count} batches of it" if writer.parts.count > 1 else ""
     console.say(f"Wrote {count_of(len(writer.line_of), 'request')} to {args.output} ({accounted}){batches}")
@@ -840,23 +851,18 @@ def build_parser() -> argparse.ArgumentParser:
         default=RESPONSES,
         help="what the requests are for; chat completions only with --prompt-file (default: %(default)s)",
     )
-    add(
-        "--model",
-        type=text_argument,
-        default=os.environ.get("MODEL") or None,
-        metavar="MODEL",
-        help="sent as body.model; required with --prompt-file [MODEL]",
-    )
+    text = "sent as body.model; required with --prompt-file [MODEL]"
+    add("--model", type=text_argument, metavar="MODEL", help=text)
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
     add("--limit", type=positive_int, metavar="N", help="read only the first N data rows")
-    add("--skip-header", action="store_true", help=f"the CSV has no header: columns are {','.join(COLUMNS)}")
+    add("--skip-header", action="store_true", help=f"the CSV has no header; its columns are {','.join(COLUMNS)}")
     add("--strict", action="store_true", help="the first invalid row ends the run, with no output")
     add("--verbose", action="store_true", help="say more on stderr: every skipped row, the columns")
     return parser
 
 
-def choose_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Complete the prompt's arguments from the environment; either flag beats both variables."""
+def complete_from_environment(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what no flag gives; --prompt-id and --prompt-file each beat both variables."""
 
     def environment(name: str, check: Callable[[str], str]) -> str | None:
         try:
@@ -873,12 +879,13 @@ def choose_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("a prompt is required: --prompt-file or --prompt-id (or PROMPT_FILE or PROMPT_ID)")
     if args.prompt_id and not args.prompt_version:
         args.prompt_version = environment("PROMPT_VERSION", text_argument)
+    args.model = args.model or environment("MODEL", text_argument)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    choose_prompt(parser, args)
+    complete_from_environment(parser, args)
     if args.prompt_file:
         if args.prompt_version:
             parser.error("--prompt-version goes with --prompt-id, not with a prompt file")

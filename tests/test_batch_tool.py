@@ -29,6 +29,8 @@ import batch_tool
 Tool = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 COMMANDS = ("validate", "create", "status", "wait", "retrieve", "cancel", "list", "retry", "export", "run")
+OFFLINE = ("validate", "retry", "export")
+WITH_JSON = ("create", "status", "wait", "cancel", "list")
 USAGE = {
     "validate": ["--in", "r"],
     "create": ["--in", "r"],
@@ -42,6 +44,7 @@ USAGE = {
     "run": ["--in", "r", "--out", "o"],
 }
 DAY = 24 * 60 * 60
+NOT_SECONDS = "not a number of seconds above 0 and at most 100000000: "
 
 
 class Time:
@@ -246,7 +249,7 @@ INVALID = pytest.mark.parametrize(
     [
         (b'{"custom_id": "\xff"}\n', "invalid_json_line: not valid UTF-8 (byte 16 of the line)"),
         (b"{\n", "invalid_json_line: not valid JSON: Expecting property name enclosed in double quotes"),
-        (b'{"n": NaN}\n', "invalid_json_line: not valid JSON: NaN is not JSON"),
+        (b'{"n": NaN}\n', "invalid_json_line: not valid JSON: NaN is not allowed"),
         (b"\n", "invalid_json_line: blank line"),
         (b"[]\n", "invalid_json_line: not a JSON object"),
         (b"[" * 100_000 + b"\n", "invalid_json_line: "),
@@ -278,7 +281,7 @@ def test_an_invalid_file_is_exit_1(line: Any, problem: str, tool: Tool, capsys: 
     assert tool("validate", "--in", "requests.jsonl") == 1
     out, err = capsys.readouterr()
     first, last = err.splitlines()
-    assert (out, last) == ("", "batch_tool.py: error: requests.jsonl: 1 error; mend the file, nothing was uploaded")
+    assert (out, last) == ("", "batch_tool.py: error: requests.jsonl: 1 error; correct the file; nothing was uploaded")
     assert first.startswith(f"line 2: {problem}")
 
 
@@ -307,7 +310,7 @@ def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: 
     lines = capsys.readouterr().err.splitlines()
     assert lines[19].startswith("line 20: ")
     assert lines[20:] == [
-        "… and 3 more", "batch_tool.py: error: requests.jsonl: 23 errors; mend the file, nothing was uploaded"
+        "… and 3 more", "batch_tool.py: error: requests.jsonl: 23 errors; correct the file; nothing was uploaded"
     ]
 
 
@@ -880,10 +883,12 @@ def test_nothing_is_paid_for_twice(
     if fate == "adopted":
         assert (out, err) == (ids(batch), f"part 1/1 is batch batch_1 ({status}) already; not submitted again\n")
     elif fate == "left out":
-        done = f"{1 if output else 0} of 2 requests"
+        done = f"{1 if output else 0} of its 2 requests"
+        when = "once it has ended, " if status == "cancelling" else ""
         assert (out, err) == ("", (
-            f"batch_tool.py: warning: part 1/1 not submitted: batch batch_1 ({status}) has finished {done} of it; "
-            "get them with retrieve --batch-id batch_1, and the rest with retry, without paying for all of it again\n"
+            f"batch_tool.py: warning: part 1/1 not submitted: batch batch_1 ({status}) has finished {done}; "
+            f"{when}get them with retrieve --batch-id batch_1, and the rest with retry, without paying for all of it "
+            "again\n"
         ))
     else:
         assert (out, err) == (ids([*api.batches.values()][-1]), "")
@@ -1203,10 +1208,10 @@ def test_wait_shows_each_change_and_then_the_status(
         "Completed: 2024-01-15T10:30:00\n"
         "Requests: 0 completed, 0 failed of 3\n"
         f"Results saved: results_batch_1.jsonl ({len(jsonl(success()))} bytes)\n",
-        "1 validating, 0:00:00 elapsed\n"
-        "1 in_progress, 0/3 requests (0%), 0:00:02 elapsed\n"
-        "1 in_progress, 2/3 requests (66%), 1 failed, 0:00:07 elapsed\n"
-        "1 completed, 0/3 requests (0%), 0:00:10 elapsed\n",
+        "batches: 1 validating; 0:00:00 elapsed\n"
+        "batches: 1 in_progress; requests: 0/3 (0%); 0:00:02 elapsed\n"
+        "batches: 1 in_progress; requests: 2/3 (66%), 1 failed; 0:00:07 elapsed\n"
+        "batches: 1 completed; requests: 0/3 (0%); 0:00:10 elapsed\n",
     )
 
 
@@ -1219,10 +1224,10 @@ def test_on_a_terminal_progress_is_one_line(api: LocalBatchAPI, tool: Tool, cloc
         assert tool("wait", "--batch-id", "batch_1") == 0
         shown = os.read(ours, 10_000).decode()
     os.close(ours)
-    blank = " " * len("1 in_progress, 0:00:00 elapsed")
+    blank = " " * len("batches: 1 in_progress; 0:00:00 elapsed")
     assert shown == (
-        "\r1 in_progress, 0:00:00 elapsed\r1 in_progress, 0:00:30 elapsed"
-        f"\r1 completed, 0:01:00 elapsed  \r{blank[:-2]}\r"
+        "\rbatches: 1 in_progress; 0:00:00 elapsed\rbatches: 1 in_progress; 0:00:30 elapsed"
+        f"\rbatches: 1 completed; 0:01:00 elapsed  \r{blank[:-2]}\r"
     )
 
 
@@ -1263,7 +1268,7 @@ def test_wait_ends_with_3_when_its_time_is_up(api: LocalBatchAPI, tool: Tool, cl
     api.new_batch("in_progress", id="batch_1")
     assert tool("wait", "--batch-id", "batch_1", "--timeout", "45") == 3
     assert clock.naps == [30, 15]
-    resume = "the batches go on at the server, to go on waiting: batch_tool.py wait --batch-id batch_1"
+    resume = "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1"
     assert capsys.readouterr().err.endswith(f"batch_tool.py: error: --timeout passed; {resume}\n")
 
 
@@ -1816,7 +1821,7 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
         'a3,Artist a3,"Say ""yes"",\nor\r\nno.",,12,4\r\n'
     )
     assert capsys.readouterr() == ("", (
-        "2 succeeded, 1 failed, 0 incomplete, 0 missing of 3 requests; tokens: 24 input, 8 output; "
+        "Wrote bios.csv: 2 succeeded, 1 failed, 0 incomplete, 0 missing of 3 requests; tokens: 24 input, 8 output; "
         "errors: 1 × server_error\n"
     ))
 
@@ -1824,7 +1829,7 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
 def test_a_request_without_a_results_line_is_missing(tool: Tool, capsys: Capture) -> None:
     requests_file(request("a1"))
     assert rows(tool, "/dev/null") == [["a1", "Artist a1", "", "missing", "", ""]]
-    summary = "0 succeeded, 0 failed, 0 incomplete, 1 missing of 1 request; tokens: 0 input, 0 output\n"
+    summary = "Wrote bios.csv: 0 succeeded, 0 failed, 0 incomplete, 1 missing of 1 request; tokens: 0 input, 0 output\n"
     assert capsys.readouterr().err == summary
 
 
@@ -2037,10 +2042,9 @@ def test_no_option_can_be_abbreviated(command: str, work: Path, capsys: Capture)
 
 def test_every_online_command_has_the_options_of_all(capsys: Capture) -> None:
     for command in COMMANDS:
-        online = command not in ("validate", "retry", "export")
         options = options_of(command, capsys)
-        assert ({"--log-file", "--verbose"} <= options) == online
-        assert ("--json" in options) == (command in ("create", "status", "wait", "list", "cancel"))
+        assert ({"--log-file", "--verbose"} <= options) == (command not in OFFLINE)
+        assert ("--json" in options) == (command in WITH_JSON)
 
 
 @pytest.mark.parametrize(
@@ -2055,11 +2059,11 @@ def test_every_online_command_has_the_options_of_all(capsys: Capture) -> None:
         (["create", "--in", "x", "--endpoint", "a\nb"], "has control characters or is not valid UTF-8: 'a\\nb'"),
         (["list", "--limit", "-1"], "not a whole number of 1 or more: '-1'"),
         (["list", "--limit", "1_0"], "not a whole number of 1 or more: '1_0'"),
-        (["wait", "--batch-id", "b", "--interval", "0"], "not a number of seconds above 0: '0'"),
-        (["wait", "--batch-id", "b", "--interval", "nan"], "not a number of seconds above 0: 'nan'"),
-        (["wait", "--batch-id", "b", "--interval", "1e9"], "not a number of seconds above 0: '1e9'"),
-        (["wait", "--batch-id", "b", "--interval", "1.2.3"], "not a number of seconds above 0: '1.2.3'"),
-        (["wait", "--batch-id", "b", "--timeout", "-3"], "not a number of seconds above 0: '-3'"),
+        (["wait", "--batch-id", "b", "--interval", "0"], f"{NOT_SECONDS}'0'"),
+        (["wait", "--batch-id", "b", "--interval", "nan"], f"{NOT_SECONDS}'nan'"),
+        (["wait", "--batch-id", "b", "--interval", "1e9"], f"{NOT_SECONDS}'1e9'"),
+        (["wait", "--batch-id", "b", "--interval", "1.2.3"], f"{NOT_SECONDS}'1.2.3'"),
+        (["wait", "--batch-id", "b", "--timeout", "-3"], f"{NOT_SECONDS}'-3'"),
         (["status", "--batch-id", "../x"], "not a batch id: '../x'"),
         (["status", "--batch-id", ".x"], "not a batch id: '.x'"),
         (["status", "--batch-id=-x"], "not a batch id: '-x'"),
@@ -2105,6 +2109,14 @@ def test_every_command_has_help(command: str, capsys: Capture) -> None:
 # -- processes of their own ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", ["gen_batch_jsonl.py", "batch_tool.py"])
+def test_an_old_python_is_told_what_is_needed(script: str) -> None:
+    old = "import runpy, sys; sys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'; runpy.run_path(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", old, ROOT / script], capture_output=True, text=True)
+    error = f"{script}: error: it needs Python 3.11 or later; this is 3.10.1\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+
+
 def bare(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run without any installed package, which the SDK is one of."""
     command = [sys.executable, "-S", "-I", str(ROOT / "batch_tool.py"), *map(str, args)]
@@ -2133,7 +2145,8 @@ def test_without_the_sdk_an_online_command_says_how_to_get_it(work: Path, monkey
     done = bare("list")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        r"batch_tool.py: error: the openai package cannot be imported \(.*\); pip install -r requirements.txt\n",
+        r"batch_tool.py: error: the openai package cannot be imported \(.*\); pip install -r requirements.txt, "
+        r"or use the Python of a virtual environment that has it\n",
         done.stderr,
     )
 
@@ -2205,7 +2218,7 @@ def test_a_signal_leaves_the_batch_running_and_says_how_to_go_on(number: signal.
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (128 + number, "")
-    assert progress == "1 in_progress, 0:00:00 elapsed\n"
+    assert progress == "batches: 1 in_progress; 0:00:00 elapsed\n"
     assert err == (
         "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1\n"
         "batch_tool.py: stopped\n"

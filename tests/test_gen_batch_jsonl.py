@@ -307,12 +307,12 @@ MALFORMED = pytest.mark.parametrize(
         ('2,B,"x\n3,C,"y"\r\n"4",D,"z\n\nz"\n', ["3", "4"],
          ["line 3: text after a closing quote (noticed on line 4)"]),
         ('2,B\n3,C,z,\n4,D,z\n', ["4"],
-         ["line 3: 2 fields where the header has 3", "line 4: 4 fields where the header has 3"]),
-        ("2\n", [], ["line 3: 1 field where the header has 3"]),
+         ["line 3: 2 fields instead of 3", "line 4: 4 fields instead of 3"]),
+        ("2\n", [], ["line 3: 1 field instead of 3"]),
         ('2,B,C,"x\n3,C,z\n4"\n5,E,z\n', ["3", "5"],
-         ["line 3: 4 fields where the header has 3", "line 5: 1 field where the header has 3"]),
+         ["line 3: 4 fields instead of 3", "line 5: 1 field instead of 3"]),
         ('2,"B\n3,C",x,"y\n4,D",z\n5,E,z\n', ["4", "5"],
-         ["line 3: 5 fields where the header has 3", "line 4: 5 fields where the header has 3"]),
+         ["line 3: 5 fields instead of 3", "line 4: 5 fields instead of 3"]),
     ],
 )
 
@@ -362,6 +362,12 @@ def test_a_row_with_an_invalid_value_is_given_to_skipped(row: bytes, reason: str
     assert skipped.reasons == {reason: 1}
 
 
+FROM_EXCEL = (
+    "gen_batch_jsonl.py: warning: some rows are not valid UTF-8; if the CSV comes from Excel, convert it first: "
+    "iconv -f WINDOWS-1252 -t UTF-8 IN.csv > OUT.csv\n"
+)
+
+
 @INVALID_VALUES
 def test_a_row_with_an_invalid_value_is_skipped(
     row: bytes, reason: str, detail: str, capsys: pytest.CaptureFixture[str]
@@ -370,6 +376,7 @@ def test_a_row_with_an_invalid_value_is_skipped(
     assert [artist_id for artist_id, _, _ in variables()] == ["1", "8"]
     assert capsys.readouterr().err == (
         f"gen_batch_jsonl.py: warning: line 3: {detail}; row skipped\n"
+        f"{FROM_EXCEL if reason == 'not valid UTF-8' else ''}"
         f"Wrote 2 requests to out.jsonl (3 rows read, 1 skipped: 1 {reason})\n"
     )
 
@@ -414,7 +421,7 @@ def test_a_quote_never_closed_is_noticed_at_the_longest_field(capsys: pytest.Cap
     assert variables() == [("2", "B", "y")]
     warned = capsys.readouterr().err.splitlines()
     assert warned[0].endswith("line 2: a field exceeds 10485760 characters (noticed on line 13); row skipped")
-    assert warned[1].endswith("line 3: 2 fields where the header has 3; row skipped")
+    assert warned[1].endswith("line 3: 2 fields instead of 3; row skipped")
     assert warned[-1].endswith("(14 rows read, 13 skipped: 12 wrong number of fields, 1 field too long)")
 
 
@@ -935,8 +942,8 @@ BAD_BODY_FILES = pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "body.json: not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        ('{"a": NaN}', "body.json: not valid JSON: NaN is not JSON"),
-        ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not JSON"),
+        ('{"a": NaN}', "body.json: not valid JSON: NaN is not allowed"),
+        ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not allowed"),
         ("[1]", 'body.json: not a JSON object; write the body fields as {"max_output_tokens": 400, ...}'),
         ('{"model": "x"}', 'body.json: the field "model" is written by this tool; use --model'),
         ('{"prompt": 1}', 'body.json: the field "prompt" is written by this tool; take it out of the file'),
@@ -1017,7 +1024,7 @@ def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureF
     ("row", "detail"),
     [
         ("2,,x\n", "line 3: artist_name is empty"),
-        ("2,B\n", "line 3: 2 fields where the header has 3"),
+        ("2,B\n", "line 3: 2 fields instead of 3"),
         ('2,B,"x\n', "line 3: a quote is never closed (noticed at the end, line 4)"),
     ],
 )
@@ -1234,7 +1241,7 @@ USAGE_ERRORS = pytest.mark.parametrize(
         ("--in i --out o", {"PROMPT_ID": "a\nb"},
          "environment variable PROMPT_ID: has control characters or is not valid UTF-8: 'a\\nb'"),
         ("--in i --out o --prompt-id p", {"MODEL": "a\tb"},
-         "argument --model: has control characters or is not valid UTF-8: 'a\\tb'"),
+         "environment variable MODEL: has control characters or is not valid UTF-8: 'a\\tb'"),
         ("--in i --out o --prompt-id p", {"PROMPT_VERSION": "\udcff"},
          "environment variable PROMPT_VERSION: has control characters or is not valid UTF-8: '\\udcff'"),
     ],

@@ -156,14 +156,14 @@ def test_what_stderr_tells(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str
     assert told == """\
 part 1/1: File ID: file-ID
 part 1/1: Batch ID: batch_ID
-1 validating, 0:00:00 elapsed
-1 completed, 4/5 requests (80%), 2 failed, 0:00:10 elapsed
+batches: 1 validating; 0:00:00 elapsed
+batches: 1 completed; requests: 4/5 (80%), 2 failed; 0:00:10 elapsed
 round 2: 2 requests to send again
 part 1/1: File ID: file-ID
 part 1/1: Batch ID: batch_ID
-1 completed, 1 validating, 4/5 requests (80%), 2 failed, 0:00:10 elapsed
-2 completed, 5/7 requests (71%), 2 failed, 0:00:20 elapsed
-2 succeeded, 1 failed, 1 incomplete, 1 missing of 5 requests; tokens: 360 input, 135 output; \
+batches: 1 validating; 0:00:10 elapsed
+batches: 1 completed; requests: 1/2 (50%); 0:00:20 elapsed
+Wrote results.jsonl: 2 succeeded, 1 failed, 1 incomplete, 1 missing of 5 requests; tokens: 360 input, 135 output; \
 errors: 1 × bad_request, 1 × incomplete
 """
 
@@ -420,7 +420,11 @@ def test_with_nothing_active_it_waits_longer_each_time(
     time = FakeTime()
     assert run(time=time) == 1
     assert time.slept == [10, 20, 10, 40, 10, 80, 10, 160, 10]
-    error = capsys.readouterr().err.splitlines()[-1]
+    *told, error = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "trying" in line] == [
+        f"no batch of this run is active; trying again in {seconds} s" for seconds in (20, 40, 80, 160)
+    ]
+    assert sum("was refused for the token limit of the queue" in line for line in told) == 5
     assert error == (
         f"batch_tool.py: error: part 1/1 (2 requests, {os.path.getsize('requests.jsonl')} bytes) was refused 5 times "
         "for the token limit of the queue with no batch of this run active; make batches smaller with --max-requests"
@@ -523,7 +527,7 @@ def test_timeout_writes_nothing_and_the_next_run_goes_on(
     assert run("--timeout", "25", time=time) == 3
     assert (time.slept, OUT.read_text()) == ([10, 10, 5], "old\n")
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "nothing is written yet; the batches go on at the server, and the same command goes on",
+        "nothing is written yet; the batches go on at the server; run the same command again to go on",
         "batch_tool.py: error: --timeout passed",
     ]
     api.hold = None
@@ -549,7 +553,7 @@ def test_a_signal_writes_nothing_and_the_next_run_goes_on(
     api.hold = "in_progress"
     write_requests("a1")
     assert run(time=FakeTime(nothing, lambda: signal.raise_signal(number))) == exit_code
-    assert "goes on" in capsys.readouterr().err
+    assert "run the same command again to go on" in capsys.readouterr().err
     assert sorted(os.listdir()) == ["logs", "requests.jsonl"]
     api.hold = None
     assert run() == 0
