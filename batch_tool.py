@@ -2,13 +2,13 @@
 """Put a request file (JSONL) through OpenAI's Batch API: pay for nothing twice,
 lose nothing paid for.
 
-  batch_tool.py run --in requests.jsonl --out results.jsonl
-  batch_tool.py export --in requests.jsonl --results results.jsonl --out bios.csv
+  batch_tool.py run --in requests.jsonl --out done.jsonl
+  batch_tool.py export --in requests.jsonl --results done.jsonl --out bios.csv
   batch_tool.py create --in requests.jsonl
   batch_tool.py wait --batch-id batch_abc123
 
-stdout carries results only, stderr everything else. Commands that talk to the API
-need OPENAI_API_KEY and log every request to logs/batch_YYYYMMDD_HHMMSS.log;
+stdout carries results only, stderr everything else. Commands that talk to the
+API need OPENAI_API_KEY and log every request to logs/batch_YYYYMMDD_HHMMSS.log;
 validate, retry and export work offline. OPENAI_BASE_URL names another service.
 COMMAND --help shows the options of a command.
 
@@ -2091,7 +2091,7 @@ class Run:
 
 
 def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "submit, wait, download, send again what failed: one result per request"
+    text = "the whole job: submit, wait, download, send again what failed"
     parser = add_command(commands, "run", text, [online])
     add_submission(parser)
     add_output(parser, "JSONL", "results file to write, - for stdout")

@@ -9,9 +9,8 @@
       --prompt-file bio_prompt.md --model gpt-5-mini
 
 The CSV has the columns artist_id, artist_name and artist_data; every valid row
-becomes one request. Rows that cannot be used are named on stderr with their line
-and skipped; the last line there accounts for every row. --out is written whole or
-not at all.
+becomes one request. Rows that cannot be used are skipped and named on stderr,
+where the last line accounts for every row. --out is written whole or not at all.
 
 exit codes: 0 success, 1 fatal error, 2 invalid arguments, 130 interrupted,
 143 terminated, 129 hung up
