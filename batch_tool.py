@@ -22,6 +22,7 @@ import contextlib
 import datetime
 import email.utils
 import fcntl
+import functools
 import gc
 import hashlib
 import io
@@ -88,6 +89,7 @@ TIMESTAMPS = (
 
 T = TypeVar("T")
 Json = dict[str, Any]
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 class Failure(Exception):
@@ -169,7 +171,7 @@ class Verdict(NamedTuple):
     message: str = ""
 
     def error(self) -> str:
-        return ": ".join(word for word in (self.code, self.message) if word)
+        return ": ".join(filter(None, (self.code, self.message)))
 
 
 class Entry(NamedTuple):
@@ -204,7 +206,10 @@ def commonest(counts: Counter[str]) -> str:
 
 
 def to_json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(content, ensure_ascii=False, default=str)
+    except RecursionError:  # what could just be read may be too deep to be written
+        return '"nested too deeply"'
 
 
 def quoted(value: Any) -> str:
@@ -244,6 +249,12 @@ def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
     return content
 
 
+def object_in(content: Json, name: str) -> Json:
+    """The object under a name; empty where there is none."""
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def dicts(value: Any) -> list[Json]:
     """The objects in what ought to be a list of them."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
@@ -276,6 +287,13 @@ def blocks(file: BinaryIO, path: str) -> Iterator[bytes]:
             yield block
 
 
+def lines_of(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """The file's lines, likewise."""
+    with failing_to(f"read {path}"):
+        for line in file:  # noqa: UP028  `yield from` closes the file when nobody wants the next line
+            yield line
+
+
 @contextlib.contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
     """The file's bytes; stdin and what is not a regular file as a temporary copy, to be read more than once."""
@@ -284,6 +302,8 @@ def open_input(path: str) -> Iterator[BinaryIO]:
     with contextlib.ExitStack() as stack:
         with failing_to(f"read {path}"):
             file = sys.stdin.buffer if path == STDIN else stack.enter_context(open(path, "rb"))
+            with contextlib.suppress(io.UnsupportedOperation):  # of a stdin that is no file
+                os.set_blocking(file.fileno(), True)  # else a pause of the writer would look like the end
         if path == STDIN or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             copy = stack.enter_context(temporary_file())
             copy.writelines(blocks(file, path))
@@ -297,13 +317,15 @@ def is_stream(path: str) -> bool:
     return path == STDOUT or (os.path.exists(path) and not os.path.isfile(path))
 
 
+def discard(file: BinaryIO | TextIO) -> None:
+    """Drop what is left in the file's buffer and whatever follows, or the interpreter complains of it at its end."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
+
+
 @contextlib.contextmanager
 def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
-    """The file, flushed at the end.
-
-    What is left in its buffer is dropped where the file does not take it, which would be complained of once more when
-    the interpreter ends, or where the command was stopped, as a reader that stands still would keep it from ending.
-    """
+    """The file, flushed at the end; where it fails or the command is stopped, nothing waits for its reader any more."""
     if file is None:
         raise BrokenPipeError
     try:
@@ -314,7 +336,7 @@ def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
             raise
         file.flush()
     except (OSError, Stopped):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        discard(file)
         raise
 
 
@@ -327,7 +349,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x+b", buffering=CHUNK) as file:
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
                 os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
             yield file
             file.flush()
@@ -382,17 +404,6 @@ def same_regular_file(source: str, destination: str) -> bool:
     return stat.S_ISREG(there.st_mode) and os.path.samestat(there, here)
 
 
-@contextlib.contextmanager
-def locked(file: BinaryIO, path: str) -> Iterator[None]:
-    """Hold the request file, so that no second create or run on this machine submits it at the same time."""
-    with failing_to(f"lock {path}"):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
-    yield
-
-
 def file_signature(file: BinaryIO) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
@@ -401,6 +412,28 @@ def file_signature(file: BinaryIO) -> tuple[int, int]:
 def refuse_changes(file: BinaryIO, signature: tuple[int, int], path: str) -> None:
     if file_signature(file) != signature:
         raise Failure(f"{path} was changed while it was in use; run the same command again")
+
+
+@contextlib.contextmanager
+def unchanged(file: BinaryIO, path: str) -> Iterator[None]:
+    """Raise Failure where the file does not stay as it is until the block ends."""
+    signature = file_signature(file)
+    try:
+        yield
+    finally:
+        refuse_changes(file, signature, path)
+
+
+@contextlib.contextmanager
+def locked(file: BinaryIO, path: str, console: Console) -> Iterator[None]:
+    """Hold the request file, so that no second create or run on this machine submits it at the same time."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
+    except OSError as error:  # NFS locks only what is open for writing, other file systems nothing at all
+        console.warn(f"cannot lock {path}: {error.strerror}; start no other create or run of it meanwhile")
+    yield
 
 
 def last_byte(file: BinaryIO) -> bytes:
@@ -418,12 +451,6 @@ class FilePart(io.BufferedIOBase):
         self._file = file
         self._part = part
         self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._position
@@ -448,7 +475,8 @@ class Console:
     """stdout for results and stderr for the rest, a line at a time, without secrets."""
 
     def __init__(self, stderr: TextIO | None) -> None:
-        self.secrets: list[str] = []
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.secrets = [key, json.dumps(key)[1:-1]] if len(key) >= 8 else []
         self._stderr = stderr
         self._shown = 0  # characters of progress on the terminal's line
         self.live = stderr is not None and stderr.isatty()
@@ -477,7 +505,10 @@ class Console:
         if self._stderr is None or not self.live:
             self.say(text)
             return
-        text = self.scrub(text)[: (os.get_terminal_size(self._stderr.fileno()).columns or 80) - 1]
+        columns = 80
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            columns = os.get_terminal_size(self._stderr.fileno()).columns or columns
+        text = self.scrub(text)[: columns - 1]
         self._write("\r" + text.ljust(self._shown))
         self._shown = len(text)
 
@@ -492,6 +523,14 @@ class Console:
                 self._stderr.write(text)
                 self._stderr.flush()
 
+    def close(self) -> None:
+        """Drop what stderr has not taken to the end, which would change the exit code."""
+        if self._stderr is not None:
+            try:
+                self._stderr.flush()
+            except OSError:
+                discard(self._stderr)
+
 
 # -- request files -----------------------------------------------------------------------------------------------
 
@@ -503,7 +542,7 @@ class InputCheck:
     """
 
     def __init__(self, endpoint: str | None = None, max_requests: int = MAX_REQUESTS) -> None:
-        self.endpoint = endpoint
+        self.endpoint = endpoint or ""
         self.size = 0
         self.without_model = 0
         self.line_of: dict[str, int] = {}
@@ -553,7 +592,7 @@ class InputCheck:
         method, url, body = request.get("method"), request.get("url"), request.get("body")
         if method != "POST":
             yield Problem(number, "invalid_request", f'method is {quoted(method)}, not "POST"')
-        if self.endpoint is None and isinstance(url, str) and url.startswith("/") and url.isprintable():
+        if not self.endpoint and isinstance(url, str) and url.startswith("/") and url.isprintable():
             self.endpoint = url
         if not url or url != self.endpoint:
             endpoint = self.endpoint or "a path like /v1/responses"
@@ -589,7 +628,7 @@ def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) 
     """The parts of a request file that the API will take; raises Failure after showing what it would refuse."""
     signature = file_signature(file)
     found = 0
-    for problem in check.problems(file):
+    for problem in check.problems(lines_of(file, path)):
         found += 1
         if found <= MAX_LISTED:
             console.say(str(problem))
@@ -616,7 +655,15 @@ def as_batch(content: Any) -> Batch:
 
     if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
         raise NoAnswer(f"the answer is not a batch: {shorten(to_json(content))}")
-    return Batch.construct(**content)
+    return Batch.construct(**{name: value for name, value in content.items() if not name.startswith("_")})
+
+
+def as_page(content: Json) -> tuple[list[Batch], bool]:
+    """The batches of one page of the listing, and whether there may be more."""
+    page = content.get("data")
+    if not isinstance(page, list):
+        raise NoAnswer("the answer is not a list of batches")
+    return [as_batch(item) for item in page], content.get("has_more") is not False
 
 
 def as_file(content: Json) -> FileObject:
@@ -625,7 +672,7 @@ def as_file(content: Json) -> FileObject:
 
     if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
         raise NoAnswer(f"the answer is not a file: {shorten(to_json(content))}")
-    return FileObject.construct(**content)
+    return FileObject.construct(id=content["id"], bytes=content["bytes"])
 
 
 def text_of(thing: Any, name: str) -> str:
@@ -684,8 +731,8 @@ def batch_errors(batch: Batch) -> list[str]:
     for error in error_list(batch):
         line = number_of(error, "line")
         words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
-        lines.append(": ".join(word for word in words if word))
-    return [line for line in lines if line]
+        lines.append(": ".join(filter(None, words)))
+    return [*filter(None, lines)]
 
 
 def reasons(batch: Batch) -> str:
@@ -717,15 +764,15 @@ def describe(batch: Batch) -> Iterator[str]:
     if counts.total:
         yield f"Requests: {counts.completed} completed, {counts.failed} failed of {counts.total}"
     usage = getattr(batch, "usage", None)
-    spent, made = number_of(usage, "input_tokens"), number_of(usage, "output_tokens")
-    if spent or made:
-        yield f"Tokens: {spent or 0} input, {made or 0} output"
+    input_tokens, output_tokens = number_of(usage, "input_tokens") or 0, number_of(usage, "output_tokens") or 0
+    if input_tokens or output_tokens:
+        yield f"Tokens: {input_tokens} input, {output_tokens} output"
     yield from batch_errors(batch)
 
 
 def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
     """The Batch object as the API gave it, on one line, and where its files were saved."""
-    return to_json({**batch.to_dict(mode="json", warnings=False), **(saved or {})})
+    return json.dumps({**batch.to_dict(mode="json", warnings=False), **(saved or {})}, default=str)
 
 
 # -- answers of the API ------------------------------------------------------------------------------------------
@@ -736,7 +783,8 @@ def json_object(response: LegacyAPIResponse[Any]) -> Json:
     try:
         return read_object(response.content)
     except ValueError:
-        raise NoAnswer(f"the answer is not a JSON object: {shorten(response.text) or 'it is empty'}") from None
+        text = shorten(response.content.decode(errors="replace"))
+        raise NoAnswer(f"the answer is not a JSON object: {text or 'it is empty'}") from None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -747,7 +795,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
     return seconds if 0 < seconds < math.inf else None
 
@@ -763,7 +811,7 @@ def explain_status(error: APIStatusError) -> CallFailed:
     return kind(f"HTTP {status}: {words}{code}{advice}", status, codes, retry_after(error.response.headers))
 
 
-def explain(error: OpenAIError | NoAnswer, url: str) -> CallFailed:
+def explain(error: OpenAIError | NoAnswer | UnicodeError, url: str) -> CallFailed:
     """What an error of the SDK means, in the API's words where there are any."""
     import openai
 
@@ -773,6 +821,8 @@ def explain(error: OpenAIError | NoAnswer, url: str) -> CallFailed:
         return explain_status(error)
     if isinstance(error, openai.APITimeoutError):
         return NoAnswer(f"no answer from {url} in time")
+    if isinstance(error, UnicodeError):
+        return NoAnswer(f"the answer from {url} cannot be decoded: {error}")
     return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
 
 
@@ -784,19 +834,16 @@ def is_rate_limit(failure: CallFailed) -> bool:
 # -- the API -----------------------------------------------------------------------------------------------------
 
 
-class LogFormatter(logging.Formatter):
-    """One line an event, without secrets, also where the event is an error with its stack."""
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Writes the log: an event a line, errors with their stack, no secrets. What cannot be written is a Failure."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+    def __init__(self, file: TextIO, console: Console) -> None:
+        super().__init__(file)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._console = console
 
     def format(self, record: logging.LogRecord) -> str:
         return self._console.scrub(super().format(record))
-
-
-class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes the log, flushed line by line; the first line that cannot be written is a Failure."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         raise Failure(f"cannot write the log: {sys.exc_info()[1]}") from None
@@ -812,10 +859,8 @@ def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
-    handler = LogHandler(file)
-    handler.setFormatter(LogFormatter(console))
     log = logging.Logger(PROG)
-    log.addHandler(handler)
+    log.addHandler(LogHandler(file, console))
     try:
         yield log
     finally:
@@ -831,13 +876,10 @@ def header_value(name: str) -> str:
     return value
 
 
-def api_key(console: Console) -> str:
-    """OPENAI_API_KEY, from now on hidden in all that is said."""
+def api_key() -> str:
     key = header_value("OPENAI_API_KEY")
     if not key:
         raise Failure("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
-    if len(key) >= 8:
-        console.secrets += {key, json.dumps(key)[1:-1]}
     return key
 
 
@@ -853,7 +895,7 @@ def base_url(console: Console) -> str:
         raise Failure("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
     password = parts.password or ""
     if len(password) >= 8:
-        console.secrets += {password, urllib.parse.unquote(password)}
+        console.secrets += [password, urllib.parse.unquote(password)]
     return url
 
 
@@ -896,7 +938,7 @@ class Api:
             try:
                 content = send()
                 answer = read(content)
-            except (openai.OpenAIError, NoAnswer) as error:
+            except (openai.OpenAIError, NoAnswer, UnicodeError) as error:  # the last of an answer in no charset
                 failure = explain(error, self.url)
                 self.log.exception("%s error %s", operation, failure)
             else:
@@ -908,7 +950,7 @@ class Api:
             pause = failure.retry_after or 0.5 * 2 ** min(lost + limited - 1, 10)
             if is_rate_limit(failure) and pause <= patience:
                 patience -= pause
-            elif not isinstance(failure, NoAnswer) or failure.status == 409 or lost >= tries:
+            elif not isinstance(failure, NoAnswer) or failure.status == 409 or lost >= tries:  # a conflict stays one
                 raise failure
             pause = min(pause, RATE_LIMIT_SECONDS)
             if is_rate_limit(failure) or pause > NOTICED_SECONDS:
@@ -963,22 +1005,13 @@ class Api:
         seen: set[str] = set()
         query: Json = {"limit": page_size}
         for _ in range(MAX_PAGES):
-            page, has_more = self._page(query)
+            page, has_more = self.ask("LIST_BATCHES", self.client.batches.with_raw_response.list, as_page, query)
             new = [batch for batch in page if batch.id not in seen]
             yield from new
             if not has_more or not new:
                 return
             seen.update(batch.id for batch in new)
             query = {"limit": page_size, "after": page[-1].id}
-
-    def _page(self, query: Json) -> tuple[list[Batch], bool]:
-        def read(content: Json) -> tuple[list[Batch], bool]:
-            page = content.get("data")
-            if not isinstance(page, list):
-                raise NoAnswer("the answer is not a list of batches")
-            return [as_batch(item) for item in page], content.get("has_more") is not False
-
-        return self.ask("LIST_BATCHES", self.client.batches.with_raw_response.list, read, query)
 
     def recent_batches(self) -> Iterator[Batch]:
         """The batches of the last 30 days, newest first."""
@@ -1032,16 +1065,27 @@ class Api:
 
 
 @contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Keep signals back while the block runs: a callback of the interpreter would swallow what they raise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def connect(args: argparse.Namespace) -> Iterator[Api]:
     """The API as the environment names it; no request is made yet."""
     console: Console = args.console
-    key, url = api_key(console), base_url(console)
+    key, url = api_key(), base_url(console)
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file, console) as log:
         log.info("START %s", to_json([PROG, *args.argv]))
         try:
-            import httpx2
-            import openai
+            with holding_signals():
+                import httpx2
+                import openai
         except ImportError as error:
             raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt, "
                           "or use the Python of a virtual environment that has it") from None
@@ -1049,7 +1093,7 @@ def connect(args: argparse.Namespace) -> Iterator[Api]:
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
                                    max_retries=0, timeout=POLL_SECONDS)
         except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
-            raise Failure(f"the environment does not make a client: {error}") from None
+            raise Failure(f"no client can be made: {error}; check the proxy and certificate variables") from None
         with client:
             yield Api(client, log, args)
 
@@ -1170,12 +1214,12 @@ class Watch:
         self._sleep: Callable[[float], None] = args.sleep
         self._clock: Callable[[], float] = args.clock
         self._started = args.clock()
-        self._deadline = math.inf if args.timeout is None else self._started + args.timeout
+        self.deadline = math.inf if args.timeout is None else self._started + args.timeout
         self._said = ""
         api.sleep, api.seconds_left = self.pause, self.seconds_left  # no wait inside a call outlasts --timeout
 
     def seconds_left(self) -> float:
-        return self._deadline - self._clock()
+        return self.deadline - self._clock()
 
     def pause(self, seconds: float) -> None:
         """Sleep; raises TimedOut once --timeout has passed."""
@@ -1185,11 +1229,12 @@ class Watch:
             raise TimedOut("--timeout passed")
 
     def look(self, batch_ids: Iterable[str]) -> list[Batch]:
-        """Ask once for each batch that has not ended; the ones that have now. Outages are said and outlived."""
+        """Ask once for each of the batches; those that have ended. After a first answer, outages are outlived."""
         ended = []
         for batch_id in batch_ids:
+            limits = {"tries": 1, "patience": 0} if self._answered else {}
             try:
-                batch = self._api.batch(batch_id, **({"tries": 1, "patience": 0} if self._answered else {}))
+                batch = self._api.batch(batch_id, **limits)
             except CallFailed as failure:
                 if not self._answered or not (isinstance(failure, NoAnswer) or is_rate_limit(failure)):
                     raise
@@ -1204,11 +1249,13 @@ class Watch:
     def show(self) -> None:
         """Progress over all batches: on a terminal every time, elsewhere when it has changed."""
         batches = self.latest.values()
-        completed, failed, total = map(sum, zip(Counts(0, 0, 0), *map(request_counts, batches), strict=True))
-        statuses = ", ".join(f"{number} {status}" for status, number in Counter(b.status for b in batches).items())
-        said = f"batches: {statuses}"
+        counts = [request_counts(batch) for batch in batches]
+        failed, total = sum(each.failed for each in counts), sum(each.total for each in counts)
+        done = sum(each.completed for each in counts) + failed
+        statuses = Counter(batch.status for batch in batches)
+        said = "batches: " + ", ".join(f"{number} {status}" for status, number in statuses.items())
         if total:
-            said += f"; requests: {completed + failed}/{total} ({100 * (completed + failed) // total}%)"
+            said += f"; requests: {done}/{total} ({100 * done // total}%)"
         if failed:
             said += f", {failed} failed"
         if said != self._said or self._api.console.live:
@@ -1231,40 +1278,36 @@ def judge(result: Json) -> Verdict:
     response = result.get("response")
     if not isinstance(response, dict):
         return error_verdict(RETRYABLE, result.get("error"), "no_response")
-    status, body = response.get("status_code"), response.get("body")
-    if not isinstance(body, dict):
-        body = {}
-    elif status == 200 and body.get("status") in (None, "completed"):
+    status, body = response.get("status_code"), object_in(response, "body")
+    if status == 200 and isinstance(response.get("body"), dict) and body.get("status") in (None, "completed"):
         return Verdict(SUCCEEDED)
-    elif status == 200 and body.get("status") == "incomplete":
-        details = body.get("incomplete_details")
-        reason = details.get("reason") if isinstance(details, dict) else None
-        return Verdict(REJECTED, "incomplete", str(reason or ""))
+    if status == 200 and body.get("status") == "incomplete":
+        return Verdict(REJECTED, "incomplete", str(object_in(body, "incomplete_details").get("reason") or ""))
     rejected = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
     otherwise = str(body.get("status") or "no_body") if status == 200 else f"http_{status}"
     return error_verdict(REJECTED if rejected else RETRYABLE, body.get("error") or result.get("error"), otherwise)
 
 
 def body_of(result: Json) -> Json:
-    response = result.get("response")
-    body = response.get("body") if isinstance(response, dict) else None
-    return body if isinstance(body, dict) else {}
+    return object_in(object_in(result, "response"), "body")
+
+
+def token_count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 10**15 else None
 
 
 def usage_of(result: Json) -> tuple[int | None, int | None]:
     """Input and output tokens of a results line; None where it does not say."""
-    usage = body_of(result).get("usage")
-    if not isinstance(usage, dict):
-        return None, None
-    spent = usage.get("input_tokens", usage.get("prompt_tokens"))
-    made = usage.get("output_tokens", usage.get("completion_tokens"))
-    return spent if type(spent) is int else None, made if type(made) is int else None
+    usage = object_in(body_of(result), "usage")
+    input_tokens = usage.get("input_tokens", usage.get("prompt_tokens"))
+    output_tokens = usage.get("output_tokens", usage.get("completion_tokens"))
+    return token_count(input_tokens), token_count(output_tokens)
 
 
 def request_ids(file: BinaryIO, path: str) -> dict[str, Entry | None]:
     """The custom_ids of a request file in its order, each without an entry yet; raises Failure for a bad line."""
     ids: dict[str, Entry | None] = {}
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(lines_of(file, path), 1):
         try:
             custom_id = read_object(line).get("custom_id")
         except ValueError as error:
@@ -1298,7 +1341,7 @@ class Results:
             self._files.append(file)
         index = self._files.index(file)
         offset = file.tell()
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             try:
                 self._add(read_object(line), index, offset, len(line))
             except ValueError as error:
@@ -1315,9 +1358,9 @@ class Results:
         known = self.best[custom_id]
         if known is None or known.outcome != SUCCEEDED or outcome == SUCCEEDED:
             self.best[custom_id] = Entry(outcome, sys.intern(code[:80]), file, offset, size)
-        spent, made = usage_of(result)
-        self.input_tokens += spent or 0
-        self.output_tokens += made or 0
+        input_tokens, output_tokens = usage_of(result)
+        self.input_tokens += input_tokens or 0
+        self.output_tokens += output_tokens or 0
 
     def _ignore(self, text: str) -> None:
         self.ignored += 1
@@ -1352,9 +1395,11 @@ class Results:
         return f"; {count_of(self.ignored, 'results line')} ignored" if self.ignored else ""
 
 
-def lines_to_send(file: BinaryIO, best: Mapping[str, Entry | None], wanted: Iterable[str]) -> Iterator[bytes]:
+def lines_to_send(
+    lines: Iterable[bytes], best: Mapping[str, Entry | None], wanted: Iterable[str]
+) -> Iterator[bytes]:
     """The lines of a request file whose requests ended in one of the wanted ways, as they stand there."""
-    for line, entry in zip(file, best.values(), strict=True):
+    for line, entry in zip(lines, best.values(), strict=True):
         if (entry.outcome if entry else MISSING) in wanted:
             yield line
 
@@ -1380,7 +1425,7 @@ def answer_text(body: Json) -> tuple[str, str]:
             parts += dicts(item.get("content"))
     text, refusal = joined(parts, "output_text", "text"), joined(parts, "refusal", "refusal")
     choice = next(iter(dicts(body.get("choices"))), {})
-    if isinstance(message := choice.get("message"), dict):
+    if message := object_in(choice, "message"):
         text, refusal = chat_text(message.get("content")), str(message.get("refusal") or "")
     if refusal:
         return text, f"refusal: {refusal}"
@@ -1389,12 +1434,9 @@ def answer_text(body: Json) -> tuple[str, str]:
 
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
-    body = request.get("body")
-    body = body if isinstance(body, dict) else {}
-    prompt = body.get("prompt")
-    for holder in (prompt.get("variables") if isinstance(prompt, dict) else None, body.get("metadata")):
-        name = holder.get("artist_name") if isinstance(holder, dict) else None
-        if isinstance(name, str):
+    body = object_in(request, "body")
+    for holder in (object_in(object_in(body, "prompt"), "variables"), object_in(body, "metadata")):
+        if isinstance(name := holder.get("artist_name"), str):
             return name
     return ""
 
@@ -1404,8 +1446,7 @@ def bio_row(request: Json, outcome: str, result: Json) -> tuple[str, ...]:
     text, objection = answer_text(body_of(result))
     if outcome != SUCCEEDED:
         objection = judge(result).error() if result else MISSING
-    spent, made = usage_of(result)
-    tokens = "" if spent is None else str(spent), "" if made is None else str(made)
+    tokens = ("" if number is None else str(number) for number in usage_of(result))
     return request["custom_id"], artist_name(request), text, objection, *tokens
 
 
@@ -1416,9 +1457,6 @@ def csv_line(fields: Iterable[str]) -> bytes:
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------
-
-Subparsers = Any  # argparse has no public name for what add_subparsers returns
-
 
 def text_argument(text: str) -> str:
     if not text:
@@ -1475,9 +1513,7 @@ def positive_seconds(text: str) -> float:
 def add_command(
     commands: Subparsers, name: str, text: str, parents: Sequence[argparse.ArgumentParser] = ()
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, parents=parents, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, parents=parents)
     return parser
 
 
@@ -1491,7 +1527,7 @@ def add_output(parser: argparse.ArgumentParser, metavar: str, text: str, *, requ
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    text = "what the requests are for (default: the url they name)"
+    text = "endpoint that every request must name (default: the url of the first request)"
     parser.add_argument("--endpoint", type=text_argument, metavar="E", help=text)
 
 
@@ -1499,7 +1535,7 @@ def add_submission(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     add_endpoint(parser)
     add = parser.add_argument
-    text = "time in which a batch is to be done (default: %(default)s)"
+    text = "how long the API may take (default: %(default)s)"
     add("--completion-window", type=text_argument, default="24h", metavar="W", help=text)
     text = "requests in one batch (default: %(default)s); fewer for an account with a small token queue"
     add("--max-requests", type=batch_size, default=MAX_REQUESTS, metavar="N", help=text)
@@ -1507,7 +1543,7 @@ def add_submission(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_ids(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=id_argument, metavar="ID",
-                        help="id of a batch, one or more")
+                        help="ids of batches, as create, run and list print them")
 
 
 def add_auto_save(parser: argparse.ArgumentParser) -> None:
@@ -1518,7 +1554,7 @@ def add_auto_save(parser: argparse.ArgumentParser) -> None:
 def add_waiting(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--interval", type=positive_seconds, default=30.0, metavar="S", help="seconds between polls (default: 30)")
-    add("--timeout", type=positive_seconds, metavar="S", help="give up waiting after S seconds: exit 3")
+    add("--timeout", type=positive_seconds, metavar="S", help="stop waiting after S seconds, with exit 3")
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
@@ -1581,11 +1617,11 @@ def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
 def cmd_create(args: argparse.Namespace) -> int:
     console: Console = args.console
     check = InputCheck(args.endpoint, args.max_requests)
-    with open_input(args.input) as file, locked(file, args.input), connect(args) as api:
+    with open_input(args.input) as file, locked(file, args.input, console), connect(args) as api:
         parts = check_input(file, args.input, check, console)
-        submission = Submission(api, args, file, check.endpoint or "")
+        submission = Submission(api, args, file, check.endpoint)
         earlier = {} if args.force else submission.find_earlier(parts)
-        left_out = 0
+        exit_code = 0
         for part in parts:
             batches = earlier.get(part.sha256, [])
             adopted = next(filter(stands_for_its_part, batches), None)
@@ -1593,7 +1629,7 @@ def cmd_create(args: argparse.Namespace) -> int:
             if adopted:
                 console.say(f"part {part.label} is batch {adopted.id} ({adopted.status}) already; not submitted again")
             elif partial:
-                left_out += 1
+                exit_code = 1
                 console.warn(what_is_left(part, partial))
                 continue
             file_id = text_of(adopted, "input_file_id") if adopted else submission.upload(part)
@@ -1601,7 +1637,7 @@ def cmd_create(args: argparse.Namespace) -> int:
                 console.emit(f"File ID: {file_id}")
             batch = adopted or submission.create(part, file_id)
             console.emit(batch_json(batch) if args.json else f"Batch ID: {batch.id}")
-    return 1 if left_out else 0
+    return exit_code
 
 
 def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
@@ -1617,7 +1653,7 @@ def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
 
 
 def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
-    """Where the output and the error file of a batch are saved; beside a stream there is no place for errors."""
+    """Where the output and the error file of a batch are saved; beside a stream, errors keep their own name."""
     paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
     if out and not is_stream(out):
         root, extension = os.path.splitext(out)
@@ -1651,7 +1687,7 @@ def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
 def save_files(
     api: Api, batch: Batch, paths: Mapping[str, str], report: Callable[[str], None], *, skip_complete: bool = False
 ) -> Iterator[str]:
-    """Save the files that a batch has, and say so; which they are, as each is saved."""
+    """Save the files that a batch has and report each; yields which it is, `results` or `errors`, once it is saved."""
     for kind, file_id in result_files(batch):
         size = save_file(api, file_id, paths[kind], skip_complete)
         report(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
@@ -1693,13 +1729,13 @@ def cmd_status(args: argparse.Namespace) -> int:
 
 def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
     """The batches, by id, once all have ended."""
-    watch = Watch(api, args)
-    active = list(dict.fromkeys(args.batch_ids))
+    watch, active = Watch(api, args), dict.fromkeys(args.batch_ids)
     while True:
-        ended = {batch.id for batch in watch.look(active)}
-        active = [batch_id for batch_id in active if batch_id not in ended]
+        for batch in watch.look([*active]):
+            del active[batch.id]
         watch.show()
         if not active:
+            watch.deadline = math.inf  # saving is not waiting
             return watch.latest
         watch.pause(args.interval)
 
@@ -1730,8 +1766,8 @@ def cmd_wait(args: argparse.Namespace) -> int:
 def count_errors(path: str) -> Counter[str]:
     """The errors of an error file, by code and message."""
     counts: Counter[str] = Counter()
-    with failing_to(f"read {path}"), open(path, "rb") as file:
-        for line in file:
+    with open_input(path) as file:
+        for line in lines_of(file, path):
             with contextlib.suppress(ValueError):
                 counts[judge(read_object(line)).error()[:200]] += 1
     return counts
@@ -1807,7 +1843,13 @@ def list_row(batch: Batch) -> tuple[str, ...]:
     return batch.id, batch.status, created, f"{completed}/{total}", str(failed), escape_controls(name)
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def table(batches: Iterable[Batch]) -> Iterator[str]:
+    """The lines of a table of the batches, its columns aligned."""
+    rows = [list_row(batch) for batch in batches]
+    if not rows:
+        yield "No batches found."
+        return
+    rows.insert(0, ("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -1822,29 +1864,27 @@ def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
 
 
 def cmd_list(args: argparse.Namespace) -> int:
-    console: Console = args.console
     with connect(args) as api:
         batches = itertools.islice(api.batches(min(args.limit, PAGE_SIZE)), args.limit)
-        if args.json:
-            for batch in batches:
-                console.emit(batch_json(batch))
-            return 0
-        rows = [list_row(batch) for batch in batches]
-    if not rows:
-        console.emit("No batches found.")
-        return 0
-    for line in table([("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"), *rows]):
-        console.emit(line)
+        for line in map(batch_json, batches) if args.json else table(batches):
+            args.console.emit(line)
     return 0
 
 
-def read_results(args: argparse.Namespace, file: BinaryIO, files: contextlib.ExitStack) -> Results:
-    """The best results of the requests in `file`, from all of --results, which stay open in `files`."""
+def read_results(args: argparse.Namespace, files: contextlib.ExitStack) -> tuple[BinaryIO, Results]:
+    """The request file, and the best results of its requests from all of --results.
+
+    They stay open in `files`, which when closed raises Failure where one of them has been changed since.
+    """
     gc.disable()  # nothing here makes reference cycles; looking for them among the entries takes a fifth of the time
-    results = Results(request_ids(file, args.input), args.console)
-    for path in args.results:
-        results.read(files.enter_context(open_input(path)), path)
-    return results
+    inputs = []
+    for path in (args.input, *args.results):
+        inputs.append(files.enter_context(open_input(path)))
+        files.enter_context(unchanged(inputs[-1], path))
+    results = Results(request_ids(inputs[0], args.input), args.console)
+    for file, path in zip(inputs[1:], args.results, strict=True):
+        results.read(file, path)
+    return inputs[0], results
 
 
 def add_retry(commands: Subparsers) -> None:
@@ -1852,21 +1892,22 @@ def add_retry(commands: Subparsers) -> None:
     add_input(parser)
     add_results(parser)
     add_output(parser, "JSONL", "request file to write, - for stdout")
-    text = "also those that would be refused again as they are"
+    text = "also those that the API would refuse again as they are (4xx, incomplete)"
     parser.add_argument("--include-rejected", action="store_true", help=text)
     parser.set_defaults(run=cmd_retry)
 
 
 def cmd_retry(args: argparse.Namespace) -> int:
     console: Console = args.console
-    with open_input(args.input) as file, contextlib.ExitStack() as files:
-        results = read_results(args, file, files)
+    with contextlib.ExitStack() as files:
+        file, results = read_results(args, files)
         outcomes, errors = results.outcomes(), results.errors()
         wanted = {RETRYABLE, MISSING, *([REJECTED] if args.include_rejected else [])}
         count = sum(outcomes[outcome] for outcome in wanted)
         if count:
             with open_output(args.output) as out:
-                out.writelines(lines_to_send(file, results.best, wanted))
+                out.writelines(lines_to_send(lines_of(file, args.input), results.best, wanted))
+                files.close()
     report = console.say if args.output == STDOUT else console.emit
     report(f"Requests to retry: {count}")
     note = " (not sent again)" if outcomes[REJECTED] and not args.include_rejected else ""
@@ -1886,13 +1927,14 @@ def add_export(commands: Subparsers) -> None:
 
 
 def cmd_export(args: argparse.Namespace) -> int:
-    with open_input(args.input) as file, contextlib.ExitStack() as files:
-        results = read_results(args, file, files)
+    with contextlib.ExitStack() as files:
+        file, results = read_results(args, files)
         with open_output(args.output) as out:
             out.write(csv_line(BIO_COLUMNS))
-            for line, entry in zip(file, results.best.values(), strict=True):
+            for line, entry in zip(lines_of(file, args.input), results.best.values(), strict=True):
                 outcome, result = (entry.outcome, read_object(results.line(entry))) if entry else (MISSING, {})
                 out.write(csv_line(bio_row(read_object(line), outcome, result)))
+            files.close()
     args.console.say(f"Wrote {args.output}: {results.summary()}")
     return 0
 
@@ -1933,7 +1975,7 @@ class Run:
         self._console: Console = args.console
         self._file = file
         self._signature = file_signature(file)
-        self._endpoint = check.endpoint or ""
+        self._endpoint = check.endpoint
         self._sha256 = sha256_of(file)
         self._results = results
         self._spool = spool  # what was downloaded
@@ -1950,8 +1992,8 @@ class Run:
         submission = self._submission(self._file)
         parts = self._adopt_earlier(submission, parts)
         self._round(submission, parts)
-        attempts: int = self._args.attempts - bool(parts)
-        for number in range(2, attempts + 2):
+        rounds_left: int = self._args.attempts - (1 if parts else 0)
+        for number in range(2, 2 + rounds_left):
             outcomes = self._results.outcomes()
             left = outcomes[RETRYABLE] + outcomes[MISSING]
             if not left or self._cancelled:
@@ -1969,7 +2011,8 @@ class Run:
     def _write_pending(self, pending: BinaryIO) -> list[Part]:
         """Write what is to be sent again to `pending`; its parts."""
         self._file.seek(0)
-        pending.writelines(lines_to_send(self._file, self._results.best, (RETRYABLE, MISSING)))
+        lines = lines_of(self._file, self._args.input)
+        pending.writelines(lines_to_send(lines, self._results.best, (RETRYABLE, MISSING)))
         pending.seek(0)
         check = InputCheck(self._endpoint, self._args.max_requests)
         return check_input(pending, "the next round", check, self._console)
@@ -1996,17 +2039,13 @@ class Run:
         return [] if others else new
 
     def _adopt(self, batch: Batch, queued: QueuedPart | None) -> None:
-        if not has_ended(batch):
-            self._follow(batch, queued)
-            if batch.status == "cancelling":
-                self._cancelling.add(batch.id)
-        else:
-            self._watch.latest[batch.id] = batch
-            self._take(batch)
-
-    def _follow(self, batch: Batch, queued: QueuedPart | None) -> None:
         self._watch.latest[batch.id] = batch
+        if has_ended(batch):
+            self._take(batch)
+            return
         self._active[batch.id] = queued
+        if batch.status == "cancelling":
+            self._cancelling.add(batch.id)
 
     def _round(self, submission: Submission, parts: Sequence[Part]) -> None:
         """Submit the parts, and take in what comes of them and of the batches that were adopted."""
@@ -2029,7 +2068,7 @@ class Run:
                 self._console.say(f"part {part.label}: File ID: {queued.file_id}")
             batch = submission.create(part, queued.file_id, queued.refused)
             self._console.say(f"part {part.label}: Batch ID: {batch.id}")
-            self._follow(batch, queued)
+            self._watch.latest[batch.id], self._active[batch.id] = batch, queued
             self._room -= 1
 
     def _poll(self) -> None:
@@ -2096,7 +2135,7 @@ def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
     add_submission(parser)
     add_output(parser, "JSONL", "results file to write, - for stdout")
     add_waiting(parser)
-    text = "rounds for what can be retried (default: %(default)s)"
+    text = "rounds in all; what can be retried goes into the next (default: %(default)s)"
     parser.add_argument("--attempts", type=positive_int, default=3, metavar="N", help=text)
     parser.set_defaults(run=cmd_run)
 
@@ -2106,7 +2145,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     check = InputCheck(args.endpoint, args.max_requests)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_input(args.input))
-        stack.enter_context(locked(file, args.input))
+        stack.enter_context(locked(file, args.input, console))
         refuse_unwritable(args.output)
         api = stack.enter_context(connect(args))
         parts = check_input(file, args.input, check, console)
@@ -2127,23 +2166,37 @@ def cmd_run(args: argparse.Namespace) -> int:
 # -- command line ------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """Speaks through the console: no secrets, and nothing but the help on stdout. No option can be abbreviated."""
+
+    def __init__(self, console: Console, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._console = console
+
+    def print_help(self, file: object = None) -> None:
+        with open_output(STDOUT) as stdout:
+            stdout.write(self.format_help().encode())
+
+    def error(self, message: str) -> NoReturn:
+        for line in self.format_usage().splitlines():
+            self._console.say(line)
+        self._console.say(f"{self.prog}: error: {message}")
+        raise SystemExit(2)
+
+
 def online_options() -> argparse.ArgumentParser:
     """The options of every command that talks to the API."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    text = "where the log goes (default: logs/batch_YYYYMMDD_HHMMSS.log)"
+    parser = argparse.ArgumentParser(add_help=False)
+    text = "log to append to (default: logs/batch_YYYYMMDD_HHMMSS.log)"
     parser.add_argument("--log-file", type=log_path, metavar="PATH", help=text)
     parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
     return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def build_parser(console: Console) -> argparse.ArgumentParser:
+    parser = Parser(console, prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser_class: Any = functools.partial(Parser, console)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=parser_class)
     online = online_options()
     add_validate(commands)
     add_create(commands, online)
@@ -2158,8 +2211,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = build_parser()
+def parse_args(argv: Sequence[str] | None, console: Console) -> argparse.Namespace:
+    parser = build_parser(console)
     args = parser.parse_args(argv)
     inputs = [path for path in (getattr(args, "input", None), *getattr(args, "results", [])) if path]
     outputs = [path for path in (getattr(args, "output", None), getattr(args, "log_file", None)) if path]
@@ -2168,6 +2221,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for path, output in itertools.product(inputs, outputs):
         if same_regular_file(path, output):
             parser.error(f"{path} would be read and written at once; choose another path to write")
+    if len({*map(os.path.realpath, outputs)}) < len(outputs):
+        parser.error("--out and --log-file are the same file; choose another for the log")
     if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
         parser.error("--out goes with one --batch-id")
     args.argv = [*(sys.argv[1:] if argv is None else argv)]
@@ -2179,21 +2234,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into Stopped and ignore the rest, so that cleaning up is not cut."""
-    signals = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's choice stays
+    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut."""
+    stopped_at = -math.inf
 
-    def stop(number: int, _frame: object) -> NoReturn:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(128 + number)
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped_at
+        if time.monotonic() - stopped_at > 1:  # the one before may have been lost in a callback of the interpreter
+            stopped_at = time.monotonic()
+            raise Stopped(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in signals}
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's choice stays
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def main(
@@ -2206,7 +2264,7 @@ def main(
     console = Console(sys.stderr)
     try:
         with stopping_on_signals():
-            args = parse_args(argv)
+            args = parse_args(argv, console)
             args.console, args.sleep, args.clock = console, sleep, clock
             return int(args.run(args))
     except Failure as failure:
@@ -2219,6 +2277,8 @@ def main(
         if stopped.exit_code > 128:
             console.say(f"{PROG}: stopped")
         return stopped.exit_code
+    finally:
+        console.close()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -139,6 +140,12 @@ def shape_of(text: str) -> str:
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", text.strip()))
 
 
+def discard(file: BinaryIO | TextIO) -> None:
+    """Drop what is left in the file's buffer and whatever follows, or the interpreter complains of it at its end."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), file.fileno())
+
+
 class Console:
     """stderr: messages, a line each, and on a terminal one line of progress that is written over."""
 
@@ -153,6 +160,14 @@ class Console:
                 self._stream.write(text)
                 self._stream.flush()
 
+    def close(self) -> None:
+        """Drop what stderr has not taken to the end, which would change the exit code."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except OSError:
+                discard(self._stream)
+
     def say(self, text: str) -> None:
         self.clear()
         self._write(escape_controls(text) + "\n")
@@ -163,7 +178,10 @@ class Console:
     def progress(self, text: str) -> None:
         if self._stream is None:
             return
-        text = text[: (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1]
+        columns = 80
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            columns = os.get_terminal_size(self._stream.fileno()).columns or columns
+        text = text[: columns - 1]
         self._write("\r" + text.ljust(self._shown))
         self._shown = len(text)
 
@@ -306,6 +324,7 @@ class RowReader:
                 yield batch
 
     def _checked(self, number: int, fields: list[str]) -> Iterator[Row]:
+        """The row, with its problem where its width is wrong; nothing where it is blank."""
         width = self._layout.width
         if not is_blank(fields):
             yield number, fields, None if len(fields) == width else ragged(len(fields), width)
@@ -437,6 +456,8 @@ def open_input(path: str) -> Iterator[BinaryIO]:
         elif sys.stdin is None:
             raise Failure("stdin is closed; there is nothing to read")
         else:
+            with contextlib.suppress(io.UnsupportedOperation):  # of a stdin that is no file
+                os.set_blocking(sys.stdin.fileno(), True)  # else a pause of the writer would look like the end
             yield sys.stdin.buffer
 
 
@@ -482,7 +503,7 @@ def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
             raise
         file.flush()
     except (OSError, Stopped):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        discard(file)
         raise
 
 
@@ -495,7 +516,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb", buffering=1 << 17) as file:
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
                 os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
             yield file
             file.flush()
@@ -827,13 +848,21 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Writes the help to stdout, where that fails is an error like any other, and nothing else there."""
+
+    def print_help(self, file: object = None) -> None:
+        with open_output(STDOUT) as stdout:
+            stdout.write(self.format_help().encode())
+
+    def print_usage(self, file: Any = None) -> None:
+        if file is not None:
+            super().print_usage(file)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--in", dest="input", required=True, type=input_path, metavar="CSV", help="CSV to read, - for stdin")
     add("--out", dest="output", required=True, type=output_path, metavar="JSONL", help="JSONL to write, - for stdout")
@@ -906,21 +935,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into Stopped and ignore the rest, so that cleaning up is not cut."""
-    signals = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-               if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's choice stays
+    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut."""
+    stopped_at = -math.inf
 
-    def stop(number: int, _frame: object) -> NoReturn:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(128 + number)
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped_at
+        if time.monotonic() - stopped_at > 1:  # the one before may have been lost in a callback of the interpreter
+            stopped_at = time.monotonic()
+            raise Stopped(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in signals}
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's choice stays
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -939,6 +971,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped.exit_code > 128:
             console.say(f"{PROG}: stopped")
         return stopped.exit_code
+    finally:
+        console.close()
 
 
 if __name__ == "__main__":

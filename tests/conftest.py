@@ -26,6 +26,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in list(os.environ):
         if name.startswith(READ_BY_THE_SCRIPTS):
             monkeypatch.delenv(name)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # hides what is left in a buffer
     monkeypatch.setenv("LANGUAGE", "C")  # of argparse's messages
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)

@@ -15,6 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,6 +218,38 @@ def test_a_symlink_is_followed(work: Path) -> None:
     with batch_tool.open_output("link") as file:
         file.write(b"new")
     assert (Path("link").is_symlink(), Path("out").read_text()) == (True, "new")
+
+
+def test_a_symlink_to_itself_is_an_error(work: Path) -> None:
+    Path("link").symlink_to("link")
+    with pytest.raises(batch_tool.Failure, match="link: Too many levels"), batch_tool.open_output("link") as file:
+        file.write(b"new")
+    assert (Path("link").is_symlink(), leftovers()) == (True, [])
+
+
+def test_a_pause_of_whoever_writes_to_stdin_is_not_the_end(work: Path) -> None:
+    lines = [jsonl(request("a1")), jsonl(request("a2"))]
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, ROOT / "batch_tool.py", "validate", "--in", "-"]
+    with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, text=True) as process:
+        os.write(writer, lines[0])
+        time.sleep(0.4)
+        os.write(writer, lines[1])
+        os.close(writer)
+        assert process.communicate()[0].startswith("OK: 2 requests")
+
+
+def test_an_error_of_reading_names_the_file(tool: Tool, capsys: Capture) -> None:
+    unreadable = "/proc/self/mem"  # which opens, and has nothing at its beginning
+    if not os.path.exists(unreadable):
+        pytest.skip("no such file here")
+    requests_file()
+    for arguments in (["validate", "--in", unreadable],
+                      ["export", "--in", "requests.jsonl", "--results", "/dev/null", unreadable, "--out", "out"]):
+        assert tool(*arguments) == 1
+        error = f"batch_tool.py: error: cannot read {unreadable}: Input/output error\n"
+        assert capsys.readouterr() == ("", error)
 
 
 def test_a_part_of_a_file_reads_as_a_file_of_its_own(work: Path) -> None:
@@ -455,7 +488,7 @@ def test_an_environment_that_makes_no_client_is_one_line(
     monkeypatch.setenv(name, value)
     assert tool("list") == 1
     _, err = capsys.readouterr()
-    assert err.startswith("batch_tool.py: error: the environment does not make a client: ")
+    assert err.startswith("batch_tool.py: error: no client can be made: ")
     assert words in err
     assert err.count("\n") == 1
     assert "password" not in err
@@ -525,11 +558,36 @@ def test_a_rate_limit_with_a_date_is_waited_out(api: LocalBatchAPI, tool: Tool, 
     assert 55 < nap <= 60
 
 
-@pytest.mark.parametrize("header", ["nan", "inf", "-5", "soon", "0", ""])
+@pytest.mark.parametrize("header", ["nan", "inf", "-5", "soon", "0", "", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 20}"])
 def test_a_senseless_retry_after_is_not_obeyed(header: str, api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
     api.faults.append(Fault("GET", status=429, headers={"Retry-After": header}))
     assert tool("list") == 0
     assert clock.naps == [0.5]
+
+
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("charset", ["utf-16", "idna", "undefined"])
+def test_an_answer_in_a_charset_that_it_is_not_in_is_no_answer(
+    charset: str, status: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    headers = {"content-type": f"text/html; charset={charset}"}
+    api.faults.append(Fault("GET", times=3, status=status, body=b"<html>Bad gateway", headers=headers))
+    assert tool("status", "--batch-id", "batch_1") == 1
+    assert capsys.readouterr().err.startswith("batch_tool.py: error: batch_1: the answer ")
+
+
+def test_fields_that_no_batch_has_do_no_harm(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    body = {"id": "b1", "status": "in_progress", "_fields_set": 5, "_BaseModel__cls": 1, "new": [1]}
+    api.faults.append(Fault("GET", status=200, body=json.dumps(body).encode()))
+    assert tool("status", "--batch-id", "b1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"id": "b1", "status": "in_progress", "new": [1]}
+
+
+def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert batch_tool.quoted(value) == '"nested too deeply"'
 
 
 @pytest.mark.parametrize("seconds, naps", [("250", [250, 250]), ("601", [])])
@@ -1223,12 +1281,32 @@ def test_on_a_terminal_progress_is_one_line(api: LocalBatchAPI, tool: Tool, cloc
         monkeypatch.setattr(sys, "stderr", stderr)
         assert tool("wait", "--batch-id", "batch_1") == 0
         shown = os.read(ours, 10_000).decode()
+        while not shown.endswith(" \r"):  # a terminal hands on what was written bit by bit
+            shown += os.read(ours, 10_000).decode()
     os.close(ours)
     blank = " " * len("batches: 1 in_progress; 0:00:00 elapsed")
     assert shown == (
         "\rbatches: 1 in_progress; 0:00:00 elapsed\rbatches: 1 in_progress; 0:00:30 elapsed"
         f"\rbatches: 1 completed; 0:01:00 elapsed  \r{blank[:-2]}\r"
     )
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_waiting(
+    api: LocalBatchAPI, tool: Tool, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = api.new_batch("in_progress", id="batch_1")
+    ours, terminal = os.openpty()
+    clock.then = [lambda: os.close(ours), lambda: batch.enter("completed", batch.born)]
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert tool("wait", "--batch-id", "batch_1") == 0
+
+
+def test_the_time_for_waiting_is_not_one_for_saving(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.new_batch("completed", output=jsonl(success()), id="batch_1")
+    api.faults.append(Fault("GET", "/files/", status=503, headers={"Retry-After": "30"}))
+    assert tool("wait", "--batch-id", "batch_1", "--timeout", "3") == 0
+    assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success())
 
 
 @pytest.mark.parametrize("status, code", [("completed", 0), ("failed", 1), ("expired", 1), ("cancelled", 1)])
@@ -1798,6 +1876,52 @@ def test_a_bad_request_file_is_an_error(
     assert not Path("out").exists()
 
 
+class Meddler(threading.Thread):
+    """Changes a file while a command waits for the last of its results, which come through a FIFO."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        super().__init__()
+        self._change = change
+        os.mkfifo("fifo")
+
+    def run(self) -> None:
+        with open("fifo", "wb") as fifo:  # once the command has opened it, and so the others
+            self._change()
+            fifo.write(jsonl(success("a2")))
+
+
+@pytest.mark.parametrize("command", ["retry", "export"])
+@pytest.mark.parametrize(("path", "content"), [
+    ("results.jsonl", b""),
+    ("results.jsonl", jsonl(success("a1", "Another bio."))),
+    ("requests.jsonl", jsonl(request("a1"))),
+    ("requests.jsonl", jsonl(request("a1"), request("a2"), request("a3"), request("a4"))),
+])
+def test_a_file_that_changes_meanwhile_is_an_error(
+    command: str, path: str, content: bytes, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(*map(request, ("a1", "a2", "a3")))
+    Path("results.jsonl").write_bytes(jsonl(success("a1")))
+    meddler = Meddler(lambda: Path(path).write_bytes(content))
+    meddler.start()
+    assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "fifo", "--out", "out") == 1
+    meddler.join()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"batch_tool.py: error: {path} was changed while it was in use; run the same command again"
+    )
+    assert (Path("out").exists(), leftovers()) == (False, [])
+
+
+def test_a_number_of_tokens_that_cannot_be_is_none(tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    for tokens in ("9" * 4300, "-1", "true", '"7"'):
+        line = jsonl(success()).decode().replace('"input_tokens": 12', f'"input_tokens": {tokens}')
+        Path("results.jsonl").write_text(line)
+        assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
+        assert "tokens: 0 input, 4 output" in capsys.readouterr().err
+        assert Path("out").read_bytes().endswith(b",,4\r\n")
+
+
 # -- export -------------------------------------------------------------------------------------------------------
 
 
@@ -2101,6 +2225,22 @@ def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None
     assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
 
 
+def test_the_results_cannot_go_into_the_log(work: Path, capsys: Capture) -> None:
+    requests_file()
+    arguments = ["run", "--in", "requests.jsonl", "--out", "x", "--log-file", "./x"]
+    assert usage_error(arguments, capsys).endswith("--out and --log-file are the same file; choose another for the log")
+
+
+@pytest.mark.parametrize("arguments", [[KEY], ["list", "--api-key", KEY], ["status", "--batch-id", f"Bearer {KEY}"],
+                                       ["list", "--limit", "my-own-key"]], ids=in_short)
+def test_a_usage_error_does_not_show_the_key(
+    arguments: list[str], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "my-own-key")
+    error = usage_error(arguments, capsys)
+    assert "[secret]" in error and KEY[10:] not in error and "my-own" not in error
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: Capture) -> None:
     assert {"--help", *USAGE[command][::2]} - {"r", "s"} <= options_of(command, capsys) | {"o", "b"}
@@ -2115,6 +2255,43 @@ def test_an_old_python_is_told_what_is_needed(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", old, ROOT / script], capture_output=True, text=True)
     error = f"{script}: error: it needs Python 3.11 or later; this is 3.10.1\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+
+
+@pytest.mark.parametrize(("redirection", "code", "out", "err"), [
+    ("validate --in requests.jsonl 2> /dev/full", 0, "OK: 2 requests, 308 bytes, 1 batch\n", ""),
+    ("validate --nonsense 2> /dev/full", 2, "", ""),
+    ("validate --nonsense 2>&-", 2, "", ""),
+    ("--help > /dev/full", 1, "", "batch_tool.py: error: cannot write /dev/stdout: No space left on device\n"),
+    ("run --help | true; exit $PIPESTATUS", 1, "", ""),
+])
+def test_a_stream_that_takes_nothing_does_not_change_the_exit_code(
+    redirection: str, code: int, out: str, err: str, work: Path
+) -> None:
+    requests_file()
+    command = f"'{sys.executable}' '{ROOT}/batch_tool.py' {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_json_is_json_in_any_encoding(api: LocalBatchAPI) -> None:
+    api.new_batch("in_progress", id="batch_1", metadata={"input_file": "é😀.jsonl"})
+    done = run("batch_tool.py", "list", "--json", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert json.loads(done.stdout)["metadata"]["input_file"] == "é😀.jsonl"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_the_interpreter_swallowed_can_be_sent_again() -> None:
+    class Callback:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # in which the handler raises, for nobody to catch
+
+    with pytest.raises(batch_tool.Stopped), batch_tool.stopping_on_signals():
+        Callback()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.1)  # the second after a first signal is left to the cleaning up
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 def bare(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -733,6 +733,27 @@ def test_fifos_are_read_and_written() -> None:
     assert stat.S_ISFIFO(os.stat("out.fifo").st_mode)
 
 
+def test_a_pause_of_whoever_writes_to_stdin_is_not_the_end() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, ROOT / SCRIPT, "--in", "-", "--out", "out.jsonl", *STORED]
+    with subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL) as process, open(writer, "w") as text:
+        text.write(f"{HEADER}1,A,x\n")
+        text.flush()
+        time.sleep(0.4)
+        text.write("2,B,y\n")
+    assert [artist_id for artist_id, _, _ in variables()] == ["1", "2"]
+    assert process.returncode == 0
+
+
+def test_a_symlink_to_itself_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out.jsonl").symlink_to("out.jsonl")
+    assert convert(f"{HEADER}1,A,x\n") == 1
+    error = "gen_batch_jsonl.py: error: cannot write out.jsonl: Too many levels of symbolic links\n"
+    assert capsys.readouterr().err == error
+    assert sorted(os.listdir()) == ["in.csv", "out.jsonl"]
+
+
 # -- requests ----------------------------------------------------------------------------------------------------
 
 TEMPLATE = "Write about {{artist_name}}.\nFacts: {{ artist_data }}\n"
@@ -1476,6 +1497,11 @@ def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         (f"GEN --in {SAMPLE} --out out.jsonl >&- <&-", 0, "Wrote 3 requests to out.jsonl (3 rows read, 0 skipped)\n"),
         (f"GEN --in {SAMPLE} --out out.jsonl 2>&-", 0, ""),
         (f"GEN --in {SAMPLE} --out out.jsonl 2> /dev/full", 0, ""),
+        ("GEN --help > /dev/full", 1,
+         "gen_batch_jsonl.py: error: cannot write /dev/stdout: No space left on device\n"),
+        ("GEN --help | true; exit $PIPESTATUS", 1, ""),
+        ("GEN --nonsense 2>&-", 2, ""),
+        ("GEN --nonsense 2> /dev/full", 2, ""),
     ],
 )
 def test_closed_and_full_streams_end_the_run_without_a_traceback(command: str, code: int, message: str) -> None:
