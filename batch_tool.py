@@ -420,8 +420,10 @@ def unchanged(file: BinaryIO, path: str) -> Iterator[None]:
     signature = file_signature(file)
     try:
         yield
-    finally:
+    except Exception:
         refuse_changes(file, signature, path)
+        raise
+    refuse_changes(file, signature, path)
 
 
 @contextlib.contextmanager
@@ -1998,8 +2000,11 @@ class Run:
             left = outcomes[RETRYABLE] + outcomes[MISSING]
             if not left or self._cancelled:
                 return
+            if file_signature(self._file) != self._signature:
+                self._console.warn(f"{self._args.input} was changed, so there is no further round; "
+                                   f"retry --results {self._args.output} writes what is left")
+                return
             self._console.say(f"round {number}: {count_of(left, 'request')} to send again")
-            refuse_changes(self._file, self._signature, self._args.input)
             self._watch.latest.clear()
             with temporary_file() as pending:
                 parts = self._write_pending(pending)
@@ -2234,7 +2239,10 @@ def parse_args(argv: Sequence[str] | None, console: Console) -> argparse.Namespa
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut."""
+    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut.
+
+    Once stopped, the process ends, and they are ignored to its end.
+    """
     stopped_at = -math.inf
 
     def stop(number: int, _frame: object) -> None:
@@ -2251,7 +2259,7 @@ def stopping_on_signals() -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, handler if stopped_at == -math.inf else signal.SIG_IGN)
 
 
 def main(

@@ -809,11 +809,11 @@ def convert(args: argparse.Namespace, console: Console) -> None:
                 writer.write(batch)
                 progress.show(len(writer.line_of) + skipped.reasons.total())
             accounted = account(len(writer.line_of), skipped.reasons)
+            if skipped.reasons[NOT_UTF8]:
+                console.warn("some rows are not valid UTF-8; if the CSV comes from Excel, convert it first: "
+                             "iconv -f WINDOWS-1252 -t UTF-8 IN.csv > OUT.csv")
             if not writer.line_of:
                 raise Failure(f"no valid row in {args.input} ({accounted}); {args.output} is not written")
-    if skipped.reasons[NOT_UTF8]:
-        console.warn("some rows are not valid UTF-8; if the CSV comes from Excel, convert it first: "
-                     "iconv -f WINDOWS-1252 -t UTF-8 IN.csv > OUT.csv")
     warn_of_swallowing(reader.swallowing, console)
     batches = f"; batch_tool.py create will make {writer.parts.count} batches of it" if writer.parts.count > 1 else ""
     console.say(f"Wrote {count_of(len(writer.line_of), 'request')} to {args.output} ({accounted}){batches}")
@@ -858,6 +858,9 @@ class Parser(argparse.ArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         if file is not None:
             super().print_usage(file)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape_controls(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -935,7 +938,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut."""
+    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut.
+
+    Once stopped, the process ends, and they are ignored to its end.
+    """
     stopped_at = -math.inf
 
     def stop(number: int, _frame: object) -> None:
@@ -952,7 +958,7 @@ def stopping_on_signals() -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, handler if stopped_at == -math.inf else signal.SIG_IGN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,15 @@ from local_batch_api import LocalBatchAPI  # noqa: E402
 
 KEY = "sk-local-0123456789abcdefghij"
 READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Handle signals afterwards as before: a main that was stopped ignores them to the end of its process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1912,6 +1912,13 @@ def test_a_file_that_changes_meanwhile_is_an_error(
     assert (Path("out").exists(), leftovers()) == (False, [])
 
 
+def test_a_signal_counts_more_than_a_file_that_changed(work: Path) -> None:
+    path = requests_file()
+    with pytest.raises(batch_tool.Stopped), path.open("rb") as file, batch_tool.unchanged(file, "requests.jsonl"):
+        path.write_bytes(b"")
+        raise batch_tool.Stopped(130)
+
+
 def test_a_number_of_tokens_that_cannot_be_is_none(tool: Tool, capsys: Capture) -> None:
     requests_file(request())
     for tokens in ("9" * 4300, "-1", "true", '"7"'):
@@ -2393,13 +2400,15 @@ def test_a_signal_leaves_the_batch_running_and_says_how_to_go_on(number: signal.
         assert process.stderr
         progress = process.stderr.readline()
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (128 + number, "")
+        said = [process.stderr.readline(), process.stderr.readline()]
+        process.send_signal(number)  # while the interpreter ends
+        assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 128 + number
     assert progress == "batches: 1 in_progress; 0:00:00 elapsed\n"
-    assert err == (
-        "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1\n"
-        "batch_tool.py: stopped\n"
-    )
+    assert said == [
+        "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1\n",
+        "batch_tool.py: stopped\n",
+    ]
     assert (batch.status, sent(api, "POST")) == ("in_progress", 0)
 
 

@@ -381,6 +381,11 @@ def test_a_row_with_an_invalid_value_is_skipped(
     )
 
 
+def test_a_file_without_a_valid_row_gets_the_advice_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(HEADER.encode() + b"1,Ren\xe9,x\n") == 1
+    assert FROM_EXCEL in capsys.readouterr().err
+
+
 def test_bytes_that_are_not_utf_8_in_another_column_are_ignored() -> None:
     assert convert(b"artist_id,note\xff,artist_name,artist_data\n1,\xff\xfe,A,x\n") == 0
     assert variables() == [("1", "A", "x")]
@@ -1257,6 +1262,7 @@ USAGE_ERRORS = pytest.mark.parametrize(
         ("--in i --out o --prompt-id p --limit 0", {}, "argument --limit: not a whole number of 1 or more: '0'"),
         ("--in i --out o --prompt-id p --limit ١", {}, "argument --limit: not a whole number of 1 or more: '\\u0661'"),
         ("--in i --out o --prompt-id p --str", {}, "unrecognized arguments: --str"),
+        ("--in i --out o --prompt-id p x\x1b", {}, "unrecognized arguments: x\\u001b"),
         ("--in i --out o/ --prompt-id p", {}, "argument --out: not the name of a file: 'o/'"),
         ("--in - --out o --prompt-file - --model m", {}, "only one input can be stdin (-)"),
         ("--in i --out o", {"PROMPT_ID": "a\nb"},
@@ -1424,9 +1430,11 @@ def waiting_conversion(**options: Any) -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_the_old_file_and_no_other(number: int, code: int) -> None:
     with waiting_conversion() as process:
+        assert process.stderr
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert err == "gen_batch_jsonl.py: stopped\n"
+        assert process.stderr.readline() == "gen_batch_jsonl.py: stopped\n"
+        process.send_signal(number)  # while the interpreter ends
+        assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == code
     assert os.listdir() == ["out.jsonl"]
     assert Path("out.jsonl").read_text() == "old"

@@ -560,7 +560,7 @@ def test_a_signal_writes_nothing_and_the_next_run_goes_on(
     assert api.executions == once("a1")
 
 
-def test_a_request_file_that_changes_meanwhile_ends_the_run(
+def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
     api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.outcomes = {"a1": ["500", "200"]}
@@ -571,10 +571,12 @@ def test_a_request_file_that_changes_meanwhile_ends_the_run(
             file.write(request_line("a3"))
 
     assert run(time=FakeTime(change)) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "batch_tool.py: error: requests.jsonl was changed while it was in use; run the same command again"
-    )
+    assert (
+        "batch_tool.py: warning: requests.jsonl was changed, so there is no further round; "
+        "retry --results results.jsonl writes what is left\n"
+    ) in capsys.readouterr().err
     assert posts(api) == 1
+    assert [line["response"]["status_code"] for line in map(json.loads, OUT.open())] == [500, 200]
 
 
 # ---- polling ----
