@@ -1298,9 +1298,9 @@ def token_count(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 10**15 else None
 
 
-def usage_of(result: Json) -> tuple[int | None, int | None]:
-    """Input and output tokens of a results line; None where it does not say."""
-    usage = object_in(body_of(result), "usage")
+def usage_of(body: Json) -> tuple[int | None, int | None]:
+    """Input and output tokens of a response; None where it does not say."""
+    usage = object_in(body, "usage")
     input_tokens = usage.get("input_tokens", usage.get("prompt_tokens"))
     output_tokens = usage.get("output_tokens", usage.get("completion_tokens"))
     return token_count(input_tokens), token_count(output_tokens)
@@ -1360,7 +1360,7 @@ class Results:
         known = self.best[custom_id]
         if known is None or known.outcome != SUCCEEDED or outcome == SUCCEEDED:
             self.best[custom_id] = Entry(outcome, sys.intern(code[:80]), file, offset, size)
-        input_tokens, output_tokens = usage_of(result)
+        input_tokens, output_tokens = usage_of(body_of(result))
         self.input_tokens += input_tokens or 0
         self.output_tokens += output_tokens or 0
 
@@ -1445,10 +1445,11 @@ def artist_name(request: Json) -> str:
 
 def bio_row(request: Json, outcome: str, result: Json) -> tuple[str, ...]:
     """The row of the exported CSV for a request, how it ended and its best results line, empty where there is none."""
-    text, objection = answer_text(body_of(result))
+    body = body_of(result)
+    text, objection = answer_text(body)
     if outcome != SUCCEEDED:
         objection = judge(result).error() if result else MISSING
-    tokens = ("" if number is None else str(number) for number in usage_of(result))
+    tokens = ("" if number is None else str(number) for number in usage_of(body))
     return request["custom_id"], artist_name(request), text, objection, *tokens
 
 
