@@ -1461,6 +1461,7 @@ def csv_line(fields: Iterable[str]) -> bytes:
 
 # -- arguments ---------------------------------------------------------------------------------------------------
 
+
 def text_argument(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
@@ -2279,7 +2280,7 @@ def main(
     except Failure as failure:
         console.say(f"{PROG}: error: {failure}")
         return failure.exit_code
-    except OSError as error:  # of a read, as all that is written has its own words
+    except OSError as error:  # of which nothing above says what it was about
         console.say(f"{PROG}: error: {error}")
         return 1
     except Stopped as stopped:

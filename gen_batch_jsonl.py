@@ -488,11 +488,7 @@ def decoded(source: BinaryIO) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
-    """The file, flushed at the end.
-
-    What is left in its buffer is dropped where the file does not take it, which would be complained of once more when
-    the interpreter ends, or where the run was stopped, as a reader that stands still would keep it from ending.
-    """
+    """The file, flushed at the end; where it fails or the run is stopped, nothing waits for its reader any more."""
     if file is None:
         raise BrokenPipeError
     try:
