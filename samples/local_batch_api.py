@@ -1,26 +1,48 @@
 #!/usr/bin/env python3
-"""Stand in for OpenAI's Files and Batches API on this machine: no key, no cost, no model.
+"""A local mock server for OpenAI's Files and Batches API: no key, no cost, no model.
 
     python samples/local_batch_api.py --port 8080
     export OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=local
 
-Prints its base URL on stdout and answers on loopback until it is terminated; what was uploaded is then gone.
-A batch spends --step seconds in each of validating, in_progress and finalizing. Results come in another order than
-the requests, and every bio is made up and says so. What to ask for beyond that:
+The server prints its base URL on stdout and answers on loopback until it is terminated; it then deletes what was
+uploaded. A batch spends --step seconds in each of validating, in_progress and finalizing. Results come in another
+order than the requests, and every bio is made up and says so. /v1/responses and /v1/chat/completions answer at once,
+too. Every model exists, except "local-dead"; "local-dying" is to be shut down in ten days.
 
-    --outcome a2=429                 request a2 fails with that HTTP status, whenever it is run
-    --outcome a2=500,expired,200     one outcome each time it comes up in a batch, then success
+You can ask for failures:
+
+    --outcome a2=429                 request a2 fails with this HTTP status whenever a batch runs it
+    --outcome a2=500,expired,200     one outcome each time a batch runs it, then success
     --fail-every 10                  every 10th request of a batch answers 500 the first time it is run
     --queue-limit 1000               a batch that would enqueue more requests fails: token_limit_exceeded
 
-Outcomes: 200, any status from 400 to 599, and
+Outcomes are 200, any status from 400 to 599, and
     expired, cancelled, timeout      an error line without a response
     missing                          no line at all
-    incomplete, refusal, failed      HTTP 200 without a whole answer ("failed": /v1/responses only, elsewhere a 500)
+    incomplete, content_filter       HTTP 200 with half an answer
+    refusal, no_text, error_200      HTTP 200 with a refusal, without any text, with an error as its body
+    failed                           HTTP 200 with a failed response (/v1/responses only, elsewhere a 500)
 
-Exit codes: 0 terminated (SIGTERM, SIGINT, SIGHUP); 1 the port cannot be had; 2 invalid arguments.
+Other services do some things differently. --habit NAME, which can be repeated, imitates them:
 
-Tests run it in process and can ask for more; see the attributes of LocalBatchAPI, and Fault:
+    no-final-newline                 the last line of a results file has no line end
+    string-bodies                    response.body is a string that holds JSON
+    both-files                       a batch that ran always names an output and an error file; one may be empty
+    upper-case                       statuses are in upper case
+    no-bytes                         File objects have no "bytes"
+    zero-bytes                       File objects say "bytes": 0
+    no-file-info                     there is no GET /v1/files/{id}
+    late-output                      a completed batch names its output file only at the third GET
+    no-metadata                      batches keep no metadata
+    no-delete                        files cannot be deleted
+    no-models                        there is no GET /v1/models/{model}
+    ignores-after                    the listing always starts with the newest batch
+    no-has-more                      the listing has no "has_more"
+    short-endpoint                   the listing says "/responses" instead of "/v1/responses"
+
+Exit codes: 0 terminated (SIGTERM, SIGINT, SIGHUP); 1 the port is not available; 2 invalid arguments.
+
+Tests run the server in process and can ask for more; see the attributes of BatchService, and Fault:
 
     with LocalBatchAPI(step=0.1) as api:
         api.faults.append(Fault("POST", "/batches$", when="after", action="reset"))
@@ -30,6 +52,7 @@ Tests run it in process and can ask for more; see the attributes of LocalBatchAP
 from __future__ import annotations
 
 import argparse
+import hashlib
 import http.client
 import io
 import json
@@ -48,29 +71,34 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from email.message import Message
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 HOST = "127.0.0.1"
 CHUNK = 256 * 1024
 DAY = 24 * 60 * 60
 FILE_LIFE = 30 * DAY
-ENDPOINTS = (
-    "/v1/responses",
-    "/v1/chat/completions",
-    "/v1/embeddings",
-    "/v1/completions",
-    "/v1/moderations",
-    "/v1/images/generations",
-    "/v1/images/edits",
-    "/v1/videos",
+ENDPOINTS = ("/v1/responses", "/v1/chat/completions")
+HABITS = (
+    "no-final-newline",
+    "string-bodies",
+    "both-files",
+    "upper-case",
+    "no-bytes",
+    "zero-bytes",
+    "no-file-info",
+    "late-output",
+    "no-metadata",
+    "no-delete",
+    "no-models",
+    "ignores-after",
+    "no-has-more",
+    "short-endpoint",
 )
-PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data")
 NEXT_STATUS = {
     "validating": "in_progress",
     "in_progress": "finalizing",
@@ -83,16 +111,21 @@ WINDOW = 1000  # requests in memory
 
 SUCCESS = "200"
 TEXTS = {
-    SUCCESS: "@artist@: a made-up bio from the local stand-in; no model was asked.",
+    SUCCESS: "@artist@: a made-up bio from the local mock server; no model was asked.",
     "incomplete": "@artist@: a made-up bio from the",
-    "refusal": "Refused, as asked at the local stand-in.",
-    "failed": "Failed, as asked at the local stand-in.",
+    "content_filter": "@artist@: a made-up",
+    "refusal": "Refused, as the local mock server was told to.",
+    "failed": "Failed, as the local mock server was told to.",
+    "no_text": "",
+    "error_200": "",
 }
-INPUT_TOKENS, OUTPUT_TOKENS = 120, 45
+INCOMPLETE_REASONS = {"incomplete": "max_output_tokens", "content_filter": "content_filter"}
+FINISH_REASONS = {"incomplete": "length", "content_filter": "content_filter"}
+INPUT_TOKENS, OUTPUT_TOKENS = 120, 45  # of each answer; at once, the input tokens depend on the body
 NO_RESPONSE = {
     "expired": ("batch_expired", "This request was not run before the completion window ended."),
     "cancelled": ("batch_cancelled", "This request was not run before the batch was cancelled."),
-    "timeout": ("request_timeout", "This request ran out of time."),
+    "timeout": ("request_timeout", "This request timed out."),
 }
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 500: "server_error"}
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -101,12 +134,20 @@ Json = dict[str, Any]
 
 
 class Refusal(Exception):
-    """An answer of 4xx, raised where the reason is known."""
+    """A 4xx answer. Code raises it where the reason is known."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.envelope = error_envelope(status, message, param, code)
+        self.content = error_envelope(status, message, param, code)
+
+
+class NoSuchEndpoint(Refusal):
+    """The answer of a web framework to a path or a method that the service does not have."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status, http.client.responses[status])
+        self.content = {"detail": http.client.responses[status]}
 
 
 def error_envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> Json:
@@ -117,7 +158,7 @@ def error_envelope(status: int, message: str, param: str | None = None, code: st
 def made_up_error(status: int) -> Json:
     phrase = http.client.responses.get(status, "unknown error")
     code = ERROR_CODES.get(status, phrase.lower().replace(" ", "_"))
-    return error_envelope(status, f"{phrase} (asked for at the local stand-in).", code=code)
+    return error_envelope(status, f"{phrase}, as the local mock server was told to.", code=code)
 
 
 # ---- what goes over the wire ----
@@ -141,18 +182,25 @@ def json_answer(content: Json, status: int = 200) -> Answer:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with ``times`` of the requests that match, after the first ``skip`` of them.
+    """Something that goes wrong with ``times`` of the matching requests, after the first ``skip`` of them.
 
-    ``path`` is a regular expression searched in the path. A request suffers one fault at most, the first in the list.
+    ``path`` is a regular expression that is searched in the path. The first matching fault in the list applies.
 
     answer   ``status``, ``headers`` and ``body`` (default: an error envelope with ``message`` and ``code``)
     reset    the connection is reset without an answer
     cut      the true headers and half of the body, then the end: the client can tell
     shorten  the same without Content-Length: the client cannot tell
-    delay    the true answer, ``seconds`` late (the others may be late too)
+    delay    the true answer, ``seconds`` late (the other actions can be late, too)
+    drip     the true answer byte by byte, headers included, with ``seconds`` between two bytes
 
-    ``when`` says whether this comes "before" the service does its work, which answer and reset then keep it from
-    doing, or "after" it. Without ``headers`` of its own an answer tells the SDK to retry at once.
+    ``when`` says when the fault strikes:
+
+    before   answer and reset keep the service from doing its work
+    after    the service has done its work
+    later    answer or reset comes at once; the service does its work at LocalBatchAPI.carry_out(), or by itself
+             after ``seconds``, if these are not 0
+
+    An answer without ``headers`` of its own tells the SDK to retry at once.
     """
 
     method: str | None = None
@@ -169,12 +217,15 @@ class Fault:
     code: str | None = None
     seen: int = 0
 
-    def takes(self, method: str, path: str) -> bool:
-        """Whether this request suffers; counts it if it matches."""
+    def applies_to(self, method: str, path: str) -> bool:
+        """Whether the fault strikes this request. Counts the request if it matches."""
         if self.method not in (None, method) or not re.search(self.path, path):
             return False
         self.seen += 1
         return self.skip < self.seen <= self.skip + self.times
+
+    def delay(self) -> float:
+        return 0 if self.when == "later" or self.action == "drip" else self.seconds
 
     def answer(self) -> Answer:
         headers = self.headers or {"retry-after-ms": "1"}
@@ -187,7 +238,7 @@ class Fault:
 
 @dataclass
 class Exchange:
-    """One HTTP exchange as a test sees it. ``status`` is None where no answer was sent."""
+    """One HTTP exchange, for tests. ``status`` is None where no answer was sent."""
 
     method: str
     path: str
@@ -198,21 +249,16 @@ class Exchange:
     answer_json: Any = None
 
 
-class Form(NamedTuple):
-    """A multipart body: its text fields, and its one file as received on disk."""
-
-    fields: dict[str, str]
-    filename: str | None = None
-    path: Path | None = None
-
-
 class Request(NamedTuple):
+    """A request as received. The content of a form has its text fields and its file's ``filename`` and ``bytes``."""
+
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    content: Any = None
-    form: Form | None = None
+    content: Any
+    size: int
+    upload: Path
 
 
 def json_or_none(text: bytes) -> Any:
@@ -222,102 +268,59 @@ def json_or_none(text: bytes) -> Any:
         return None
 
 
-def blocks(source: BinaryIO, size: int) -> Iterator[bytes]:
-    """The next ``size`` bytes of a file, a chunk at a time."""
-    while size > 0 and (block := source.read(min(size, CHUNK))):
-        size -= len(block)
-        yield block
+class RequestBody(io.RawIOBase):
+    """The body of an HTTP request: the next ``left`` bytes of a stream."""
 
-
-class RequestBody:
-    """The body of an HTTP request, framed by Content-Length or in chunks."""
-
-    def __init__(self, stream: io.BufferedIOBase, headers: Message) -> None:
+    def __init__(self, stream: io.BufferedIOBase, left: int) -> None:
         self.stream = stream
-        self.chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
-        self.left = 0 if self.chunked else int(headers.get("Content-Length", 0))
+        self.left = left
 
-    def read(self) -> bytes:
-        """Some more bytes; none at the end. Raises ConnectionError if the client went away."""
-        if self.chunked and not self.left:
-            self.left = self._next_chunk()
-        wanted = min(self.left, CHUNK)
-        block = self.stream.read(wanted)
-        if len(block) < wanted:
-            raise ConnectionAbortedError("request cut off")
-        self.left -= wanted
-        if self.chunked and not self.left:
-            self.stream.readline()
-        return block
+    def readable(self) -> bool:
+        return True
 
-    def read_all(self) -> bytes:
-        return b"".join(iter(self.read, b""))
-
-    def _next_chunk(self) -> int:
-        size = int(self.stream.readline().split(b";")[0], 16)
-        if not size:
-            self.chunked = False
-            while self.stream.readline().strip():
-                pass  # trailers
-        return size
+    def readinto(self, buffer: Any) -> int:
+        block = self.stream.read(min(len(buffer), self.left))
+        if self.left and not block:
+            raise ConnectionAbortedError("the client went away")
+        buffer[: len(block)] = block
+        self.left -= len(block)
+        return len(block)
 
 
-class Multipart:
-    """A multipart body, read forwards in bounded memory."""
-
-    def __init__(self, body: RequestBody) -> None:
-        self.body = body
-        self.buffer = bytearray(b"\r\n")  # makes the first boundary look like the others
-
-    def copy_until(self, mark: bytes, target: BinaryIO) -> None:
-        while (end := self.buffer.find(mark)) < 0:
-            safe = max(0, len(self.buffer) - len(mark) + 1)  # the mark may have begun behind it
-            target.write(self.buffer[:safe])
-            del self.buffer[:safe]
-            self._fill()
-        target.write(self.buffer[:end])
-        del self.buffer[: end + len(mark)]
-
-    def text_until(self, mark: bytes) -> str:
-        target = io.BytesIO()
-        self.copy_until(mark, target)
-        return target.getvalue().decode()
-
-    def at_end(self) -> bool:
-        while len(self.buffer) < 2:
-            self._fill()
-        return self.buffer.startswith(b"--")
-
-    def _fill(self) -> None:
-        block = self.body.read()
-        if not block:
-            raise ValueError("no closing boundary")
-        self.buffer += block
-
-
-def read_form(body: RequestBody, content_type: str, spool: Path) -> Form | None:
-    """The multipart body with its file streamed to ``spool``; None if it is malformed."""
-    boundary = re.search(r'boundary="?([^";]+)', content_type)
-    try:
-        form = parse_form(Multipart(body), b"\r\n--" + boundary[1].encode(), spool) if boundary else None
-    except ValueError:
-        form = None
-    body.read_all()
-    return form
-
-
-def parse_form(parts: Multipart, mark: bytes, spool: Path) -> Form:
-    form = Form({})
-    parts.text_until(mark)
-    while not parts.at_end():
-        names = dict(re.findall(r'\b(name|filename)="([^"]*)"', parts.text_until(b"\r\n\r\n")))
+def read_form(body: BinaryIO, boundary: bytes, upload: Path) -> Json:
+    """Read a multipart body in bounded memory. The content of its file goes to ``upload``."""
+    content: Json = {}
+    mark = b"--" + boundary
+    line = body.readline(CHUNK)
+    while line.rstrip() == mark:
+        names = dict(re.findall(r'\b(name|filename)="([^"]*)"', read_part_headers(body)))
         if "filename" in names:
-            with spool.open("wb") as file:
-                parts.copy_until(mark, file)
-            form = form._replace(filename=names["filename"].replace("%22", '"'), path=spool)
+            with upload.open("wb") as file:
+                line = copy_part(body, mark, file)
+            content |= {"filename": names["filename"].replace("%22", '"'), "bytes": upload.stat().st_size}
         else:
-            form.fields[names.get("name", "")] = parts.text_until(mark)
-    return form
+            value = io.BytesIO()
+            line = copy_part(body, mark, value)
+            content[names.get("name", "")] = value.getvalue().decode(errors="replace")
+    return content if line.rstrip() == mark + b"--" else {}
+
+
+def read_part_headers(body: BinaryIO) -> str:
+    return b"".join(iter(lambda: body.readline(CHUNK).strip(), b"")).decode(errors="replace")
+
+
+def copy_part(body: BinaryIO, mark: bytes, target: BinaryIO) -> bytes:
+    """Copy everything up to the next boundary. Returns the line of the boundary, or nothing at the end of the body."""
+    held = b""  # its line end belongs to the boundary, if one follows
+    while line := body.readline(CHUNK):
+        if line.endswith(b"\r"):  # CHUNK may end between \r and \n
+            line += body.read(1)
+        if held.endswith(b"\r\n") and line.startswith(mark):
+            target.write(held[:-2])
+            return line
+        target.write(held)
+        held = line
+    return b""
 
 
 # ---- what the service keeps ----
@@ -330,7 +333,7 @@ class StoredFile:
     purpose: str
     bytes: int
     created_at: int
-    expires_at: int | None
+    expires_at: int
     path: Path
 
     def as_json(self) -> Json:
@@ -345,7 +348,7 @@ def no_requests() -> Json:
 
 @dataclass(kw_only=True)
 class Batch:
-    """The Batch object, field for field as it is answered."""
+    """The Batch object, with the fields that clients see."""
 
     id: str
     object: str = "batch"
@@ -373,16 +376,16 @@ class Batch:
 
 @dataclass(kw_only=True)
 class LocalBatch(Batch):
-    """A batch and what moves it on; ``born`` and ``since`` (in this status) are on the monotonic clock."""
+    """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the monotonic clock."""
 
     input_file: StoredFile
     total: int  # requests in the input file
     born: float
     since: float
-    file_life: int = FILE_LIFE
     expire: float | None = None
     over_limit: bool = False
-    done: int = 0  # requests that were run by the time of its cancellation
+    done: int = 0  # requests that were run before the batch was cancelled
+    looks: int = 0  # GETs since it is completed
     hold: str | None = None
     frozen: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -404,7 +407,7 @@ def count_lines(path: Path) -> int:
 
 
 def check_creation(content: Any) -> None:
-    """Refuse what ``POST /batches`` does not take."""
+    """Refuse what ``POST /batches`` does not accept."""
     if not isinstance(content, dict):
         raise Refusal(400, "The body of the request is not a JSON object.")
     for name in ("input_file_id", "endpoint", "completion_window"):
@@ -416,26 +419,14 @@ def check_creation(content: Any) -> None:
         raise Refusal(400, f"Invalid value for 'endpoint': not one of {', '.join(ENDPOINTS)}.", "endpoint")
     if content["completion_window"] != "24h":
         raise Refusal(400, "Invalid value for 'completion_window': only '24h' is supported.", "completion_window")
-    check_metadata(content.get("metadata"))
+    check_metadata({} if content.get("metadata") is None else content["metadata"])
 
 
 def check_metadata(metadata: Any) -> None:
-    if metadata is None:
-        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise Refusal(400, "Invalid type for 'metadata': strings are expected.", "metadata", "invalid_type")
     if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
         raise Refusal(400, "'metadata' may have 16 keys of 64 and values of 512 characters.", "metadata")
-
-
-def file_life(policy: Any, param: str) -> int:
-    """The seconds of an ``expires_after`` policy."""
-    if policy is None:
-        return FILE_LIFE
-    seconds = str(policy.get("seconds", "")) if isinstance(policy, dict) else ""
-    if not seconds.isdecimal() or not 3600 <= int(seconds) <= FILE_LIFE or policy.get("anchor") != "created_at":
-        raise Refusal(400, f"'{param}' needs anchor 'created_at' and 3600 to {FILE_LIFE} seconds.", param)
-    return int(seconds)
 
 
 class BatchError(NamedTuple):
@@ -446,10 +437,11 @@ class BatchError(NamedTuple):
 
 
 class InputCheck:
-    """The errors of an input file's lines, in one pass; keeps the ids seen and the model."""
+    """Finds the errors in the lines of an input file. Keeps the ids and the model that it has seen."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, dead_models: set[str]) -> None:
         self.endpoint = endpoint
+        self.dead_models = dead_models
         self.ids: set[str] = set()
         self.model: str | None = None
 
@@ -487,6 +479,8 @@ class InputCheck:
         self.model = self.model or model
         if model != self.model:
             return BatchError("model_mismatch", f"The model {model!r} differs from {self.model!r}.", "body.model")
+        if model in self.dead_models:
+            return BatchError("model_not_found", f"The model {model!r} does not exist.", "body.model")
         if body.get("stream"):
             return BatchError("invalid_request", "A batch cannot stream.", "body.stream")
         return None
@@ -496,7 +490,7 @@ class InputCheck:
 
 
 def artist_name(body: Json) -> str:
-    """Whom the request is about: prompt variables, metadata, or else the first line of its text."""
+    """Whom the request is about: from prompt variables or metadata, else the first line of its text."""
     prompt = body.get("prompt")
     variables = prompt.get("variables") if isinstance(prompt, dict) else None
     for values in (variables, body.get("metadata")):
@@ -507,7 +501,7 @@ def artist_name(body: Json) -> str:
 
 
 def input_text(content: Any) -> str:
-    """The text of a prompt, of the last message, or of the last part of that."""
+    """The text of a prompt: for a list, that of its last message or part."""
     while isinstance(content, list) and content and isinstance(content[-1], dict):
         content = content[-1].get("content") or content[-1].get("text")
     return content if isinstance(content, str) else ""
@@ -517,106 +511,107 @@ def responses_body(model: str, outcome: str, created_at: int) -> Json:
     content: Json = {"type": "output_text", "text": TEXTS[outcome], "annotations": []}
     if outcome == "refusal":
         content = {"type": "refusal", "refusal": TEXTS[outcome]}
-    status = outcome if outcome in ("incomplete", "failed") else "completed"
+    failed, reason = outcome == "failed", INCOMPLETE_REASONS.get(outcome)
+    status = "failed" if failed else "incomplete" if reason else "completed"
+    reasoning = {"id": "rs_@id@", "type": "reasoning", "summary": []}
     message = {"id": "msg_@id@", "type": "message", "role": "assistant", "status": status, "content": [content]}
-    failed = status == "failed"
     return {
         "id": "resp_@id@",
         "object": "response",
         "created_at": created_at,
         "status": status,
         "error": {"code": "server_error", "message": TEXTS[outcome]} if failed else None,
-        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "incomplete_details": {"reason": reason} if reason else None,
         "model": model,
-        "output": [] if failed else [{"id": "rs_@id@", "type": "reasoning", "summary": []}, message],
+        "output": [] if failed else [reasoning] if outcome == "no_text" else [reasoning, message],
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
-        "usage": None if failed else usage(1),
+        "usage": None if failed else responses_usage(INPUT_TOKENS, OUTPUT_TOKENS),
     }
 
 
 def chat_body(model: str, outcome: str, created_at: int) -> Json:
-    message: Json = {"role": "assistant", "content": TEXTS[outcome], "refusal": None}
+    message: Json = {"role": "assistant", "content": TEXTS[outcome] or None, "refusal": None}
     if outcome == "refusal":
         message |= {"content": None, "refusal": TEXTS[outcome]}
-    finish_reason = "length" if outcome == "incomplete" else "stop"
+    finish_reason = FINISH_REASONS.get(outcome, "stop")
     return {
         "id": "chatcmpl-@id@",
         "object": "chat.completion",
         "created": created_at,
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": chat_usage(),
+        "usage": chat_usage(INPUT_TOKENS, OUTPUT_TOKENS),
     }
 
 
-def other_body(model: str, outcome: str, created_at: int) -> Json:
-    body = {"id": "local-@id@", "object": "list", "created": created_at, "model": model, "data": []}
-    return body | {"usage": chat_usage()}
-
-
-BODIES = {"/v1/responses": responses_body, "/v1/chat/completions": chat_body}
-
-
-def usage(answers: int) -> Json:
+def responses_usage(input_tokens: int, output_tokens: int) -> Json:
     return {
-        "input_tokens": INPUT_TOKENS * answers,
+        "input_tokens": input_tokens,
         "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": OUTPUT_TOKENS * answers,
+        "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": (INPUT_TOKENS + OUTPUT_TOKENS) * answers,
+        "total_tokens": input_tokens + output_tokens,
     }
 
 
-def chat_usage() -> Json:
-    total = INPUT_TOKENS + OUTPUT_TOKENS
-    return {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS, "total_tokens": total}
+def chat_usage(input_tokens: int, output_tokens: int) -> Json:
+    total = input_tokens + output_tokens
+    return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": total}
 
 
 def is_outcome(text: str) -> bool:
     return text in TEXTS or text in NO_RESPONSE or text == "missing" or bool(re.fullmatch("[45][0-9][0-9]", text))
 
 
-def result_line(url: str, model: str, outcome: str, created_at: int) -> Json:
-    """A line of the output or error file, with @id@, @custom_id@ and @artist@ where a request's own values go."""
-    response, error = None, None
+def at_endpoint(outcome: str, endpoint: str) -> str:
+    """The outcome as it is at this endpoint. Raises ValueError for an unknown one."""
+    if not is_outcome(outcome):
+        raise ValueError(f"no such outcome: {outcome!r}")
+    return "500" if outcome == "failed" and endpoint != "/v1/responses" else outcome
+
+
+def is_paid(outcome: str) -> bool:
+    return outcome in TEXTS and outcome != "failed"
+
+
+def response_to(endpoint: str, model: str, outcome: str, created_at: int) -> Json | None:
+    """The ``response`` of a results line, with @id@ and @artist@ where a request's own values go."""
     if outcome in NO_RESPONSE:
-        error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True))
-    elif outcome in TEXTS:
-        body = BODIES.get(url, other_body)(model, outcome, created_at)
-        response = {"status_code": 200, "request_id": "req_@id@", "body": body}
-    else:
-        response = {"status_code": int(outcome), "request_id": "req_@id@", "body": made_up_error(int(outcome))}
-    return {"id": "batch_req_@id@", "custom_id": "@custom_id@", "response": response, "error": error}
-
-
-class LineFormat(NamedTuple):
-    """A result line written once for all requests with the same outcome: 50,000 would take seconds one by one."""
-
-    text: str
-    status: int | None
-    charged: bool
-
-    def fill(self, **own: str) -> str:
-        return self.text % {name: json.dumps(value)[1:-1] for name, value in own.items()}
+        return None
+    status, content = 200, made_up_error(500)
+    if outcome not in TEXTS:
+        status, content = int(outcome), made_up_error(int(outcome))
+    elif outcome != "error_200":
+        content = (responses_body if endpoint == "/v1/responses" else chat_body)(model, outcome, created_at)
+    return {"status_code": status, "request_id": "req_@id@", "body": content}
 
 
 @lru_cache
-def line_format(url: str, model: str, outcome: str, created_at: int) -> LineFormat:
-    """Raises ValueError for an outcome there is not."""
-    if not is_outcome(outcome):
-        raise ValueError(f"no such outcome: {outcome!r}")
-    if outcome == "failed" and url != "/v1/responses":
-        outcome = "500"
-    line = result_line(url, model, outcome, created_at)
-    text = re.sub("@(id|custom_id|artist)@", r"%(\1)s", json.dumps(line).replace("%", "%%"))
-    response = line["response"] or {"status_code": None, "body": {}}
-    return LineFormat(text + "\n", response["status_code"], bool(response["body"].get("usage")))
+def line_template(endpoint: str, model: str, outcome: str, created_at: int) -> str:
+    """A results line for all requests with the same outcome: 50,000 would take seconds one by one."""
+    error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True)) if outcome in NO_RESPONSE else None
+    response = response_to(endpoint, model, outcome, created_at)
+    line = {"id": "batch_req_@id@", "custom_id": "@custom_id@", "response": response, "error": error}
+    return re.sub("@(id|custom_id|artist)@", r"%(\1)s", json.dumps(line).replace("%", "%%")) + "\n"
+
+
+def results_line(endpoint: str, body: Json, outcome: str, created_at: int, **ids: str) -> str:
+    own = ids | {"artist": artist_name(body)}
+    template = line_template(endpoint, body["model"], outcome, created_at)
+    return template % {name: json.dumps(value)[1:-1] for name, value in own.items()}
+
+
+def with_string_body(line: str) -> str:
+    result = json.loads(line)
+    if result["response"]:
+        result["response"]["body"] = json.dumps(result["response"]["body"])
+    return json.dumps(result) + "\n"
 
 
 def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, bytes]]:
-    """The lines with their positions, shuffled within a window; the same every time for the same seed."""
+    """The lines with their positions, shuffled within a window. The same seed gives the same order."""
     numbered, chance = enumerate(lines), random.Random(seed)
     while window := list(islice(numbered, WINDOW)):
         order = chance.sample(window, len(window))
@@ -630,44 +625,38 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
-def page(items: Sequence[Any], query: Mapping[str, str], most: int, default: int) -> tuple[Sequence[Any], bool]:
-    """The items that ``limit`` and ``after`` ask for, and whether there are more."""
-    limit = query.get("limit", str(default))
-    if not limit.isdecimal() or not 1 <= int(limit) <= most:
-        raise Refusal(400, f"Invalid 'limit': an integer from 1 to {most} is expected.", "limit")
-    start = 0
-    if after := query.get("after"):
-        start = next((number for number, item in enumerate(items, 1) if item.id == after), 0)
-        if not start:
-            raise Refusal(400, f"Invalid 'after': there is no {after}.", "after")
-    return items[start : start + int(limit)], len(items) > start + int(limit)
-
-
-def listing(shown: list[Json], more: bool) -> Json:
-    first, last = (shown[0]["id"], shown[-1]["id"]) if shown else ("", "")
-    return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": more}
-
-
 class BatchService:
-    """What the service keeps and does, without HTTP. Batches move on when they are looked at."""
+    """The service without HTTP. Batches proceed when someone looks at them."""
 
     def __init__(self, *, step: float, key: str | None, queue_limit: int | None) -> None:
         self.step = step
-        self.key = key  # None: any will do
+        self.key = key  # None: any key will do
         self.queue_limit = queue_limit  # requests in batches that have not ended
         self.max_requests = 50_000
         self.hold: str | None = None  # no batch leaves this status
         self.outcomes: dict[str, str | list[str]] = {}  # by custom_id; a list is used up, then comes success
+        self.answers: list[str] = []  # outcomes of requests that are answered at once; then comes success
         self.fail_every: int | None = None
         self.expire: float | list[float | None] | None = None  # share that is run; a list: of the next batches
         self.cancel_done: float | None = None  # share that is run; None: by the clock
-        self.empty_ids = False  # "" for a file there is not, instead of null
-        self.list_delay: float = 0
+        self.empty_ids = False  # "" for a file that does not exist, instead of null
+        self.list_delay: float = 0  # seconds until the listing shows a new batch
+        self.clock_offset: float = 0  # seconds by which the server's clock is ahead
+        self.habits: set[str] = set()  # see HABITS
+        self.late_output = 2  # GETs of a completed batch without its output file, for the habit late-output
         self.files: dict[str, StoredFile] = {}
         self.batches: dict[str, LocalBatch] = {}
-        self.executions: Counter[str] = Counter()  # by custom_id, what was run and charged
+        self.executions: Counter[str] = Counter()  # by custom_id: how often a batch has got a response to it
+        self.paid: Counter[str] = Counter()  # by sha256 of a request's line: how often a batch has charged for it
+        self.answered: list[Json] = []  # the bodies of the requests that are answered at once
+        dying = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 10 * DAY))
+        self.models: dict[str, str | None] = {"local-dying": dying, "local-dead": None}  # shutdown dates; None: dead
+        self.recording = True  # fills paid, answered and exchanges
         self.folder = Path()
         self.lock = threading.Lock()
+
+    def now(self) -> int:
+        return int(time.time() + self.clock_offset)
 
     # Files
 
@@ -682,9 +671,9 @@ class BatchService:
     def new_path(self) -> Path:
         return self.folder / new_id("file-")
 
-    def store(self, path: Path, purpose: str, filename: str, life: int = FILE_LIFE) -> StoredFile:
-        now = int(time.time())
-        file = StoredFile(path.name, filename, purpose, path.stat().st_size, now, now + life, path)
+    def store(self, path: Path, purpose: str, filename: str) -> StoredFile:
+        now = self.now()
+        file = StoredFile(path.name, filename, purpose, path.stat().st_size, now, now + FILE_LIFE, path)
         with self.lock:
             self.files[file.id] = file
         return file
@@ -694,37 +683,70 @@ class BatchService:
             raise Refusal(404, f"No such File object: {file_id}", "id")
         return self.files[file_id]
 
-    def create_file(self, request: Request) -> Answer:
-        form = request.form
-        if form is None or form.path is None or form.filename is None:
-            raise Refusal(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
-        purpose = form.fields.get("purpose")
-        if purpose not in PURPOSES:
-            raise Refusal(400, f"Invalid value for 'purpose': not one of {', '.join(PURPOSES)}.", "purpose")
-        policy = {name[len("expires_after[") : -1]: value for name, value in form.fields.items() if "[" in name}
-        life = file_life(policy or None, "expires_after")
-        path = form.path.rename(self.new_path())
-        return json_answer(self.store(path, purpose, form.filename, life).as_json())
+    def shown_file(self, file: StoredFile) -> Answer:
+        shown = file.as_json()
+        if "zero-bytes" in self.habits:
+            shown["bytes"] = 0
+        if "no-bytes" in self.habits:
+            del shown["bytes"]
+        return json_answer(shown)
 
-    def list_files(self, request: Request) -> Answer:
-        purpose, order = request.query.get("purpose"), request.query.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise Refusal(400, "Invalid 'order': asc or desc is expected.", "order")
-        files = [file for file in list(self.files.values()) if purpose in (None, file.purpose)]
-        shown, more = page(files if order == "asc" else files[::-1], request.query, most=10_000, default=10_000)
-        return json_answer(listing([file.as_json() for file in shown], more))
+    def create_file(self, request: Request) -> Answer:
+        form = request.content if isinstance(request.content, dict) else {}
+        if not request.upload.exists() or "filename" not in form:
+            raise Refusal(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
+        if form.get("purpose") != "batch":
+            raise Refusal(400, "Invalid value for 'purpose': the local mock server takes 'batch'.", "purpose")
+        return self.shown_file(self.store(request.upload, "batch", form["filename"]))
 
     def get_file(self, request: Request, file_id: str) -> Answer:
-        return json_answer(self.find_file(file_id).as_json())
+        if "no-file-info" in self.habits:
+            raise NoSuchEndpoint(404)
+        return self.shown_file(self.find_file(file_id))
 
     def get_content(self, request: Request, file_id: str) -> Answer:
         return Answer(200, self.find_file(file_id).path, {"Content-Type": "application/octet-stream"})
 
     def delete_file(self, request: Request, file_id: str) -> Answer:
+        if "no-delete" in self.habits:
+            raise NoSuchEndpoint(405)
         self.find_file(file_id)
         with self.lock:
             self.files.pop(file_id, None)  # its bytes stay: a batch may be reading them
         return json_answer({"id": file_id, "object": "file", "deleted": True})
+
+    # Models, and answers at once
+
+    def get_model(self, request: Request, quoted: str) -> Answer:
+        if "no-models" in self.habits:
+            raise NoSuchEndpoint(404)
+        model = unquote(quoted)
+        self.check_model(model)
+        shown = {"id": model, "object": "model", "created": self.now() - 100 * DAY, "owned_by": "local"}
+        return json_answer(shown | {"shutdown_date": self.models.get(model)})
+
+    def check_model(self, model: str) -> None:
+        if model in self.dead_models():
+            raise Refusal(404, f"The model {model!r} does not exist.", "model", "model_not_found")
+
+    def dead_models(self) -> set[str]:
+        return {model for model, shutdown_date in self.models.items() if shutdown_date is None}
+
+    def answer_at_once(self, request: Request) -> Answer:
+        body = request.content
+        if not isinstance(body, dict) or not isinstance(body.get("model"), str):
+            raise Refusal(400, "Missing required parameter: 'model'.", "model", "missing_required_parameter")
+        with self.lock:
+            outcome = at_endpoint(self.answers.pop(0) if self.answers else SUCCESS, request.path)
+            if self.recording:
+                self.answered.append(body)
+        self.check_model(body["model"])
+        line = results_line(request.path, body, outcome, self.now(), id=secrets.token_hex(12), custom_id="")
+        response = json.loads(line)["response"]
+        if "usage" in (answer := response["body"]):
+            usage = responses_usage if request.path == "/v1/responses" else chat_usage
+            answer["usage"] = answer["usage"] and usage(max(1, request.size // 4), OUTPUT_TOKENS)
+        return json_answer(answer, response["status_code"])
 
     # Batches
 
@@ -740,15 +762,15 @@ class BatchService:
         created_at: int | None = None,
         **overrides: Any,
     ) -> LocalBatch:
-        """A batch that is in this status and stays there, unless it is cancelled: then it stays ``cancelling``.
+        """A batch that is in this status and stays there; if it is cancelled, it stays ``cancelling``.
 
         ``overrides`` are other fields of the Batch object, or other values of these.
         """
         input_file = input_file or self.new_file(b"", "batch", "requests.jsonl")
-        batch = self.local_batch(input_file, endpoint, metadata, int(created_at or time.time()))
+        batch = self.local_batch(input_file, endpoint, metadata, int(created_at or self.now()))
         batch.frozen = True
         batch.enter(status, batch.born)
-        counts = {"completed": (output or b"").count(b"\n"), "failed": (errors or b"").count(b"\n")}
+        counts = {"completed": len((output or b"").splitlines()), "failed": len((errors or b"").splitlines())}
         batch.request_counts = {"total": batch.total or sum(counts.values())} | counts
         if output is not None:
             batch.output_file_id = self.new_file(output, "batch_output", f"{batch.id}_output.jsonl").id
@@ -784,16 +806,15 @@ class BatchService:
         if input_file is None or input_file.purpose != "batch":
             message = f"Invalid 'input_file_id': there is no file {content['input_file_id']} with purpose 'batch'."
             raise Refusal(400, message, "input_file_id")
-        batch = self.local_batch(input_file, content["endpoint"], content.get("metadata"), int(time.time()))
-        batch.file_life = file_life(content.get("output_expires_after"), "output_expires_after")
-        answer = json_answer(batch.as_json())
+        batch = self.local_batch(input_file, content["endpoint"], content.get("metadata"), self.now())
+        answer = json_answer(self.shown(batch))
         self.enqueue(batch)
         return answer
 
     def enqueue(self, batch: LocalBatch) -> None:
         if self.queue_limit is not None:
             for other in list(self.batches.values()):
-                self.advance(other)  # so that those whose time is up make room
+                self.advance(other)  # those that have ended by now make room
         with self.lock:
             active = [other for other in self.batches.values() if other.status in NEXT_STATUS]
             queued = sum(other.total for other in [*active, batch])
@@ -807,14 +828,32 @@ class BatchService:
         return self.expire
 
     def list_batches(self, request: Request) -> Answer:
+        limit, after = request.query.get("limit", "20"), request.query.get("after")
+        if not limit.isdecimal() or not 1 <= int(limit) <= 100:
+            raise Refusal(400, "Invalid 'limit': an integer from 1 to 100 is expected.", "limit")
         listed = time.monotonic() - self.list_delay
         batches = [batch for batch in list(self.batches.values()) if batch.frozen or batch.born <= listed]
-        newest_first = sorted(batches, key=lambda batch: batch.created_at)[::-1]
-        shown, more = page(newest_first, request.query, most=100, default=20)
-        return json_answer(listing([self.look(batch) for batch in shown], more))
+        batches = sorted(batches, key=lambda batch: batch.created_at)[::-1]  # newest first
+        if after and "ignores-after" not in self.habits:
+            if after not in [batch.id for batch in batches]:
+                raise Refusal(400, f"Invalid 'after': there is no {after}.", "after")
+            del batches[: [batch.id for batch in batches].index(after) + 1]
+        shown = [self.look(batch) for batch in batches[: int(limit)]]
+        return json_answer(self.listing(shown, len(batches) > int(limit)))
+
+    def listing(self, shown: list[Json], has_more: bool) -> Json:
+        if "short-endpoint" in self.habits:
+            shown = [each | {"endpoint": each["endpoint"].removeprefix("/v1")} for each in shown]
+        first, last = (shown[0]["id"], shown[-1]["id"]) if shown else ("", "")
+        content = {"object": "list", "data": shown, "first_id": first, "last_id": last}
+        return content if "no-has-more" in self.habits else content | {"has_more": has_more}
 
     def get_batch(self, request: Request, batch_id: str) -> Answer:
-        return json_answer(self.look(self.find_batch(batch_id)))
+        batch = self.find_batch(batch_id)
+        with batch.lock:
+            shown = self.look(batch)
+            batch.looks += batch.status == "completed"
+            return json_answer(shown)
 
     def cancel_batch(self, request: Request, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
@@ -824,7 +863,7 @@ class BatchService:
                 raise Refusal(409, f"Cannot cancel a batch with status '{batch.status}'.")
             if batch.status != "cancelling":
                 self.cancel(batch)
-            return json_answer(batch.as_json())
+            return json_answer(self.shown(batch))
 
     def find_batch(self, batch_id: str) -> LocalBatch:
         if batch_id not in self.batches:
@@ -833,19 +872,30 @@ class BatchService:
 
     def cancel(self, batch: LocalBatch) -> None:
         if batch.status == "validating":
-            batch.total = 0  # none of its requests was taken on
+            batch.total = 0  # the batch has accepted no request yet
         share = self.progress(batch) if self.cancel_done is None else self.cancel_done
         batch.done = int(batch.total * share)
         batch.enter("cancelling", time.monotonic())
 
     def look(self, batch: LocalBatch) -> Json:
-        """The Batch object as it is now. One lock per batch: those that run do not keep the others waiting."""
+        """The Batch object as it is now. Each batch has its own lock: one that runs does not block the others."""
         with batch.lock:
             self.advance(batch)
             if batch.status == "in_progress" and not batch.frozen:
                 done = int(batch.total * self.progress(batch))
                 batch.request_counts = {"total": batch.total, "completed": done, "failed": 0}
-            return batch.as_json()
+            return self.shown(batch)
+
+    def shown(self, batch: LocalBatch) -> Json:
+        """The Batch object with the service's habits."""
+        content = batch.as_json()
+        if "late-output" in self.habits and batch.status == "completed" and batch.looks < self.late_output:
+            content["output_file_id"] = "" if self.empty_ids else None
+        if "upper-case" in self.habits:
+            content["status"] = batch.status.upper()
+        if "no-metadata" in self.habits:
+            content["metadata"] = None
+        return content
 
     def progress(self, batch: LocalBatch) -> float:
         """The share of the requests that have been run, by the clock."""
@@ -878,9 +928,9 @@ class BatchService:
         batch.enter(status, moment)
 
     def validate(self, batch: LocalBatch) -> bool:
-        """Whether the input file is refused; the batch then has the errors."""
-        check = InputCheck(batch.endpoint)
-        errors = self.size_errors(batch)
+        """Whether the batch fails. Fills in its errors, or the number of its requests."""
+        check = InputCheck(batch.endpoint, self.dead_models())
+        errors = self.file_errors(batch)
         if not errors:
             with batch.input_file.path.open("rb") as lines:
                 errors = list(islice(check.errors(lines), MAX_BATCH_ERRORS))
@@ -894,7 +944,9 @@ class BatchService:
             batch.request_counts = no_requests() | {"total": batch.total}
         return bool(errors)
 
-    def size_errors(self, batch: LocalBatch) -> list[BatchError]:
+    def file_errors(self, batch: LocalBatch) -> list[BatchError]:
+        if batch.input_file_id not in self.files:
+            return [BatchError("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
         if not batch.total:
             return [BatchError("empty_file", "The input file is empty.")]
         if batch.total > self.max_requests:
@@ -904,33 +956,40 @@ class BatchService:
     def execute(self, batch: LocalBatch, done: int, rest: str) -> None:
         """Run the first ``done`` requests of the input file; the others get the outcome ``rest``."""
         output, errors = self.new_path(), self.new_path()
-        counts: Counter[LineFormat] = Counter()
+        outcomes: Counter[str] = Counter()
         executed: list[str] = []
+        paid: list[str] = []
         with output.open("w", encoding="ascii") as successes, errors.open("w", encoding="ascii") as failures:
-            for custom_id, layout, line in self.results(batch, done, rest):
-                (successes if layout.status == 200 else failures).write(line)
-                counts[layout] += 1
-                if layout.status is not None:
+            for request_line, custom_id, outcome, line in self.results(batch, done, rest):
+                (successes if outcome in TEXTS else failures).write(line)
+                outcomes[outcome] += 1
+                if outcome not in NO_RESPONSE:
                     executed.append(custom_id)
-        batch.output_file_id = self.store_results(output, f"{batch.id}_output.jsonl", batch.file_life)
-        batch.error_file_id = self.store_results(errors, f"{batch.id}_error.jsonl", batch.file_life)
-        completed = sum(count for layout, count in counts.items() if layout.status == 200)
-        batch.request_counts = {"total": batch.total, "completed": completed, "failed": counts.total() - completed}
-        batch.usage = usage(sum(count for layout, count in counts.items() if layout.charged))
+                if self.recording and is_paid(outcome):
+                    paid.append(hashlib.sha256(request_line.removesuffix(b"\n")).hexdigest())
+        batch.output_file_id = self.store_results(output, f"{batch.id}_output.jsonl")
+        batch.error_file_id = self.store_results(errors, f"{batch.id}_error.jsonl")
+        completed = sum(count for outcome, count in outcomes.items() if outcome in TEXTS)
+        batch.request_counts = {"total": batch.total, "completed": completed, "failed": outcomes.total() - completed}
+        charged = sum(count for outcome, count in outcomes.items() if is_paid(outcome))
+        batch.usage = responses_usage(INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
         with self.lock:
             self.executions.update(executed)
+            self.paid.update(paid)
 
-    def results(self, batch: LocalBatch, done: int, rest: str) -> Iterator[tuple[str, LineFormat, str]]:
-        """The custom_id, the format and the text of every result line."""
+    def results(self, batch: LocalBatch, done: int, rest: str) -> Iterator[tuple[bytes, str, str, str]]:
+        """The line of each request, its custom_id, its outcome and its results line."""
         with batch.input_file.path.open("rb") as lines:
-            for position, line in in_other_order(islice(lines, batch.total), batch.id):
-                request = json.loads(line.decode())
+            for position, request_line in in_other_order(islice(lines, batch.total), batch.id):
+                request = json.loads(request_line.decode())
                 custom_id, body = request["custom_id"], request["body"]
-                outcome = self.outcome(custom_id, position) if position < done else rest
+                outcome = at_endpoint(self.outcome(custom_id, position) if position < done else rest, batch.endpoint)
                 if outcome != "missing":
-                    layout = line_format(batch.endpoint, body["model"], outcome, batch.created_at)
-                    own_id = f"{batch.id.removeprefix('batch_')}_{position}"
-                    yield custom_id, layout, layout.fill(id=own_id, custom_id=custom_id, artist=artist_name(body))
+                    ids = {"id": f"{batch.id.removeprefix('batch_')}_{position}", "custom_id": custom_id}
+                    line = results_line(batch.endpoint, body, outcome, batch.created_at, **ids)
+                    if "string-bodies" in self.habits:
+                        line = with_string_body(line)
+                    yield request_line, custom_id, outcome, line
 
     def outcome(self, custom_id: str, position: int) -> str:
         asked = self.outcomes.get(custom_id)
@@ -940,17 +999,20 @@ class BatchService:
             return SUCCESS if self.executions[custom_id] else "500"
         return asked or SUCCESS
 
-    def store_results(self, path: Path, filename: str, life: int) -> str | None:
-        if path.stat().st_size:
-            return self.store(path, "batch_output", filename, life).id
-        path.unlink()
-        return "" if self.empty_ids else None
+    def store_results(self, path: Path, filename: str) -> str | None:
+        size = path.stat().st_size
+        if not size and "both-files" not in self.habits:
+            path.unlink()
+            return "" if self.empty_ids else None
+        if size and "no-final-newline" in self.habits:
+            with path.open("r+b") as file:
+                file.truncate(size - 1)
+        return self.store(path, "batch_output", filename).id
 
 
 Action = Callable[..., Answer]
 ROUTES: list[tuple[str, str, Action]] = [
     ("POST", "/v1/files", BatchService.create_file),
-    ("GET", "/v1/files", BatchService.list_files),
     ("GET", "/v1/files/([^/]+)", BatchService.get_file),
     ("DELETE", "/v1/files/([^/]+)", BatchService.delete_file),
     ("GET", "/v1/files/([^/]+)/content", BatchService.get_content),
@@ -958,6 +1020,9 @@ ROUTES: list[tuple[str, str, Action]] = [
     ("GET", "/v1/batches", BatchService.list_batches),
     ("GET", "/v1/batches/([^/]+)", BatchService.get_batch),
     ("POST", "/v1/batches/([^/]+)/cancel", BatchService.cancel_batch),
+    ("GET", "/v1/models/(.+)", BatchService.get_model),
+    ("POST", "/v1/responses", BatchService.answer_at_once),
+    ("POST", "/v1/chat/completions", BatchService.answer_at_once),
 ]
 
 
@@ -967,7 +1032,7 @@ def answer_to(request: Request, service: BatchService) -> Answer:
         action, ids = find_route(request)
         return action(service, request, *ids)
     except Refusal as refusal:
-        return json_answer(refusal.envelope, refusal.status)
+        return json_answer(refusal.content, refusal.status)
 
 
 def check_key(authorization: str, key: str | None) -> None:
@@ -997,46 +1062,48 @@ def find_route(request: Request) -> tuple[Action, tuple[str, ...]]:
 class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    rbufsize = CHUNK
     wbufsize = 64 * 1024  # headers and a short body leave as one packet
     disable_nagle_algorithm = True
 
     def respond(self) -> None:
-        spool = self.server.api.folder / new_id("upload-")
-        try:
-            request = self.received(spool)
-            exchange = self.server.api.record(request)
-            fault = self.server.api.take_fault(request)
-            if fault:
-                self.suffer(fault, request, exchange)
-            else:
-                self.send(answer_to(request, self.server.api), exchange)
-        finally:
-            spool.unlink(missing_ok=True)
+        api = self.server.api
+        request = self.received()
+        exchange = api.record(request)
+        if fault := api.take_fault(request):
+            self.suffer(fault, request, exchange)
+        else:
+            self.send(answer_to(request, api), exchange)
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = respond
 
-    def received(self, spool: Path) -> Request:
-        url = urlsplit(self.path)
+    def received(self) -> Request:
+        url, upload = urlsplit(self.path), self.server.api.new_path()
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers)
-        body = RequestBody(self.rfile, self.headers)
-        content_type = headers.get("content-type", "")
-        if content_type.startswith("multipart/form-data"):
-            return request._replace(form=read_form(body, content_type, spool))
-        return request._replace(content=json_or_none(body.read_all()))
+        size = int(headers.get("content-length", 0))
+        with io.BufferedReader(RequestBody(self.rfile, size), CHUNK) as body:
+            boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
+            content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body.read())
+            while body.read(CHUNK):
+                pass
+        return Request(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
 
     def suffer(self, fault: Fault, request: Request, exchange: Exchange) -> None:
-        api = self.server.api
+        api, answer = self.server.api, fault.answer()
         if fault.when == "before":
-            api.wait(fault.seconds)
-        if fault.when == "after" or fault.action in ("cut", "shorten", "delay"):
+            api.wait(fault.delay())
+        if fault.when == "later":
+            api.postpone(request, fault.seconds)
+        elif fault.action not in ("answer", "reset"):
             answer = answer_to(request, api)
+        elif fault.when == "after":
+            answer_to(request, api)
         if fault.when == "after":
-            api.wait(fault.seconds)
-        if fault.action == "answer":
-            answer = fault.answer()
+            api.wait(fault.delay())
         if fault.action == "reset":
             self.reset()
+        elif fault.action == "drip":
+            self.drip(answer, exchange, fault.seconds)
         else:
             self.send(answer, exchange, fault.action)
 
@@ -1050,7 +1117,8 @@ class Handler(BaseHTTPRequestHandler):
             size //= 2
             self.close_connection = True
         with answer.open() as body:
-            for block in blocks(body, size):
+            while size > 0 and (block := body.read(min(size, CHUNK))):
+                size -= len(block)
                 self.wfile.write(block)
 
     def send_headers(self, answer: Answer, framing: Mapping[str, str]) -> None:
@@ -1063,56 +1131,65 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
+    def drip(self, answer: Answer, exchange: Exchange, seconds: float) -> None:
+        wire, self.wfile = self.wfile, io.BytesIO()
+        self.send(answer, exchange)
+        whole, self.wfile = self.wfile.getvalue(), wire
+        for number in range(len(whole)):
+            wire.write(whole[number : number + 1])
+            wire.flush()
+            self.server.api.wait(seconds)
+
     def reset(self) -> None:
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         socket.close(self.connection.detach())  # past socketserver, which would end the stream in order first
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(self.server.api.now() if timestamp is None else timestamp)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = False  # so that server_close() waits for them
     request_queue_size = 128
     allow_reuse_port = False  # a port in use is an error
 
     def __init__(self, port: int, api: LocalBatchAPI) -> None:
         self.api = api
-        self.connections: dict[socket.socket, threading.Thread] = {}
+        self.connections: set[socket.socket] = set()
         super().__init__((HOST, port), Handler)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for a name that nobody reads
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for the host's name
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
-        self.connections[request] = thread
-        thread.start()
+        self.connections.add(request)
+        super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        self.connections.pop(request, None)
+        self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        gone = isinstance(sys.exception(), ConnectionError)
-        if not gone and not self.api.stopping.is_set():
+        if not isinstance(sys.exception(), ConnectionError) and not self.api.stopping.is_set():
             super().handle_error(request, client_address)
 
     def close(self) -> None:
         """Stop listening, and end the connections that clients keep open."""
         self.shutdown()
-        self.server_close()
-        for connection, thread in list(self.connections.items()):
+        for connection in list(self.connections):
             with suppress(OSError):  # it has just ended by itself
                 connection.shutdown(socket.SHUT_RDWR)
-            thread.join(timeout=2)
+        self.server_close()
 
 
 class LocalBatchAPI(BatchService):
     """The service on a loopback port (0: a free one), with its files in a temporary folder of ``directory``.
 
-    ``exchanges`` has every HTTP exchange in the order of arrival; ``faults`` what shall go wrong.
+    ``exchanges`` has every HTTP exchange in the order of arrival; ``faults`` says what goes wrong.
     """
 
     def __init__(
@@ -1129,7 +1206,7 @@ class LocalBatchAPI(BatchService):
         self.directory = directory
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] = []
-        self.recording = True
+        self.postponed: list[Request] = []
         self.stopping = threading.Event()
 
     @property
@@ -1137,7 +1214,7 @@ class LocalBatchAPI(BatchService):
         return f"http://{HOST}:{self.port}/v1"
 
     def start(self) -> None:
-        """Raises OSError if the port cannot be had."""
+        """Raises OSError if the port is not available."""
         self.server = Server(self.port, self)
         self.port = self.server.server_address[1]
         self.temporary = tempfile.TemporaryDirectory(
@@ -1159,23 +1236,37 @@ class LocalBatchAPI(BatchService):
         self.stop()
 
     def record(self, request: Request) -> Exchange:
-        content = request.content
-        if request.form is not None:
-            size = request.form.path.stat().st_size if request.form.path else 0
-            purpose = request.form.fields.get("purpose")
-            content = {"purpose": purpose, "filename": request.form.filename, "bytes": size}
-        exchange = Exchange(request.method, request.path, request.query, request.headers, content)
+        exchange = Exchange(request.method, request.path, request.query, request.headers, request.content)
         if self.recording:
             self.exchanges.append(exchange)
         return exchange
 
     def take_fault(self, request: Request) -> Fault | None:
         with self.lock:
-            return next((fault for fault in self.faults if fault.takes(request.method, request.path)), None)
+            return next((fault for fault in self.faults if fault.applies_to(request.method, request.path)), None)
 
     def wait(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
             raise ConnectionAbortedError("the server is stopping")
+
+    def postpone(self, request: Request, seconds: float) -> None:
+        """Keep the request for carry_out(); if ``seconds`` is not 0, carry it out by then."""
+        with self.lock:
+            self.postponed.append(request)
+        if seconds:
+            threading.Thread(target=self.carry_out_after, args=(seconds, request), daemon=True).start()
+
+    def carry_out_after(self, seconds: float, request: Request) -> None:
+        if not self.stopping.wait(seconds):
+            self.carry_out(request)
+
+    def carry_out(self, only: Request | None = None) -> None:
+        """Carry out the requests that a fault postponed. What they find missing by now, they are refused for."""
+        with self.lock:
+            due = [request for request in self.postponed if only in (None, request)]
+            self.postponed = [request for request in self.postponed if request not in due]
+        for request in due:
+            answer_to(request, self)
 
 
 # ---- the program ----
@@ -1211,30 +1302,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--port", type=port_number, default=0, metavar="N", help="port (default: a free one)")
-    parser.add_argument(
-        "--step", type=seconds, default=0.3, metavar="SECONDS", help="time in each status (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queue-limit", type=positive_int, metavar="N", help="requests in active batches (default: any number)"
-    )
-    parser.add_argument(
-        "--outcome",
-        type=outcome_option,
-        action="append",
-        default=[],
-        metavar="CUSTOM_ID=OUTCOME[,OUTCOME...]",
-        help="what becomes of a request; repeatable",
-    )
-    parser.add_argument("--fail-every", type=positive_int, metavar="N", help="fail every Nth request once")
+    add = parser.add_argument
+    add("--port", type=port_number, default=0, metavar="N", help="port (default: a free one)")
+    add("--step", type=seconds, default=0.3, metavar="SECONDS", help="time in each status (default: %(default)s)")
+    add("--queue-limit", type=positive_int, metavar="N", help="requests in active batches (default: any number)")
+    add("--outcome", type=outcome_option, action="append", default=[], metavar="CUSTOM_ID=OUTCOME[,OUTCOME...]",
+        help="what becomes of a request; repeatable")
+    add("--fail-every", type=positive_int, metavar="N", help="fail every Nth request once")
+    add("--list-delay", type=seconds, default=0, metavar="SECONDS",
+        help="time until the listing shows a new batch (default: %(default)s)")
+    add("--habit", action="append", default=[], choices=HABITS, metavar="NAME",
+        help="do as another service does; repeatable")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # so that one at any moment waits for sigwait
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # sigwait gets them, even those that come early
     api = LocalBatchAPI(args.port, step=args.step, queue_limit=args.queue_limit)
     api.outcomes, api.fail_every = dict(args.outcome), args.fail_every
+    api.list_delay, api.habits = args.list_delay, set(args.habit)
     api.recording = False
     try:
         api.start()

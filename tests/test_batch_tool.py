@@ -653,9 +653,9 @@ def test_create_as_json_is_the_batch_as_the_api_gave_it(api: LocalBatchAPI, tool
 
 
 def test_the_endpoint_and_the_completion_window_can_be_chosen(api: LocalBatchAPI, tool: Tool) -> None:
-    requests_file(request(url="/v1/embeddings"))
-    assert tool("create", "--in", "requests.jsonl", "--endpoint", "/v1/embeddings", "--completion-window", "24h") == 0
-    assert only_batch(api).endpoint == "/v1/embeddings"
+    requests_file(request(url="/v1/chat/completions"))
+    assert tool("create", "--in", "requests.jsonl", "--endpoint", "/v1/chat/completions", "--completion-window", "24h") == 0
+    assert only_batch(api).endpoint == "/v1/chat/completions"
 
 
 def test_a_completion_window_that_the_api_refuses_is_said_and_the_file_deleted(
