@@ -82,29 +82,13 @@ HOST = "127.0.0.1"
 CHUNK = 256 * 1024
 DAY = 24 * 60 * 60
 FILE_LIFE = 30 * DAY
-ENDPOINTS = ("/v1/responses", "/v1/chat/completions")
+RESPONSES, CHAT = ENDPOINTS = ("/v1/responses", "/v1/chat/completions")
 HABITS = (
-    "no-final-newline",
-    "string-bodies",
-    "both-files",
-    "upper-case",
-    "no-bytes",
-    "zero-bytes",
-    "no-file-info",
-    "late-output",
-    "no-metadata",
-    "no-delete",
-    "no-models",
-    "ignores-after",
-    "no-has-more",
-    "short-endpoint",
+    "no-final-newline", "string-bodies", "both-files", "upper-case", "no-bytes", "zero-bytes", "no-file-info",
+    "late-output", "no-metadata", "no-delete", "no-models", "ignores-after", "no-has-more", "short-endpoint",
 )
-NEXT_STATUS = {
-    "validating": "in_progress",
-    "in_progress": "finalizing",
-    "finalizing": "completed",
-    "cancelling": "cancelled",
-}
+NEXT_STATUS = {"validating": "in_progress", "in_progress": "finalizing", "finalizing": "completed",
+               "cancelling": "cancelled"}
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 MAX_BATCH_ERRORS = 50
 WINDOW = 1000  # requests in memory
@@ -142,12 +126,11 @@ class Refusal(Exception):
         self.content = error_envelope(status, message, param, code)
 
 
-class NoSuchEndpoint(Refusal):
-    """The answer of a web framework to a path or a method that the service does not have."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status, http.client.responses[status])
-        self.content = {"detail": http.client.responses[status]}
+def not_there(status: int) -> Refusal:
+    """The answer of a web framework where the service has no such path or method."""
+    refusal = Refusal(status, http.client.responses[status])
+    refusal.content = {"detail": http.client.responses[status]}
+    return refusal
 
 
 def error_envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> Json:
@@ -268,25 +251,6 @@ def json_or_none(text: bytes) -> Any:
         return None
 
 
-class RequestBody(io.RawIOBase):
-    """The body of an HTTP request: the next ``left`` bytes of a stream."""
-
-    def __init__(self, stream: io.BufferedIOBase, left: int) -> None:
-        self.stream = stream
-        self.left = left
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        block = self.stream.read(min(len(buffer), self.left))
-        if self.left and not block:
-            raise ConnectionAbortedError("the client went away")
-        buffer[: len(block)] = block
-        self.left -= len(block)
-        return len(block)
-
-
 def read_form(body: BinaryIO, boundary: bytes, upload: Path) -> Json:
     """Read a multipart body in bounded memory. The content of its file goes to ``upload``."""
     content: Json = {}
@@ -336,11 +300,6 @@ class StoredFile:
     expires_at: int
     path: Path
 
-    def as_json(self) -> Json:
-        shown = asdict(self) | {"object": "file", "status": "processed", "status_details": None}
-        del shown["path"]
-        return shown
-
 
 def no_requests() -> Json:
     return {"total": 0, "completed": 0, "failed": 0}
@@ -350,19 +309,19 @@ def no_requests() -> Json:
 class Batch:
     """The Batch object, with the fields that clients see."""
 
-    id: str
+    id: str = field(default_factory=lambda: new_id("batch_"))
     object: str = "batch"
     endpoint: str
     model: str | None = None
     errors: Json | None = None
-    input_file_id: str
+    input_file_id: str = ""
     completion_window: str = "24h"
     status: str = "validating"
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: int
     in_progress_at: int | None = None
-    expires_at: int
+    expires_at: int = 0
     finalizing_at: int | None = None
     completed_at: int | None = None
     failed_at: int | None = None
@@ -379,9 +338,9 @@ class LocalBatch(Batch):
     """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the monotonic clock."""
 
     input_file: StoredFile
-    total: int  # requests in the input file
-    born: float
-    since: float
+    total: int = 0  # requests in the input file
+    born: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
     expire: float | None = None
     over_limit: bool = False
     done: int = 0  # requests that were run before the batch was cancelled
@@ -390,17 +349,18 @@ class LocalBatch(Batch):
     frozen: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __post_init__(self) -> None:
+        self.input_file_id = self.input_file.id
+        self.expires_at = self.created_at + DAY
+        with self.input_file.path.open("rb") as lines:
+            self.total = sum(1 for _ in lines)
+
     def as_json(self) -> Json:
         return {shown.name: getattr(self, shown.name) for shown in fields(Batch)}
 
     def enter(self, status: str, moment: float) -> None:
         self.status, self.since = status, moment
         setattr(self, f"{status}_at", self.created_at + int(moment - self.born))
-
-
-def count_lines(path: Path) -> int:
-    with path.open("rb") as lines:
-        return sum(1 for _ in lines)
 
 
 # ---- validating a batch ----
@@ -411,18 +371,13 @@ def check_creation(content: Any) -> None:
     if not isinstance(content, dict):
         raise Refusal(400, "The body of the request is not a JSON object.")
     for name in ("input_file_id", "endpoint", "completion_window"):
-        if name not in content:
+        if not isinstance(content.get(name), str):
             raise Refusal(400, f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
-        if not isinstance(content[name], str):
-            raise Refusal(400, f"Invalid type for '{name}': a string is expected.", name, "invalid_type")
     if content["endpoint"] not in ENDPOINTS:
         raise Refusal(400, f"Invalid value for 'endpoint': not one of {', '.join(ENDPOINTS)}.", "endpoint")
     if content["completion_window"] != "24h":
         raise Refusal(400, "Invalid value for 'completion_window': only '24h' is supported.", "completion_window")
-    check_metadata({} if content.get("metadata") is None else content["metadata"])
-
-
-def check_metadata(metadata: Any) -> None:
+    metadata = content.get("metadata") or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise Refusal(400, "Invalid type for 'metadata': strings are expected.", "metadata", "invalid_type")
     if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
@@ -447,22 +402,18 @@ class InputCheck:
 
     def errors(self, lines: Iterator[bytes]) -> Iterator[BatchError]:
         for number, line in enumerate(lines, 1):
-            request = json_or_none(line)
-            if not isinstance(request, dict):
-                yield BatchError("invalid_json_line", "This line is not a valid JSON object.", None, number)
-            elif error := self.missing(request) or self.misused(request) or self.model_error(request["body"]):
+            if error := self.error(json_or_none(line)):
                 yield error._replace(line=number)
 
-    def missing(self, request: Json) -> BatchError | None:
+    def error(self, request: Any) -> BatchError | None:
+        if not isinstance(request, dict):
+            return BatchError("invalid_json_line", "This line is not a valid JSON object.")
         for name, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
             if not request.get(name) and request.get(name) != {}:
                 return BatchError("missing_required_parameter", f"Missing required parameter: '{name}'.", name)
             if not isinstance(request[name], kind):
                 return BatchError("invalid_request", f"Invalid type for '{name}'.", name)
-        return None
-
-    def misused(self, request: Json) -> BatchError | None:
-        custom_id = request["custom_id"]
+        custom_id, model = request["custom_id"], request["body"].get("model")
         if custom_id in self.ids:
             return BatchError("duplicate_custom_id", f"The custom_id {custom_id!r} is used twice.", "custom_id")
         self.ids.add(custom_id)
@@ -470,10 +421,6 @@ class InputCheck:
             return BatchError("invalid_request", "The method has to be POST.", "method")
         if request["url"] != self.endpoint:
             return BatchError("url_mismatch", f"The url is not the batch's endpoint, {self.endpoint}.", "url")
-        return None
-
-    def model_error(self, body: Json) -> BatchError | None:
-        model = body.get("model")
         if not model or not isinstance(model, str):
             return BatchError("invalid_request", "Model parameter is required.", "body.model")
         self.model = self.model or model
@@ -481,8 +428,6 @@ class InputCheck:
             return BatchError("model_mismatch", f"The model {model!r} differs from {self.model!r}.", "body.model")
         if model in self.dead_models:
             return BatchError("model_not_found", f"The model {model!r} does not exist.", "body.model")
-        if body.get("stream"):
-            return BatchError("invalid_request", "A batch cannot stream.", "body.stream")
         return None
 
 
@@ -507,7 +452,7 @@ def input_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def responses_body(model: str, outcome: str, created_at: int) -> Json:
+def responses_body(model: str, outcome: str, created_at: int, input_tokens: int) -> Json:
     content: Json = {"type": "output_text", "text": TEXTS[outcome], "annotations": []}
     if outcome == "refusal":
         content = {"type": "refusal", "refusal": TEXTS[outcome]}
@@ -527,11 +472,11 @@ def responses_body(model: str, outcome: str, created_at: int) -> Json:
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
-        "usage": None if failed else responses_usage(INPUT_TOKENS, OUTPUT_TOKENS),
+        "usage": None if failed else usage(RESPONSES, input_tokens, OUTPUT_TOKENS),
     }
 
 
-def chat_body(model: str, outcome: str, created_at: int) -> Json:
+def chat_body(model: str, outcome: str, created_at: int, input_tokens: int) -> Json:
     message: Json = {"role": "assistant", "content": TEXTS[outcome] or None, "refusal": None}
     if outcome == "refusal":
         message |= {"content": None, "refusal": TEXTS[outcome]}
@@ -542,23 +487,21 @@ def chat_body(model: str, outcome: str, created_at: int) -> Json:
         "created": created_at,
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": chat_usage(INPUT_TOKENS, OUTPUT_TOKENS),
+        "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
     }
 
 
-def responses_usage(input_tokens: int, output_tokens: int) -> Json:
+def usage(endpoint: str, input_tokens: int, output_tokens: int) -> Json:
+    total = input_tokens + output_tokens
+    if endpoint == CHAT:
+        return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": total}
     return {
         "input_tokens": input_tokens,
         "input_tokens_details": {"cached_tokens": 0},
         "output_tokens": output_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": input_tokens + output_tokens,
+        "total_tokens": total,
     }
-
-
-def chat_usage(input_tokens: int, output_tokens: int) -> Json:
-    total = input_tokens + output_tokens
-    return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": total}
 
 
 def is_outcome(text: str) -> bool:
@@ -569,37 +512,30 @@ def at_endpoint(outcome: str, endpoint: str) -> str:
     """The outcome as it is at this endpoint. Raises ValueError for an unknown one."""
     if not is_outcome(outcome):
         raise ValueError(f"no such outcome: {outcome!r}")
-    return "500" if outcome == "failed" and endpoint != "/v1/responses" else outcome
+    return "500" if outcome == "failed" and endpoint == CHAT else outcome
 
 
 def is_paid(outcome: str) -> bool:
     return outcome in TEXTS and outcome != "failed"
 
 
-def response_to(endpoint: str, model: str, outcome: str, created_at: int) -> Json | None:
-    """The ``response`` of a results line, with @id@ and @artist@ where a request's own values go."""
-    if outcome in NO_RESPONSE:
-        return None
-    status, content = 200, made_up_error(500)
-    if outcome not in TEXTS:
-        status, content = int(outcome), made_up_error(int(outcome))
-    elif outcome != "error_200":
-        content = (responses_body if endpoint == "/v1/responses" else chat_body)(model, outcome, created_at)
-    return {"status_code": status, "request_id": "req_@id@", "body": content}
-
-
 @lru_cache
-def line_template(endpoint: str, model: str, outcome: str, created_at: int) -> str:
+def line_template(endpoint: str, model: str, outcome: str, created_at: int, input_tokens: int) -> str:
     """A results line for all requests with the same outcome: 50,000 would take seconds one by one."""
-    error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True)) if outcome in NO_RESPONSE else None
-    response = response_to(endpoint, model, outcome, created_at)
+    response, error = None, None
+    if outcome in NO_RESPONSE:
+        error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True))
+    else:
+        status, body = (200, made_up_error(500)) if outcome in TEXTS else (int(outcome), made_up_error(int(outcome)))
+        if outcome in TEXTS and outcome != "error_200":
+            body = (chat_body if endpoint == CHAT else responses_body)(model, outcome, created_at, input_tokens)
+        response = {"status_code": status, "request_id": "req_@id@", "body": body}
     line = {"id": "batch_req_@id@", "custom_id": "@custom_id@", "response": response, "error": error}
     return re.sub("@(id|custom_id|artist)@", r"%(\1)s", json.dumps(line).replace("%", "%%")) + "\n"
 
 
-def results_line(endpoint: str, body: Json, outcome: str, created_at: int, **ids: str) -> str:
+def results_line(template: str, body: Json, **ids: str) -> str:
     own = ids | {"artist": artist_name(body)}
-    template = line_template(endpoint, body["model"], outcome, created_at)
     return template % {name: json.dumps(value)[1:-1] for name, value in own.items()}
 
 
@@ -628,10 +564,10 @@ def new_id(prefix: str) -> str:
 class BatchService:
     """The service without HTTP. Batches proceed when someone looks at them."""
 
-    def __init__(self, *, step: float, key: str | None, queue_limit: int | None) -> None:
-        self.step = step
-        self.key = key  # None: any key will do
-        self.queue_limit = queue_limit  # requests in batches that have not ended
+    def __init__(self, step: float = 0.0) -> None:
+        self.step = step  # seconds in each status
+        self.key: str | None = None  # None: any key will do
+        self.queue_limit: int | None = None  # requests in batches that have not ended
         self.max_requests = 50_000
         self.hold: str | None = None  # no batch leaves this status
         self.outcomes: dict[str, str | list[str]] = {}  # by custom_id; a list is used up, then comes success
@@ -684,7 +620,8 @@ class BatchService:
         return self.files[file_id]
 
     def shown_file(self, file: StoredFile) -> Answer:
-        shown = file.as_json()
+        shown = asdict(file) | {"object": "file", "status": "processed", "status_details": None}
+        del shown["path"]
         if "zero-bytes" in self.habits:
             shown["bytes"] = 0
         if "no-bytes" in self.habits:
@@ -701,7 +638,7 @@ class BatchService:
 
     def get_file(self, request: Request, file_id: str) -> Answer:
         if "no-file-info" in self.habits:
-            raise NoSuchEndpoint(404)
+            raise not_there(404)
         return self.shown_file(self.find_file(file_id))
 
     def get_content(self, request: Request, file_id: str) -> Answer:
@@ -709,7 +646,7 @@ class BatchService:
 
     def delete_file(self, request: Request, file_id: str) -> Answer:
         if "no-delete" in self.habits:
-            raise NoSuchEndpoint(405)
+            raise not_there(405)
         self.find_file(file_id)
         with self.lock:
             self.files.pop(file_id, None)  # its bytes stay: a batch may be reading them
@@ -719,7 +656,7 @@ class BatchService:
 
     def get_model(self, request: Request, quoted: str) -> Answer:
         if "no-models" in self.habits:
-            raise NoSuchEndpoint(404)
+            raise not_there(404)
         model = unquote(quoted)
         self.check_model(model)
         shown = {"id": model, "object": "model", "created": self.now() - 100 * DAY, "owned_by": "local"}
@@ -741,12 +678,10 @@ class BatchService:
             if self.recording:
                 self.answered.append(body)
         self.check_model(body["model"])
-        line = results_line(request.path, body, outcome, self.now(), id=secrets.token_hex(12), custom_id="")
-        response = json.loads(line)["response"]
-        if "usage" in (answer := response["body"]):
-            usage = responses_usage if request.path == "/v1/responses" else chat_usage
-            answer["usage"] = answer["usage"] and usage(max(1, request.size // 4), OUTPUT_TOKENS)
-        return json_answer(answer, response["status_code"])
+        tokens = max(1, request.size // 4)
+        template = line_template(request.path, body["model"], outcome, self.now(), tokens)
+        response = json.loads(results_line(template, body, id=secrets.token_hex(12), custom_id=""))["response"]
+        return json_answer(response["body"], response["status_code"])
 
     # Batches
 
@@ -767,8 +702,8 @@ class BatchService:
         ``overrides`` are other fields of the Batch object, or other values of these.
         """
         input_file = input_file or self.new_file(b"", "batch", "requests.jsonl")
-        batch = self.local_batch(input_file, endpoint, metadata, int(created_at or self.now()))
-        batch.frozen = True
+        now = int(created_at or self.now())
+        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now, frozen=True)
         batch.enter(status, batch.born)
         counts = {"completed": len((output or b"").splitlines()), "failed": len((errors or b"").splitlines())}
         batch.request_counts = {"total": batch.total or sum(counts.values())} | counts
@@ -782,23 +717,6 @@ class BatchService:
             self.batches[batch.id] = batch
         return batch
 
-    def local_batch(
-        self, input_file: StoredFile, endpoint: str, metadata: dict[str, str] | None, created_at: int
-    ) -> LocalBatch:
-        now = time.monotonic()
-        return LocalBatch(
-            id=new_id("batch_"),
-            endpoint=endpoint,
-            input_file_id=input_file.id,
-            created_at=created_at,
-            expires_at=created_at + DAY,
-            metadata=metadata,
-            input_file=input_file,
-            total=count_lines(input_file.path),
-            born=now,
-            since=now,
-        )
-
     def create_batch(self, request: Request) -> Answer:
         content = request.content
         check_creation(content)
@@ -806,7 +724,8 @@ class BatchService:
         if input_file is None or input_file.purpose != "batch":
             message = f"Invalid 'input_file_id': there is no file {content['input_file_id']} with purpose 'batch'."
             raise Refusal(400, message, "input_file_id")
-        batch = self.local_batch(input_file, content["endpoint"], content.get("metadata"), self.now())
+        endpoint, metadata, now = content["endpoint"], content.get("metadata"), self.now()
+        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now)
         answer = json_answer(self.shown(batch))
         self.enqueue(batch)
         return answer
@@ -819,13 +738,8 @@ class BatchService:
             active = [other for other in self.batches.values() if other.status in NEXT_STATUS]
             queued = sum(other.total for other in [*active, batch])
             batch.over_limit = self.queue_limit is not None and queued > self.queue_limit
-            batch.expire = self.next_expire()
+            batch.expire = self.expire if not isinstance(self.expire, list) else (self.expire or [None]).pop(0)
             self.batches[batch.id] = batch
-
-    def next_expire(self) -> float | None:
-        if isinstance(self.expire, list):
-            return self.expire.pop(0) if self.expire else None
-        return self.expire
 
     def list_batches(self, request: Request) -> Answer:
         limit, after = request.query.get("limit", "20"), request.query.get("after")
@@ -930,8 +844,13 @@ class BatchService:
     def validate(self, batch: LocalBatch) -> bool:
         """Whether the batch fails. Fills in its errors, or the number of its requests."""
         check = InputCheck(batch.endpoint, self.dead_models())
-        errors = self.file_errors(batch)
-        if not errors:
+        if batch.input_file_id not in self.files:
+            errors = [BatchError("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
+        elif not batch.total:
+            errors = [BatchError("empty_file", "The input file is empty.")]
+        elif batch.total > self.max_requests:
+            errors = [BatchError("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
+        else:
             with batch.input_file.path.open("rb") as lines:
                 errors = list(islice(check.errors(lines), MAX_BATCH_ERRORS))
         batch.model = check.model
@@ -943,15 +862,6 @@ class BatchService:
         else:
             batch.request_counts = no_requests() | {"total": batch.total}
         return bool(errors)
-
-    def file_errors(self, batch: LocalBatch) -> list[BatchError]:
-        if batch.input_file_id not in self.files:
-            return [BatchError("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
-        if not batch.total:
-            return [BatchError("empty_file", "The input file is empty.")]
-        if batch.total > self.max_requests:
-            return [BatchError("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
-        return []
 
     def execute(self, batch: LocalBatch, done: int, rest: str) -> None:
         """Run the first ``done`` requests of the input file; the others get the outcome ``rest``."""
@@ -972,7 +882,7 @@ class BatchService:
         completed = sum(count for outcome, count in outcomes.items() if outcome in TEXTS)
         batch.request_counts = {"total": batch.total, "completed": completed, "failed": outcomes.total() - completed}
         charged = sum(count for outcome, count in outcomes.items() if is_paid(outcome))
-        batch.usage = responses_usage(INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
+        batch.usage = usage(RESPONSES, INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
         with self.lock:
             self.executions.update(executed)
             self.paid.update(paid)
@@ -986,7 +896,8 @@ class BatchService:
                 outcome = at_endpoint(self.outcome(custom_id, position) if position < done else rest, batch.endpoint)
                 if outcome != "missing":
                     ids = {"id": f"{batch.id.removeprefix('batch_')}_{position}", "custom_id": custom_id}
-                    line = results_line(batch.endpoint, body, outcome, batch.created_at, **ids)
+                    template = line_template(batch.endpoint, body["model"], outcome, batch.created_at, INPUT_TOKENS)
+                    line = results_line(template, body, **ids)
                     if "string-bodies" in self.habits:
                         line = with_string_body(line)
                     yield request_line, custom_id, outcome, line
@@ -1029,8 +940,10 @@ ROUTES: list[tuple[str, str, Action]] = [
 def answer_to(request: Request, service: BatchService) -> Answer:
     try:
         check_key(request.headers.get("authorization", ""), service.key)
-        action, ids = find_route(request)
-        return action(service, request, *ids)
+        for method, pattern, action in ROUTES:
+            if method == request.method and (found := re.fullmatch(pattern, request.path)):
+                return action(service, request, *found.groups())
+        raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
     except Refusal as refusal:
         return json_answer(refusal.content, refusal.status)
 
@@ -1041,19 +954,6 @@ def check_key(authorization: str, key: str | None) -> None:
         raise Refusal(401, "You didn't provide an API key in the header Authorization: Bearer.")
     if key not in (None, given):
         raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
-
-
-def find_route(request: Request) -> tuple[Action, tuple[str, ...]]:
-    matches = {
-        method: (action, found.groups())
-        for method, pattern, action in ROUTES
-        if (found := re.fullmatch(pattern, request.path))
-    }
-    if not matches:
-        raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
-    if request.method not in matches:
-        raise Refusal(405, f"Not allowed to {request.method} on {request.path}.", code="method_not_supported")
-    return matches[request.method]
 
 
 # ---- HTTP ----
@@ -1080,12 +980,15 @@ class Handler(BaseHTTPRequestHandler):
     def received(self) -> Request:
         url, upload = urlsplit(self.path), self.server.api.new_path()
         headers = {name.lower(): value for name, value in self.headers.items()}
-        size = int(headers.get("content-length", 0))
-        with io.BufferedReader(RequestBody(self.rfile, size), CHUNK) as body:
+        size = left = int(headers.get("content-length", 0))
+        with tempfile.SpooledTemporaryFile(max_size=CHUNK) as body:
+            while block := self.rfile.read(min(left, CHUNK)):
+                left -= body.write(block)
+            if left:
+                raise ConnectionAbortedError("the client went away")
+            body.seek(0)
             boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
             content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body.read())
-            while body.read(CHUNK):
-                pass
         return Request(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
 
     def suffer(self, fault: Fault, request: Request, exchange: Exchange) -> None:
@@ -1111,25 +1014,18 @@ class Handler(BaseHTTPRequestHandler):
         exchange.status = answer.status
         exchange.answer_json = json_or_none(answer.body) if isinstance(answer.body, bytes) else None
         size = answer.size()
+        headers = {"content-type": "application/json", "x-request-id": new_id("req_")}
+        headers |= {"connection": "close"} if action == "shorten" else {"content-length": str(size)}
         self.send_response(answer.status)
-        self.send_headers(answer, {"Connection": "close"} if action == "shorten" else {"Content-Length": str(size)})
+        for name, value in (headers | {name.lower(): value for name, value in answer.headers.items()}).items():
+            self.send_header(name, value)
+        self.end_headers()
         if action in ("cut", "shorten"):
             size //= 2
             self.close_connection = True
         with answer.open() as body:
-            while size > 0 and (block := body.read(min(size, CHUNK))):
-                size -= len(block)
-                self.wfile.write(block)
-
-    def send_headers(self, answer: Answer, framing: Mapping[str, str]) -> None:
-        own = {name.lower() for name in answer.headers}
-        if "content-type" not in own:
-            self.send_header("Content-Type", "application/json")
-        if "x-request-id" not in own:
-            self.send_header("x-request-id", new_id("req_"))
-        for name, value in (*answer.headers.items(), *framing.items()):
-            self.send_header(name, value)
-        self.end_headers()
+            while block := body.read(min(size, CHUNK)):
+                size -= self.wfile.write(block)
 
     def drip(self, answer: Answer, exchange: Exchange, seconds: float) -> None:
         wire, self.wfile = self.wfile, io.BytesIO()
@@ -1187,23 +1083,14 @@ class Server(ThreadingHTTPServer):
 
 
 class LocalBatchAPI(BatchService):
-    """The service on a loopback port (0: a free one), with its files in a temporary folder of ``directory``.
+    """The service on a loopback port (0: a free one), with its files in a temporary folder.
 
     ``exchanges`` has every HTTP exchange in the order of arrival; ``faults`` says what goes wrong.
     """
 
-    def __init__(
-        self,
-        port: int = 0,
-        *,
-        step: float = 0.0,
-        key: str | None = None,
-        queue_limit: int | None = None,
-        directory: Path | str | None = None,
-    ) -> None:
-        super().__init__(step=step, key=key, queue_limit=queue_limit)
+    def __init__(self, port: int = 0, *, step: float = 0.0) -> None:
+        super().__init__(step)
         self.port = port
-        self.directory = directory
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] = []
         self.postponed: list[Request] = []
@@ -1213,27 +1100,19 @@ class LocalBatchAPI(BatchService):
     def base_url(self) -> str:
         return f"http://{HOST}:{self.port}/v1"
 
-    def start(self) -> None:
-        """Raises OSError if the port is not available."""
+    def __enter__(self) -> LocalBatchAPI:
+        """Start. Raises OSError if the port is not available."""
         self.server = Server(self.port, self)
         self.port = self.server.server_address[1]
-        self.temporary = tempfile.TemporaryDirectory(
-            prefix="local_batch_api.", dir=self.directory, ignore_cleanup_errors=True
-        )
+        self.temporary = tempfile.TemporaryDirectory(prefix="local_batch_api.", ignore_cleanup_errors=True)
         self.folder = Path(self.temporary.name)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.stopping.set()
-        self.server.close()
-        self.temporary.cleanup()
-
-    def __enter__(self) -> LocalBatchAPI:
-        self.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+        self.stopping.set()
+        self.server.close()
+        self.temporary.cleanup()
 
     def record(self, request: Request) -> Exchange:
         exchange = Exchange(request.method, request.path, request.query, request.headers, request.content)
@@ -1319,18 +1198,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # sigwait gets them, even those that come early
-    api = LocalBatchAPI(args.port, step=args.step, queue_limit=args.queue_limit)
-    api.outcomes, api.fail_every = dict(args.outcome), args.fail_every
-    api.list_delay, api.habits = args.list_delay, set(args.habit)
-    api.recording = False
+    api = LocalBatchAPI(args.port, step=args.step)
+    api.queue_limit, api.outcomes, api.fail_every = args.queue_limit, dict(args.outcome), args.fail_every
+    api.list_delay, api.habits, api.recording = args.list_delay, set(args.habit), False
     try:
-        api.start()
+        with api:
+            print(api.base_url, flush=True)
+            signal.sigwait(ENDING_SIGNALS)
     except OSError as error:
         print(f"local_batch_api.py: error: port {args.port}: {error.strerror}; try another --port", file=sys.stderr)
         return 1
-    print(api.base_url, flush=True)
-    signal.sigwait(ENDING_SIGNALS)
-    api.stop()
     return 0
 
 

@@ -654,7 +654,8 @@ def test_create_as_json_is_the_batch_as_the_api_gave_it(api: LocalBatchAPI, tool
 
 def test_the_endpoint_and_the_completion_window_can_be_chosen(api: LocalBatchAPI, tool: Tool) -> None:
     requests_file(request(url="/v1/chat/completions"))
-    assert tool("create", "--in", "requests.jsonl", "--endpoint", "/v1/chat/completions", "--completion-window", "24h") == 0
+    options = ("--endpoint", "/v1/chat/completions", "--completion-window", "24h")
+    assert tool("create", "--in", "requests.jsonl", *options) == 0
     assert only_batch(api).endpoint == "/v1/chat/completions"
 
 
