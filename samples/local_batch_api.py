@@ -69,10 +69,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -89,6 +89,11 @@ HABITS = (
 )
 NEXT_STATUS = {"validating": "in_progress", "in_progress": "finalizing", "finalizing": "completed",
                "cancelling": "cancelled"}
+BATCH_FIELDS = (
+    "id", "endpoint", "model", "errors", "input_file_id", "completion_window", "status", "output_file_id",
+    "error_file_id", "created_at", "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at",
+    "expired_at", "cancelling_at", "cancelled_at", "request_counts", "usage", "metadata",
+)
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 MAX_BATCH_ERRORS = 50
 WINDOW = 1000  # requests in memory
@@ -155,9 +160,6 @@ class Answer(NamedTuple):
     def open(self) -> BinaryIO:
         return self.body.open("rb") if isinstance(self.body, Path) else io.BytesIO(self.body)
 
-    def size(self) -> int:
-        return self.body.stat().st_size if isinstance(self.body, Path) else len(self.body)
-
 
 def json_answer(content: Json, status: int = 200) -> Answer:
     return Answer(status, json.dumps(content, indent=2).encode() + b"\n")
@@ -221,27 +223,20 @@ class Fault:
 
 @dataclass
 class Exchange:
-    """One HTTP exchange, for tests. ``status`` is None where no answer was sent."""
+    """A request as received and its answer. ``status`` is None where no answer was sent.
+
+    Where the request is a form, ``request_json`` has its text fields, and its file's ``filename`` and ``bytes``.
+    """
 
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]
     request_json: Any
+    size: int  # of the request's body
+    upload: Path  # where the form's file is
     status: int | None = None
     answer_json: Any = None
-
-
-class Request(NamedTuple):
-    """A request as received. The content of a form has its text fields and its file's ``filename`` and ``bytes``."""
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    content: Any
-    size: int
-    upload: Path
 
 
 def json_or_none(text: bytes) -> Any:
@@ -301,44 +296,27 @@ class StoredFile:
     path: Path
 
 
-def no_requests() -> Json:
-    return {"total": 0, "completed": 0, "failed": 0}
+def counts(total: int, completed: int = 0, failed: int = 0) -> Json:
+    return {"total": total, "completed": completed, "failed": failed}
 
 
 @dataclass(kw_only=True)
-class Batch:
-    """The Batch object, with the fields that clients see."""
-
-    id: str = field(default_factory=lambda: new_id("batch_"))
-    object: str = "batch"
-    endpoint: str
-    model: str | None = None
-    errors: Json | None = None
-    input_file_id: str = ""
-    completion_window: str = "24h"
-    status: str = "validating"
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    created_at: int
-    in_progress_at: int | None = None
-    expires_at: int = 0
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    request_counts: Json | None = field(default_factory=no_requests)
-    usage: Json | None = None
-    metadata: dict[str, str] | None = None
-
-
-@dataclass(kw_only=True)
-class LocalBatch(Batch):
+class LocalBatch:
     """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the monotonic clock."""
 
+    id: str = field(default_factory=lambda: new_id("batch_"))
     input_file: StoredFile
-    total: int = 0  # requests in the input file
+    endpoint: str
+    metadata: dict[str, str] | None
+    created_at: int
+    status: str = "validating"
+    completion_window: str = "24h"
+    model: str | None = None
+    errors: Json | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    request_counts: Json | None = field(default_factory=lambda: counts(0))
+    usage: Json | None = None
     born: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
     expire: float | None = None
@@ -353,10 +331,10 @@ class LocalBatch(Batch):
         self.input_file_id = self.input_file.id
         self.expires_at = self.created_at + DAY
         with self.input_file.path.open("rb") as lines:
-            self.total = sum(1 for _ in lines)
+            self.total = sum(1 for _ in lines)  # requests in the input file
 
     def as_json(self) -> Json:
-        return {shown.name: getattr(self, shown.name) for shown in fields(Batch)}
+        return {"object": "batch"} | {name: getattr(self, name, None) for name in BATCH_FIELDS}
 
     def enter(self, status: str, moment: float) -> None:
         self.status, self.since = status, moment
@@ -377,18 +355,15 @@ def check_creation(content: Any) -> None:
         raise Refusal(400, f"Invalid value for 'endpoint': not one of {', '.join(ENDPOINTS)}.", "endpoint")
     if content["completion_window"] != "24h":
         raise Refusal(400, "Invalid value for 'completion_window': only '24h' is supported.", "completion_window")
-    metadata = content.get("metadata") or {}
+    metadata = {} if content.get("metadata") is None else content["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise Refusal(400, "Invalid type for 'metadata': strings are expected.", "metadata", "invalid_type")
     if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
         raise Refusal(400, "'metadata' may have 16 keys of 64 and values of 512 characters.", "metadata")
 
 
-class BatchError(NamedTuple):
-    code: str
-    message: str
-    param: str | None = None
-    line: int | None = None
+def batch_error(code: str, message: str, param: str | None = None) -> Json:
+    return {"code": code, "message": message, "param": param, "line": None}
 
 
 class InputCheck:
@@ -400,34 +375,34 @@ class InputCheck:
         self.ids: set[str] = set()
         self.model: str | None = None
 
-    def errors(self, lines: Iterator[bytes]) -> Iterator[BatchError]:
+    def errors(self, lines: Iterator[bytes]) -> Iterator[Json]:
         for number, line in enumerate(lines, 1):
             if error := self.error(json_or_none(line)):
-                yield error._replace(line=number)
+                yield error | {"line": number}
 
-    def error(self, request: Any) -> BatchError | None:
+    def error(self, request: Any) -> Json | None:
         if not isinstance(request, dict):
-            return BatchError("invalid_json_line", "This line is not a valid JSON object.")
+            return batch_error("invalid_json_line", "This line is not a valid JSON object.")
         for name, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
             if not request.get(name) and request.get(name) != {}:
-                return BatchError("missing_required_parameter", f"Missing required parameter: '{name}'.", name)
+                return batch_error("missing_required_parameter", f"Missing required parameter: '{name}'.", name)
             if not isinstance(request[name], kind):
-                return BatchError("invalid_request", f"Invalid type for '{name}'.", name)
+                return batch_error("invalid_request", f"Invalid type for '{name}'.", name)
         custom_id, model = request["custom_id"], request["body"].get("model")
         if custom_id in self.ids:
-            return BatchError("duplicate_custom_id", f"The custom_id {custom_id!r} is used twice.", "custom_id")
+            return batch_error("duplicate_custom_id", f"The custom_id {custom_id!r} is used twice.", "custom_id")
         self.ids.add(custom_id)
         if request["method"] != "POST":
-            return BatchError("invalid_request", "The method has to be POST.", "method")
+            return batch_error("invalid_request", "The method has to be POST.", "method")
         if request["url"] != self.endpoint:
-            return BatchError("url_mismatch", f"The url is not the batch's endpoint, {self.endpoint}.", "url")
+            return batch_error("url_mismatch", f"The url is not the batch's endpoint, {self.endpoint}.", "url")
         if not model or not isinstance(model, str):
-            return BatchError("invalid_request", "Model parameter is required.", "body.model")
+            return batch_error("invalid_request", "Model parameter is required.", "body.model")
         self.model = self.model or model
         if model != self.model:
-            return BatchError("model_mismatch", f"The model {model!r} differs from {self.model!r}.", "body.model")
+            return batch_error("model_mismatch", f"The model {model!r} differs from {self.model!r}.", "body.model")
         if model in self.dead_models:
-            return BatchError("model_not_found", f"The model {model!r} does not exist.", "body.model")
+            return batch_error("model_not_found", f"The model {model!r} does not exist.", "body.model")
         return None
 
 
@@ -461,17 +436,11 @@ def responses_body(model: str, outcome: str, created_at: int, input_tokens: int)
     reasoning = {"id": "rs_@id@", "type": "reasoning", "summary": []}
     message = {"id": "msg_@id@", "type": "message", "role": "assistant", "status": status, "content": [content]}
     return {
-        "id": "resp_@id@",
-        "object": "response",
-        "created_at": created_at,
-        "status": status,
+        "id": "resp_@id@", "object": "response", "created_at": created_at, "model": model, "status": status,
         "error": {"code": "server_error", "message": TEXTS[outcome]} if failed else None,
         "incomplete_details": {"reason": reason} if reason else None,
-        "model": model,
         "output": [] if failed else [reasoning] if outcome == "no_text" else [reasoning, message],
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
-        "tools": [],
+        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
         "usage": None if failed else usage(RESPONSES, input_tokens, OUTPUT_TOKENS),
     }
 
@@ -480,14 +449,10 @@ def chat_body(model: str, outcome: str, created_at: int, input_tokens: int) -> J
     message: Json = {"role": "assistant", "content": TEXTS[outcome] or None, "refusal": None}
     if outcome == "refusal":
         message |= {"content": None, "refusal": TEXTS[outcome]}
-    finish_reason = FINISH_REASONS.get(outcome, "stop")
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": FINISH_REASONS.get(outcome, "stop")}
     return {
-        "id": "chatcmpl-@id@",
-        "object": "chat.completion",
-        "created": created_at,
-        "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
-        "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
+        "id": "chatcmpl-@id@", "object": "chat.completion", "created": created_at, "model": model,
+        "choices": [choice], "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
     }
 
 
@@ -496,11 +461,8 @@ def usage(endpoint: str, input_tokens: int, output_tokens: int) -> Json:
     if endpoint == CHAT:
         return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": total}
     return {
-        "input_tokens": input_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": total,
+        "input_tokens": input_tokens, "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": output_tokens, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total,
     }
 
 
@@ -628,23 +590,23 @@ class BatchService:
             del shown["bytes"]
         return json_answer(shown)
 
-    def create_file(self, request: Request) -> Answer:
-        form = request.content if isinstance(request.content, dict) else {}
+    def create_file(self, request: Exchange) -> Answer:
+        form = request.request_json if isinstance(request.request_json, dict) else {}
         if not request.upload.exists() or "filename" not in form:
             raise Refusal(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
         if form.get("purpose") != "batch":
             raise Refusal(400, "Invalid value for 'purpose': the local mock server takes 'batch'.", "purpose")
         return self.shown_file(self.store(request.upload, "batch", form["filename"]))
 
-    def get_file(self, request: Request, file_id: str) -> Answer:
+    def get_file(self, request: Exchange, file_id: str) -> Answer:
         if "no-file-info" in self.habits:
             raise not_there(404)
         return self.shown_file(self.find_file(file_id))
 
-    def get_content(self, request: Request, file_id: str) -> Answer:
+    def get_content(self, request: Exchange, file_id: str) -> Answer:
         return Answer(200, self.find_file(file_id).path, {"Content-Type": "application/octet-stream"})
 
-    def delete_file(self, request: Request, file_id: str) -> Answer:
+    def delete_file(self, request: Exchange, file_id: str) -> Answer:
         if "no-delete" in self.habits:
             raise not_there(405)
         self.find_file(file_id)
@@ -654,7 +616,7 @@ class BatchService:
 
     # Models, and answers at once
 
-    def get_model(self, request: Request, quoted: str) -> Answer:
+    def get_model(self, request: Exchange, quoted: str) -> Answer:
         if "no-models" in self.habits:
             raise not_there(404)
         model = unquote(quoted)
@@ -669,8 +631,8 @@ class BatchService:
     def dead_models(self) -> set[str]:
         return {model for model, shutdown_date in self.models.items() if shutdown_date is None}
 
-    def answer_at_once(self, request: Request) -> Answer:
-        body = request.content
+    def answer_at_once(self, request: Exchange) -> Answer:
+        body = request.request_json
         if not isinstance(body, dict) or not isinstance(body.get("model"), str):
             raise Refusal(400, "Missing required parameter: 'model'.", "model", "missing_required_parameter")
         with self.lock:
@@ -686,16 +648,9 @@ class BatchService:
     # Batches
 
     def new_batch(
-        self,
-        status: str,
-        *,
-        input_file: StoredFile | None = None,
-        endpoint: str = "/v1/responses",
-        output: bytes | None = None,
-        errors: bytes | None = None,
-        metadata: dict[str, str] | None = None,
-        created_at: int | None = None,
-        **overrides: Any,
+        self, status: str, *, input_file: StoredFile | None = None, endpoint: str = RESPONSES,
+        output: bytes | None = None, errors: bytes | None = None, metadata: dict[str, str] | None = None,
+        created_at: int | None = None, **overrides: Any,
     ) -> LocalBatch:
         """A batch that is in this status and stays there; if it is cancelled, it stays ``cancelling``.
 
@@ -705,8 +660,8 @@ class BatchService:
         now = int(created_at or self.now())
         batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now, frozen=True)
         batch.enter(status, batch.born)
-        counts = {"completed": len((output or b"").splitlines()), "failed": len((errors or b"").splitlines())}
-        batch.request_counts = {"total": batch.total or sum(counts.values())} | counts
+        completed, failed = len((output or b"").splitlines()), len((errors or b"").splitlines())
+        batch.request_counts = counts(batch.total or completed + failed, completed, failed)
         if output is not None:
             batch.output_file_id = self.new_file(output, "batch_output", f"{batch.id}_output.jsonl").id
         if errors is not None:
@@ -717,8 +672,8 @@ class BatchService:
             self.batches[batch.id] = batch
         return batch
 
-    def create_batch(self, request: Request) -> Answer:
-        content = request.content
+    def create_batch(self, request: Exchange) -> Answer:
+        content = request.request_json
         check_creation(content)
         input_file = self.files.get(content["input_file_id"])
         if input_file is None or input_file.purpose != "batch":
@@ -741,7 +696,7 @@ class BatchService:
             batch.expire = self.expire if not isinstance(self.expire, list) else (self.expire or [None]).pop(0)
             self.batches[batch.id] = batch
 
-    def list_batches(self, request: Request) -> Answer:
+    def list_batches(self, request: Exchange) -> Answer:
         limit, after = request.query.get("limit", "20"), request.query.get("after")
         if not limit.isdecimal() or not 1 <= int(limit) <= 100:
             raise Refusal(400, "Invalid 'limit': an integer from 1 to 100 is expected.", "limit")
@@ -762,14 +717,14 @@ class BatchService:
         content = {"object": "list", "data": shown, "first_id": first, "last_id": last}
         return content if "no-has-more" in self.habits else content | {"has_more": has_more}
 
-    def get_batch(self, request: Request, batch_id: str) -> Answer:
+    def get_batch(self, request: Exchange, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
         with batch.lock:
             shown = self.look(batch)
             batch.looks += batch.status == "completed"
             return json_answer(shown)
 
-    def cancel_batch(self, request: Request, batch_id: str) -> Answer:
+    def cancel_batch(self, request: Exchange, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
         with batch.lock:
             self.advance(batch)
@@ -796,8 +751,7 @@ class BatchService:
         with batch.lock:
             self.advance(batch)
             if batch.status == "in_progress" and not batch.frozen:
-                done = int(batch.total * self.progress(batch))
-                batch.request_counts = {"total": batch.total, "completed": done, "failed": 0}
+                batch.request_counts = counts(batch.total, int(batch.total * self.progress(batch)))
             return self.shown(batch)
 
     def shown(self, batch: LocalBatch) -> Json:
@@ -845,22 +799,22 @@ class BatchService:
         """Whether the batch fails. Fills in its errors, or the number of its requests."""
         check = InputCheck(batch.endpoint, self.dead_models())
         if batch.input_file_id not in self.files:
-            errors = [BatchError("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
+            errors = [batch_error("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
         elif not batch.total:
-            errors = [BatchError("empty_file", "The input file is empty.")]
+            errors = [batch_error("empty_file", "The input file is empty.")]
         elif batch.total > self.max_requests:
-            errors = [BatchError("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
+            errors = [batch_error("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
         else:
             with batch.input_file.path.open("rb") as lines:
                 errors = list(islice(check.errors(lines), MAX_BATCH_ERRORS))
         batch.model = check.model
         if not errors and batch.over_limit:
             message = f"Enqueued token limit reached for {check.model}: wait until a batch has ended, or send fewer."
-            errors = [BatchError("token_limit_exceeded", message)]
+            errors = [batch_error("token_limit_exceeded", message)]
         if errors:
-            batch.errors = {"object": "list", "data": [error._asdict() for error in errors]}
+            batch.errors = {"object": "list", "data": errors}
         else:
-            batch.request_counts = no_requests() | {"total": batch.total}
+            batch.request_counts = counts(batch.total)
         return bool(errors)
 
     def execute(self, batch: LocalBatch, done: int, rest: str) -> None:
@@ -880,7 +834,7 @@ class BatchService:
         batch.output_file_id = self.store_results(output, f"{batch.id}_output.jsonl")
         batch.error_file_id = self.store_results(errors, f"{batch.id}_error.jsonl")
         completed = sum(count for outcome, count in outcomes.items() if outcome in TEXTS)
-        batch.request_counts = {"total": batch.total, "completed": completed, "failed": outcomes.total() - completed}
+        batch.request_counts = counts(batch.total, completed, outcomes.total() - completed)
         charged = sum(count for outcome, count in outcomes.items() if is_paid(outcome))
         batch.usage = usage(RESPONSES, INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
         with self.lock:
@@ -937,7 +891,7 @@ ROUTES: list[tuple[str, str, Action]] = [
 ]
 
 
-def answer_to(request: Request, service: BatchService) -> Answer:
+def answer_to(request: Exchange, service: BatchService) -> Answer:
     try:
         check_key(request.headers.get("authorization", ""), service.key)
         for method, pattern, action in ROUTES:
@@ -967,21 +921,25 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def respond(self) -> None:
+        if "Transfer-Encoding" in self.headers:
+            self.send_error(411)  # closes the connection
+            return
         api = self.server.api
         request = self.received()
-        exchange = api.record(request)
+        if api.recording:
+            api.exchanges.append(request)
         if fault := api.take_fault(request):
-            self.suffer(fault, request, exchange)
+            self.suffer(fault, request)
         else:
-            self.send(answer_to(request, api), exchange)
+            self.send(answer_to(request, api), request)
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = respond
 
-    def received(self) -> Request:
+    def received(self) -> Exchange:
         url, upload = urlsplit(self.path), self.server.api.new_path()
         headers = {name.lower(): value for name, value in self.headers.items()}
         size = left = int(headers.get("content-length", 0))
-        with tempfile.SpooledTemporaryFile(max_size=CHUNK) as body:
+        with tempfile.TemporaryFile() as body:
             while block := self.rfile.read(min(left, CHUNK)):
                 left -= body.write(block)
             if left:
@@ -989,9 +947,9 @@ class Handler(BaseHTTPRequestHandler):
             body.seek(0)
             boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
             content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body.read())
-        return Request(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
+        return Exchange(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
 
-    def suffer(self, fault: Fault, request: Request, exchange: Exchange) -> None:
+    def suffer(self, fault: Fault, request: Exchange) -> None:
         api, answer = self.server.api, fault.answer()
         if fault.when == "before":
             api.wait(fault.delay())
@@ -1006,14 +964,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault.action == "reset":
             self.reset()
         elif fault.action == "drip":
-            self.drip(answer, exchange, fault.seconds)
+            self.drip(answer, request, fault.seconds)
         else:
-            self.send(answer, exchange, fault.action)
+            self.send(answer, request, fault.action)
 
     def send(self, answer: Answer, exchange: Exchange, action: str = "answer") -> None:
         exchange.status = answer.status
         exchange.answer_json = json_or_none(answer.body) if isinstance(answer.body, bytes) else None
-        size = answer.size()
+        size = len(answer.body) if isinstance(answer.body, bytes) else answer.body.stat().st_size
         headers = {"content-type": "application/json", "x-request-id": new_id("req_")}
         headers |= {"connection": "close"} if action == "shorten" else {"content-length": str(size)}
         self.send_response(answer.status)
@@ -1048,18 +1006,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
     daemon_threads = False  # so that server_close() waits for them
     request_queue_size = 128
-    allow_reuse_port = False  # a port in use is an error
 
     def __init__(self, port: int, api: LocalBatchAPI) -> None:
         self.api = api
         self.connections: set[socket.socket] = set()
         super().__init__((HOST, port), Handler)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for the host's name
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
@@ -1093,7 +1048,7 @@ class LocalBatchAPI(BatchService):
         self.port = port
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] = []
-        self.postponed: list[Request] = []
+        self.postponed: list[Exchange] = []
         self.stopping = threading.Event()
 
     @property
@@ -1114,13 +1069,7 @@ class LocalBatchAPI(BatchService):
         self.server.close()
         self.temporary.cleanup()
 
-    def record(self, request: Request) -> Exchange:
-        exchange = Exchange(request.method, request.path, request.query, request.headers, request.content)
-        if self.recording:
-            self.exchanges.append(exchange)
-        return exchange
-
-    def take_fault(self, request: Request) -> Fault | None:
+    def take_fault(self, request: Exchange) -> Fault | None:
         with self.lock:
             return next((fault for fault in self.faults if fault.applies_to(request.method, request.path)), None)
 
@@ -1128,24 +1077,23 @@ class LocalBatchAPI(BatchService):
         if self.stopping.wait(seconds):
             raise ConnectionAbortedError("the server is stopping")
 
-    def postpone(self, request: Request, seconds: float) -> None:
+    def postpone(self, request: Exchange, seconds: float) -> None:
         """Keep the request for carry_out(); if ``seconds`` is not 0, carry it out by then."""
         with self.lock:
             self.postponed.append(request)
         if seconds:
             threading.Thread(target=self.carry_out_after, args=(seconds, request), daemon=True).start()
 
-    def carry_out_after(self, seconds: float, request: Request) -> None:
+    def carry_out_after(self, seconds: float, request: Exchange) -> None:
         if not self.stopping.wait(seconds):
             self.carry_out(request)
 
-    def carry_out(self, only: Request | None = None) -> None:
-        """Carry out the requests that a fault postponed. What they find missing by now, they are refused for."""
+    def carry_out(self, only: Exchange | None = None) -> list[int]:
+        """Carry out the requests that a fault postponed. Returns the statuses that nobody gets to see."""
         with self.lock:
-            due = [request for request in self.postponed if only in (None, request)]
+            due = [request for request in self.postponed if only is None or request is only]
             self.postponed = [request for request in self.postponed if request not in due]
-        for request in due:
-            answer_to(request, self)
+        return [answer_to(request, self).status for request in due]
 
 
 # ---- the program ----
@@ -1201,13 +1149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     api = LocalBatchAPI(args.port, step=args.step)
     api.queue_limit, api.outcomes, api.fail_every = args.queue_limit, dict(args.outcome), args.fail_every
     api.list_delay, api.habits, api.recording = args.list_delay, set(args.habit), False
-    try:
-        with api:
-            print(api.base_url, flush=True)
-            signal.sigwait(ENDING_SIGNALS)
-    except OSError as error:
-        print(f"local_batch_api.py: error: port {args.port}: {error.strerror}; try another --port", file=sys.stderr)
-        return 1
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(api)
+        except OSError as error:
+            print(f"local_batch_api.py: error: port {args.port}: {error.strerror}; try another --port", file=sys.stderr)
+            return 1
+        print(api.base_url, flush=True)
+        signal.sigwait(ENDING_SIGNALS)
     return 0
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -156,8 +158,7 @@ def test_a_post_can_be_carried_out_later(api: LocalBatchAPI) -> None:
     file_id = api.new_file(request_line("a1"), "batch", "x").id
     body = {"input_file_id": file_id, "endpoint": "/v1/responses", "completion_window": "24h"}
     assert (ask(api, "POST", "/batches", body)[0], api.batches) == (504, {})
-    api.carry_out()
-    api.carry_out()
+    assert (api.carry_out(), api.carry_out()) == ([200], [])
     assert [batch.input_file_id for batch in api.batches.values()] == [file_id]
 
 
@@ -267,3 +268,34 @@ def test_an_answer_at_once_is_like_one_of_a_batch(api: LocalBatchAPI, url: str, 
     assert (api.answers, api.answered) == ([], [body])
     if usage := answer.get("usage"):
         assert usage.get("input_tokens", usage.get("prompt_tokens")) == len(json.dumps(body)) // 4
+
+
+# ---- the program ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--habit", "nonsense"), ("--outcome", "a1=nonsense"), ("--outcome", "200"), ("--fail-every", "0"),
+     ("--list-delay", "-1"), ("--port", "65536"), ("--hab", "no-bytes")],
+    ids=" ".join,
+)
+def test_invalid_options_exit_2(options: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        local_batch_api.main(options)
+
+
+def test_a_port_that_is_in_use_is_one_line(api: LocalBatchAPI, run: Callable[..., Any]) -> None:
+    done = run("samples/local_batch_api.py", "--port", api.port)
+    error = f"local_batch_api.py: error: port {api.port}: Address already in use; try another --port\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+
+
+def test_the_program_serves_until_it_is_terminated() -> None:
+    command = [sys.executable, local_batch_api.__file__, "--habit", "no-models", "--habit", "no-bytes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(urllib.request.Request(f"{url}/models/m", headers={"authorization": "Bearer k"}))
+        server.terminate()
+        assert server.wait(5) == 0
