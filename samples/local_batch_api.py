@@ -71,7 +71,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
@@ -100,9 +99,9 @@ WINDOW = 1000  # requests in memory
 
 SUCCESS = "200"
 TEXTS = {
-    SUCCESS: "@artist@: a made-up bio from the local mock server; no model was asked.",
-    "incomplete": "@artist@: a made-up bio from the",
-    "content_filter": "@artist@: a made-up",
+    SUCCESS: "{artist}: a made-up bio from the local mock server; no model was asked.",
+    "incomplete": "{artist}: a made-up bio from the",
+    "content_filter": "{artist}: a made-up",
     "refusal": "Refused, as the local mock server was told to.",
     "failed": "Failed, as the local mock server was told to.",
     "no_text": "",
@@ -285,6 +284,10 @@ def copy_part(body: BinaryIO, mark: bytes, target: BinaryIO) -> bytes:
 # ---- what the service keeps ----
 
 
+def new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
 @dataclass
 class StoredFile:
     id: str
@@ -325,7 +328,6 @@ class LocalBatch:
     looks: int = 0  # GETs since it is completed
     hold: str | None = None
     frozen: bool = False
-    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self.input_file_id = self.input_file.id
@@ -427,17 +429,18 @@ def input_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def responses_body(model: str, outcome: str, created_at: int, input_tokens: int) -> Json:
-    content: Json = {"type": "output_text", "text": TEXTS[outcome], "annotations": []}
+def responses_body(body: Json, outcome: str, created_at: int, input_tokens: int) -> Json:
+    text = TEXTS[outcome].format(artist=artist_name(body))
+    content: Json = {"type": "output_text", "text": text, "annotations": []}
     if outcome == "refusal":
-        content = {"type": "refusal", "refusal": TEXTS[outcome]}
+        content = {"type": "refusal", "refusal": text}
     failed, reason = outcome == "failed", INCOMPLETE_REASONS.get(outcome)
     status = "failed" if failed else "incomplete" if reason else "completed"
-    reasoning = {"id": "rs_@id@", "type": "reasoning", "summary": []}
-    message = {"id": "msg_@id@", "type": "message", "role": "assistant", "status": status, "content": [content]}
+    reasoning = {"id": new_id("rs_"), "type": "reasoning", "summary": []}
+    message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": status, "content": [content]}
     return {
-        "id": "resp_@id@", "object": "response", "created_at": created_at, "model": model, "status": status,
-        "error": {"code": "server_error", "message": TEXTS[outcome]} if failed else None,
+        "id": new_id("resp_"), "object": "response", "created_at": created_at, "model": body["model"], "status": status,
+        "error": {"code": "server_error", "message": text} if failed else None,
         "incomplete_details": {"reason": reason} if reason else None,
         "output": [] if failed else [reasoning] if outcome == "no_text" else [reasoning, message],
         "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
@@ -445,13 +448,14 @@ def responses_body(model: str, outcome: str, created_at: int, input_tokens: int)
     }
 
 
-def chat_body(model: str, outcome: str, created_at: int, input_tokens: int) -> Json:
-    message: Json = {"role": "assistant", "content": TEXTS[outcome] or None, "refusal": None}
+def chat_body(body: Json, outcome: str, created_at: int, input_tokens: int) -> Json:
+    text = TEXTS[outcome].format(artist=artist_name(body)) or None
+    message: Json = {"role": "assistant", "content": text, "refusal": None}
     if outcome == "refusal":
-        message |= {"content": None, "refusal": TEXTS[outcome]}
+        message |= {"content": None, "refusal": text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": FINISH_REASONS.get(outcome, "stop")}
     return {
-        "id": "chatcmpl-@id@", "object": "chat.completion", "created": created_at, "model": model,
+        "id": new_id("chatcmpl-"), "object": "chat.completion", "created": created_at, "model": body["model"],
         "choices": [choice], "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
     }
 
@@ -481,31 +485,13 @@ def is_paid(outcome: str) -> bool:
     return outcome in TEXTS and outcome != "failed"
 
 
-@lru_cache
-def line_template(endpoint: str, model: str, outcome: str, created_at: int, input_tokens: int) -> str:
-    """A results line for all requests with the same outcome: 50,000 would take seconds one by one."""
-    response, error = None, None
-    if outcome in NO_RESPONSE:
-        error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True))
-    else:
-        status, body = (200, made_up_error(500)) if outcome in TEXTS else (int(outcome), made_up_error(int(outcome)))
-        if outcome in TEXTS and outcome != "error_200":
-            body = (chat_body if endpoint == CHAT else responses_body)(model, outcome, created_at, input_tokens)
-        response = {"status_code": status, "request_id": "req_@id@", "body": body}
-    line = {"id": "batch_req_@id@", "custom_id": "@custom_id@", "response": response, "error": error}
-    return re.sub("@(id|custom_id|artist)@", r"%(\1)s", json.dumps(line).replace("%", "%%")) + "\n"
-
-
-def results_line(template: str, body: Json, **ids: str) -> str:
-    own = ids | {"artist": artist_name(body)}
-    return template % {name: json.dumps(value)[1:-1] for name, value in own.items()}
-
-
-def with_string_body(line: str) -> str:
-    result = json.loads(line)
-    if result["response"]:
-        result["response"]["body"] = json.dumps(result["response"]["body"])
-    return json.dumps(result) + "\n"
+def response_to(endpoint: str, body: Json, outcome: str, created_at: int, input_tokens: int) -> tuple[int, Json]:
+    """The status and the body of the answer to a request."""
+    if outcome == "error_200":
+        return 200, made_up_error(500)
+    if outcome in TEXTS:
+        return 200, (chat_body if endpoint == CHAT else responses_body)(body, outcome, created_at, input_tokens)
+    return int(outcome), made_up_error(int(outcome))
 
 
 def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, bytes]]:
@@ -517,10 +503,6 @@ def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, byt
 
 
 # ---- the service ----
-
-
-def new_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(12)
 
 
 class BatchService:
@@ -551,7 +533,7 @@ class BatchService:
         self.models: dict[str, str | None] = {"local-dying": dying, "local-dead": None}  # shutdown dates; None: dead
         self.recording = True  # fills paid, answered and exchanges
         self.folder = Path()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def now(self) -> int:
         return int(time.time() + self.clock_offset)
@@ -572,8 +554,7 @@ class BatchService:
     def store(self, path: Path, purpose: str, filename: str) -> StoredFile:
         now = self.now()
         file = StoredFile(path.name, filename, purpose, path.stat().st_size, now, now + FILE_LIFE, path)
-        with self.lock:
-            self.files[file.id] = file
+        self.files[file.id] = file
         return file
 
     def find_file(self, file_id: str) -> StoredFile:
@@ -610,8 +591,7 @@ class BatchService:
         if "no-delete" in self.habits:
             raise not_there(405)
         self.find_file(file_id)
-        with self.lock:
-            self.files.pop(file_id, None)  # its bytes stay: a batch may be reading them
+        del self.files[file_id]  # its bytes stay: a batch that has begun needs them
         return json_answer({"id": file_id, "object": "file", "deleted": True})
 
     # Models, and answers at once
@@ -635,15 +615,12 @@ class BatchService:
         body = request.request_json
         if not isinstance(body, dict) or not isinstance(body.get("model"), str):
             raise Refusal(400, "Missing required parameter: 'model'.", "model", "missing_required_parameter")
-        with self.lock:
-            outcome = at_endpoint(self.answers.pop(0) if self.answers else SUCCESS, request.path)
-            if self.recording:
-                self.answered.append(body)
+        if self.recording:
+            self.answered.append(body)
         self.check_model(body["model"])
-        tokens = max(1, request.size // 4)
-        template = line_template(request.path, body["model"], outcome, self.now(), tokens)
-        response = json.loads(results_line(template, body, id=secrets.token_hex(12), custom_id=""))["response"]
-        return json_answer(response["body"], response["status_code"])
+        outcome = at_endpoint(self.answers.pop(0) if self.answers else SUCCESS, request.path)
+        status, answer = response_to(request.path, body, outcome, self.now(), max(1, request.size // 4))
+        return json_answer(answer, status)
 
     # Batches
 
@@ -668,8 +645,7 @@ class BatchService:
             batch.error_file_id = self.new_file(errors, "batch_output", f"{batch.id}_error.jsonl").id
         for name, value in overrides.items():
             setattr(batch, name, value)
-        with self.lock:
-            self.batches[batch.id] = batch
+        self.batches[batch.id] = batch
         return batch
 
     def create_batch(self, request: Exchange) -> Answer:
@@ -687,14 +663,12 @@ class BatchService:
 
     def enqueue(self, batch: LocalBatch) -> None:
         if self.queue_limit is not None:
-            for other in list(self.batches.values()):
+            for other in self.batches.values():
                 self.advance(other)  # those that have ended by now make room
-        with self.lock:
             active = [other for other in self.batches.values() if other.status in NEXT_STATUS]
-            queued = sum(other.total for other in [*active, batch])
-            batch.over_limit = self.queue_limit is not None and queued > self.queue_limit
-            batch.expire = self.expire if not isinstance(self.expire, list) else (self.expire or [None]).pop(0)
-            self.batches[batch.id] = batch
+            batch.over_limit = sum(other.total for other in [*active, batch]) > self.queue_limit
+        batch.expire = self.expire if not isinstance(self.expire, list) else (self.expire or [None]).pop(0)
+        self.batches[batch.id] = batch
 
     def list_batches(self, request: Exchange) -> Answer:
         limit, after = request.query.get("limit", "20"), request.query.get("after")
@@ -719,20 +693,18 @@ class BatchService:
 
     def get_batch(self, request: Exchange, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
-        with batch.lock:
-            shown = self.look(batch)
-            batch.looks += batch.status == "completed"
-            return json_answer(shown)
+        shown = self.look(batch)
+        batch.looks += batch.status == "completed"
+        return json_answer(shown)
 
     def cancel_batch(self, request: Exchange, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
-        with batch.lock:
-            self.advance(batch)
-            if batch.status in TERMINAL:
-                raise Refusal(409, f"Cannot cancel a batch with status '{batch.status}'.")
-            if batch.status != "cancelling":
-                self.cancel(batch)
-            return json_answer(self.shown(batch))
+        self.advance(batch)
+        if batch.status in TERMINAL:
+            raise Refusal(409, f"Cannot cancel a batch with status '{batch.status}'.")
+        if batch.status != "cancelling":
+            self.cancel(batch)
+        return json_answer(self.shown(batch))
 
     def find_batch(self, batch_id: str) -> LocalBatch:
         if batch_id not in self.batches:
@@ -747,8 +719,8 @@ class BatchService:
         batch.enter("cancelling", time.monotonic())
 
     def look(self, batch: LocalBatch) -> Json:
-        """The Batch object as it is now. Each batch has its own lock: one that runs does not block the others."""
-        with batch.lock:
+        """The Batch object as it is now."""
+        with self.lock:
             self.advance(batch)
             if batch.status == "in_progress" and not batch.frozen:
                 batch.request_counts = counts(batch.total, int(batch.total * self.progress(batch)))
@@ -773,14 +745,10 @@ class BatchService:
         return 1.0 if batch.status == "finalizing" or elapsed >= self.step else elapsed / self.step
 
     def advance(self, batch: LocalBatch) -> None:
-        with batch.lock:
-            while (
-                not batch.frozen
-                and batch.status in NEXT_STATUS
-                and batch.status not in (self.hold, batch.hold)
-                and time.monotonic() >= batch.since + self.step
-            ):
-                self.leave(batch, batch.since + self.step)
+        while batch.status in NEXT_STATUS and batch.status not in (self.hold, batch.hold) and not batch.frozen:
+            if time.monotonic() < batch.since + self.step:
+                return
+            self.leave(batch, batch.since + self.step)
 
     def leave(self, batch: LocalBatch, moment: float) -> None:
         status = NEXT_STATUS[batch.status]
@@ -821,40 +789,42 @@ class BatchService:
         """Run the first ``done`` requests of the input file; the others get the outcome ``rest``."""
         output, errors = self.new_path(), self.new_path()
         outcomes: Counter[str] = Counter()
-        executed: list[str] = []
-        paid: list[str] = []
-        with output.open("w", encoding="ascii") as successes, errors.open("w", encoding="ascii") as failures:
-            for request_line, custom_id, outcome, line in self.results(batch, done, rest):
-                (successes if outcome in TEXTS else failures).write(line)
-                outcomes[outcome] += 1
-                if outcome not in NO_RESPONSE:
-                    executed.append(custom_id)
-                if self.recording and is_paid(outcome):
-                    paid.append(hashlib.sha256(request_line.removesuffix(b"\n")).hexdigest())
+        with (
+            batch.input_file.path.open("rb") as lines,
+            output.open("w", encoding="ascii") as successes,
+            errors.open("w", encoding="ascii") as failures,
+        ):
+            for position, line in in_other_order(islice(lines, batch.total), batch.id):
+                request = json.loads(line.decode())
+                outcome = self.outcome(request["custom_id"], position) if position < done else rest
+                outcome = at_endpoint(outcome, batch.endpoint)
+                if outcome != "missing":
+                    (successes if outcome in TEXTS else failures).write(self.results_line(batch, request, outcome))
+                    outcomes[outcome] += 1
+                    self.count_execution(request["custom_id"], line, outcome)
         batch.output_file_id = self.store_results(output, f"{batch.id}_output.jsonl")
         batch.error_file_id = self.store_results(errors, f"{batch.id}_error.jsonl")
         completed = sum(count for outcome, count in outcomes.items() if outcome in TEXTS)
         batch.request_counts = counts(batch.total, completed, outcomes.total() - completed)
         charged = sum(count for outcome, count in outcomes.items() if is_paid(outcome))
         batch.usage = usage(RESPONSES, INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
-        with self.lock:
-            self.executions.update(executed)
-            self.paid.update(paid)
 
-    def results(self, batch: LocalBatch, done: int, rest: str) -> Iterator[tuple[bytes, str, str, str]]:
-        """The line of each request, its custom_id, its outcome and its results line."""
-        with batch.input_file.path.open("rb") as lines:
-            for position, request_line in in_other_order(islice(lines, batch.total), batch.id):
-                request = json.loads(request_line.decode())
-                custom_id, body = request["custom_id"], request["body"]
-                outcome = at_endpoint(self.outcome(custom_id, position) if position < done else rest, batch.endpoint)
-                if outcome != "missing":
-                    ids = {"id": f"{batch.id.removeprefix('batch_')}_{position}", "custom_id": custom_id}
-                    template = line_template(batch.endpoint, body["model"], outcome, batch.created_at, INPUT_TOKENS)
-                    line = results_line(template, body, **ids)
-                    if "string-bodies" in self.habits:
-                        line = with_string_body(line)
-                    yield request_line, custom_id, outcome, line
+    def results_line(self, batch: LocalBatch, request: Json, outcome: str) -> str:
+        response, error = None, None
+        if outcome in NO_RESPONSE:
+            error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True))
+        else:
+            status, body = response_to(batch.endpoint, request["body"], outcome, batch.created_at, INPUT_TOKENS)
+            shown = json.dumps(body) if "string-bodies" in self.habits else body
+            response = {"status_code": status, "request_id": new_id("req_"), "body": shown}
+        own = {"id": new_id("batch_req_"), "custom_id": request["custom_id"]}
+        return json.dumps(own | {"response": response, "error": error}) + "\n"
+
+    def count_execution(self, custom_id: str, line: bytes, outcome: str) -> None:
+        if outcome not in NO_RESPONSE:
+            self.executions[custom_id] += 1
+        if self.recording and is_paid(outcome):
+            self.paid[hashlib.sha256(line.removesuffix(b"\n")).hexdigest()] += 1
 
     def outcome(self, custom_id: str, position: int) -> str:
         asked = self.outcomes.get(custom_id)
@@ -896,7 +866,8 @@ def answer_to(request: Exchange, service: BatchService) -> Answer:
         check_key(request.headers.get("authorization", ""), service.key)
         for method, pattern, action in ROUTES:
             if method == request.method and (found := re.fullmatch(pattern, request.path)):
-                return action(service, request, *found.groups())
+                with service.lock:
+                    return action(service, request, *found.groups())
         raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
     except Refusal as refusal:
         return json_answer(refusal.content, refusal.status)
