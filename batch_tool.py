@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Put a request file (JSONL) through OpenAI's Batch API: pay for nothing twice,
-lose nothing paid for.
+"""Put a request file (JSONL) through OpenAI's Batch API. Nothing is paid for twice,
+and nothing paid for is lost.
 
-  batch_tool.py run --in requests.jsonl --out done.jsonl
-  batch_tool.py export --in requests.jsonl --results done.jsonl --out bios.csv
-  batch_tool.py create --in requests.jsonl
-  batch_tool.py wait --batch-id batch_abc123
+  batch_tool.py preview --in requests.jsonl
+  batch_tool.py run --in requests.jsonl --out results.jsonl
+  batch_tool.py export --in requests.jsonl --results results.jsonl --out bios.csv
 
-stdout carries results only, stderr everything else. Commands that talk to the
-API need OPENAI_API_KEY and log every request to logs/batch_YYYYMMDD_HHMMSS.log;
-validate, retry and export work offline. OPENAI_BASE_URL names another service.
+stdout carries results only; everything else goes to stderr. Commands that talk to
+the API need OPENAI_API_KEY, and log every request to logs/batch_YYYYMMDD_HHMMSS.log.
+validate, retry and export work offline. OPENAI_BASE_URL chooses another service.
 COMMAND --help shows the options of a command.
 
 exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed,
@@ -17,10 +16,16 @@ exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed,
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes over: no traceback for Ctrl-C during the imports
+
 import argparse
 import contextlib
+import csv
+import dataclasses
 import datetime
-import email.utils
 import fcntl
 import functools
 import gc
@@ -30,10 +35,11 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import secrets
-import signal
+import shutil
 import stat
 import sys
 import tempfile
@@ -45,39 +51,428 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
+    import httpx2
     from openai import APIStatusError, OpenAI, OpenAIError
-    from openai._legacy_response import LegacyAPIResponse
-    from openai.types import Batch, FileObject
 
 PROG = "batch_tool.py"
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
+
+# ==== common block: stands in gen_batch_jsonl.py and batch_tool.py, byte for byte the same =======================
+
 STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
-MAX_REQUESTS = 50_000  # in one batch; Batch API guide, "Rate limits"
-MAX_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
-RECENT_SECONDS = 30 * 24 * 60 * 60  # the life of an uploaded file
-PAGE_SIZE = 100  # the most that a listing takes
-MAX_PAGES = 500  # a listing that has not ended by then does not end
-OTHERS = "others"  # batches of a request file that are none of its parts; no sha256 reads so
-TERMINAL = ("completed", "failed", "expired", "cancelled")
-SUCCEEDED, REJECTED, RETRYABLE, MISSING = "succeeded", "rejected", "retryable", "missing"  # how a request ended
-TRIES = 3  # of one request whose answer is lost
-LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
-RATE_LIMIT_SECONDS = 600  # how long a 429 is waited out in all
-NOTICED_SECONDS = 5  # a longer pause before a request is made again is told of
-POLL_SECONDS = 60  # how long one poll may take
-UPLOAD_SECONDS = 600  # how long the answer to an upload may take
-MAX_SECONDS = 10**8  # of --interval and --timeout; what sleep() takes at most is not much more
-IDLE_REFUSALS = 5  # for the queue limit, with no batch of ours active
-MAX_LISTED = 20  # errors and warnings shown one by one
-CHUNK = 1 << 20
-ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-SECRET = re.compile(  # also behind a blank or line break that is written as an escape of JSON or of a URL
-    r"((?i:Bearer)(?:\s|\\[nrt]|%20)+|(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9a-f]{4})|(?<=%[0-9A-F]{2}))sk-)"
-    r"[^\s\\\"',;]{16,}"
+MAX_BATCH_REQUESTS = 50_000  # Batch API guide, "Rate limits"
+MAX_BATCH_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
+MAX_LISTED = 20  # problems shown one by one
+CHUNK_BYTES = 1 << 20  # read or written at a time
+
+
+class CommandError(Exception):
+    """An expected error. Its text is the one-line message shown to the user."""
+
+
+class Exit(BaseException):
+    """Ends the command without an error message: a signal arrived, or the reader of stdout is gone."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+def escape_controls(text: str) -> str:
+    """Keep the text on one line: write line breaks, control characters and undecodable bytes as JSON escapes."""
+    return re.sub("[^ -~]", lambda char: char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1], text)
+
+
+def plural(number: int, noun: str, nouns: str = "") -> str:
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def shown(path: str) -> str:
+    """The path as messages name it."""
+    return {STDIN: "stdin", STDOUT: "stdout"}.get(path, path)
+
+
+def text_argument(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"has control characters or is not valid UTF-8: {text!a}")
+    return text
+
+
+def input_path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return STDIN if text == "-" else text
+
+
+def output_path(text: str) -> str:
+    if not text or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"not the name of a file: {text!a}")
+    return STDOUT if text == "-" else text
+
+
+def positive_int(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError(f"not a whole number of 1 or more: {text!a}")
+    return int(text)
+
+
+def encoding_name(text: str) -> str:
+    try:
+        "".encode(text)
+    except (LookupError, UnicodeError, ValueError):
+        raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
+    return text
+
+
+def same_regular_file(source: str, destination: str) -> bool:
+    try:
+        there = os.fstat(0) if source == STDIN else os.stat(source)
+        here = os.fstat(1) if destination == STDOUT else os.stat(destination)
+    except OSError:
+        return False
+    return stat.S_ISREG(there.st_mode) and os.path.samestat(there, here)
+
+
+@contextlib.contextmanager
+def os_errors_as(action: str, advice: str = "") -> Iterator[None]:
+    """Turn an OSError into a CommandError: `cannot <action>: <reason><advice>`."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"cannot {action}: {error.strerror or error}{advice}") from None
+
+
+def stdin_bytes() -> BinaryIO:
+    if sys.stdin is None:
+        raise CommandError("stdin is closed; there is nothing to read")
+    with contextlib.suppress(io.UnsupportedOperation):  # stdin has no file descriptor in some tests
+        os.set_blocking(sys.stdin.fileno(), True)  # on a non-blocking pipe, a slow writer looks like end of file
+    return sys.stdin.buffer
+
+
+def redirect_to_null(file: BinaryIO | TextIO) -> None:
+    """Drop what the file still buffers and all that follows, so that exit never blocks or fails on it."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), file.fileno())
+
+
+@contextlib.contextmanager
+def flushed(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Flush the file at the end. After a write error or a signal, drop the rest."""
+    try:
+        try:
+            yield file
+        except CommandError:
+            file.flush()
+            raise
+        file.flush()
+    except (OSError, Exit):
+        redirect_to_null(file)
+        raise
+
+
+@contextlib.contextmanager
+def stdout_bytes() -> Iterator[BinaryIO]:
+    """stdout as a file that takes every byte, flushed at the end."""
+    if sys.stdout is None:
+        raise BrokenPipeError
+    file = cast(BinaryIO, sys.stdout.buffer)
+    with contextlib.suppress(io.UnsupportedOperation):  # stdout has no file descriptor in some tests
+        os.set_blocking(file.fileno(), True)  # a full non-blocking pipe refuses bytes
+    if not isinstance(file, io.RawIOBase):
+        with flushed(file):
+            yield file
+        return
+    buffered = io.BufferedWriter(file)  # PYTHONUNBUFFERED makes stdout raw, and a raw write may take only a part
+    try:
+        with flushed(buffered):
+            yield buffered
+    finally:
+        buffered.detach()  # else it closes stdout
+
+
+@contextlib.contextmanager
+def atomic_replace(path: str) -> Iterator[BinaryIO]:
+    """A temporary file beside `path`. It replaces `path` once it is whole and on disk."""
+    directory = os.path.dirname(path)
+    with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
+        os.makedirs(directory)
+    temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x+b", buffering=CHUNK_BYTES) as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def is_stream(path: str) -> bool:
+    """Whether the path cannot be replaced: stdout, a pipe, a device."""
+    return path == STDOUT or (os.path.exists(path) and not os.path.isfile(path))
+
+
+@contextlib.contextmanager
+def open_output(path: str, advice: str = "") -> Iterator[BinaryIO]:
+    """Open a file to write. It replaces `path` when the block ends well; otherwise `path` stays as it was.
+
+    A stream is written directly.
+    """
+    try:
+        if path == STDOUT:
+            with stdout_bytes() as file:
+                yield file
+        elif is_stream(path):
+            with open(path, "wb") as opened, flushed(opened) as file:
+                yield file
+        else:
+            with atomic_replace(os.path.realpath(path)) as file:
+                yield file
+    except OSError as error:
+        if path == STDOUT and isinstance(error, BrokenPipeError):
+            raise Exit(1) from None
+        raise CommandError(f"cannot write {shown(path)}: {error.strerror or error}{advice}") from None
+
+
+class Console:
+    """stderr: one line per message and, on a terminal, one progress line that is written over.
+
+    `redact` is applied to every text. A message that cannot be printed does not abort the work.
+    """
+
+    def __init__(self, stream: TextIO | None, redact: Callable[[str], str] = escape_controls) -> None:
+        self.redact = redact
+        self.is_terminal = stream is not None and stream.isatty()
+        self._stream = stream
+        self._progress_width = 0  # characters of progress on the terminal's line
+
+    def message(self, text: str) -> None:
+        self.clear_progress()
+        self._write(self.redact(text) + "\n")
+
+    def warn(self, text: str) -> None:
+        self.message(f"{PROG}: warning: {text}")
+
+    def error(self, text: str) -> None:
+        self.message(f"{PROG}: error: {text}")
+
+    def progress(self, text: str) -> None:
+        """Write over the progress line of a terminal; elsewhere print a line."""
+        if not self.is_terminal:
+            self.message(text)
+            return
+        text = self.redact(text)[: shutil.get_terminal_size().columns - 1]
+        self._write("\r" + text.ljust(self._progress_width))
+        self._progress_width = len(text)
+
+    def clear_progress(self) -> None:
+        if self._progress_width:
+            self._write("\r" + " " * self._progress_width + "\r")
+            self._progress_width = 0
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.write(text)
+                self._stream.flush()
+
+    def close(self) -> None:
+        """Drop what stderr has not taken, which would change the exit code."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except OSError:
+                redirect_to_null(self._stream)
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints help to stdout and usage errors through the console. Accepts no abbreviated option."""
+
+    def __init__(self, console: Console, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._console = console
+
+    def print_help(self, file: object = None) -> None:
+        with open_output(STDOUT) as stdout:
+            stdout.write(self.format_help().encode())
+
+    def error(self, message: str) -> NoReturn:
+        for line in self.format_usage().splitlines():
+            self._console.message(line)
+        self._console.message(f"{self.prog}: error: {message}")
+        raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into Exit.
+
+    Further signals are ignored for one second, so that cleaning up is not interrupted; after that another one works,
+    because the first may have been lost in a callback of the interpreter. Once the block has been stopped, the process
+    is about to end, and all are ignored.
+    """
+    stopped_at = -math.inf
+
+    def stop(number: int, _frame: object) -> None:
+        nonlocal stopped_at
+        if time.monotonic() - stopped_at > 1:
+            stopped_at = time.monotonic()
+            raise Exit(128 + number)
+
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # keep the choice of nohup
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler if stopped_at == -math.inf else signal.SIG_IGN)
+
+
+# ---- CSV headers, in both scripts
+
+DELIMITERS = (",", ";", "\t", "|")
+BLANKS = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) + (
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"  # what str.strip() removes, and U+200B and U+FEFF
 )
-HIDDEN = "[secret]"
+BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+
+
+def column_key(name: str) -> str:
+    """The name of a column as it is compared: case, blanks around it, and blank, hyphen or underscore do not matter."""
+    return re.sub(r"[\s_-]+", "_", name.strip(BLANKS).casefold())
+
+
+def encoding_of(start: bytes, encoding: str) -> str:
+    """The encoding of a CSV by its first bytes: a byte-order mark beats the option."""
+    return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
+
+
+class Header(NamedTuple):
+    """The header of a CSV: what separates its fields, the names as they stand there, its first and its last line.
+
+    If its quoting is malformed, the names are those of its first line, split without regard to quotes.
+    """
+
+    delimiter: str
+    names: list[str]
+    line: int
+    last_line: int
+    is_malformed: bool
+
+    def find(self, name: str) -> list[int]:
+        """The positions of the columns of that name."""
+        return [at for at, each in enumerate(self.names) if column_key(each) == column_key(name)]
+
+    def position(self, name: str) -> int:
+        """The position of the one column of that name. Raises CommandError if there is none, or more than one."""
+        found = self.find(name)
+        if len(found) != 1:
+            problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
+            raise CommandError(f"line {self.line}: the header {problem}; its columns are {self.listed()}")
+        return found[0]
+
+    def listed(self) -> str:
+        """The names, for a message."""
+        names = ", ".join(name for name in self.names if name) or "without names"
+        return names[:300] + ("…" if len(names) > 300 else "")
+
+
+def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
+    """Read the lines up to the end of the header, which is the first record that is not blank. None if there is none.
+
+    A line `sep=;` before it tells the delimiter. Otherwise the delimiter is the one that finds most of the required
+    columns, then most columns.
+    """
+    delimiters: Sequence[str] = DELIMITERS
+    number = 0
+    for line in lines:
+        number += 1
+        line = line.lstrip("\ufeff\u200b")
+        if separator := re.fullmatch(r'"?sep=([,;\t|])"?[,;\t| ]*[\r\n]*', line, re.IGNORECASE):
+            delimiters = [separator[1]]
+        elif line.strip(BLANKS + '",;|'):
+            break
+    else:
+        return None
+    text, last = line, number
+    while text.count('"') % 2 and last < number + 100 and (more := next(lines, "")):  # a name may hold a line end
+        text, last = text + more, last + 1
+    keys = {column_key(name) for name in required}
+
+    def split(delimiter: str) -> Header:
+        try:
+            fields, end = next(csv.reader([text], delimiter=delimiter, strict=True)), last
+        except csv.Error:
+            fields, end = line.split(delimiter), 0
+        names = [field.strip(BLANKS) for field in fields]
+        return Header(delimiter, names, number, end or number, is_malformed=not end)
+
+    def fit(header: Header) -> tuple[int, int]:
+        return len(keys.intersection(map(column_key, header.names))), len(header.names)
+
+    return max(map(split, delimiters), key=fit)
+
+
+# ==== end of the common block ====================================================================================
+
+FILE_LIFETIME_SECONDS = 30 * 24 * 60 * 60  # of an uploaded file; Batch API guide
+PAGE_SIZE = 100  # the most that a listing takes; API reference
+MAX_PAGES = 500  # a longer listing is taken to be endless
+MAX_OLD_PAGES = 3  # full pages of nothing but older batches end the search
+MAX_TRIES = 3  # of one request
+LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
+FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; clearly longer, for a POST that is carried out late
+VALIDATION_POLL_SECONDS = 5
+RIVAL_CHECK_SECONDS = 10  # after a POST; see LOOK_UP_DELAYS
+OUTPUT_DELAY_SECONDS = 600  # how long a completed batch may lack its output file
+RATE_LIMIT_BUDGET = 600.0  # seconds; how long one call waits out 429s in all
+OUTAGE_BUDGET = 3600.0  # seconds; how long `run` outlives an outage
+MAX_PAUSE = 60.0  # seconds between two tries, where the server does not ask for more
+QUIET_PAUSE_SECONDS = 5  # a longer pause is reported
+POLL_SECONDS = 60  # time-out of one poll
+UPLOAD_SECONDS = 600  # time-out of the response to an upload
+ANSWER_SECONDS = 600  # time-out of one request of `preview`, which waits for the model
+MAX_SECONDS = 10**8  # of --interval and --timeout; sleep() takes not much more
+YOUNG_SECONDS = 120  # a batch this young may still be unknown (404)
+SHUTDOWN_WARNING_DAYS = 30
+MAX_IDLE_REFUSALS = 2  # for the token limit, with no batch of ours active; then a part is halved
+MAX_SINGLE_REFUSALS = 5  # the same for a part of one request
+ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SECRET = re.compile(
+    r"""
+    (                                # kept: what introduces a secret
+        (?i:Bearer) (?:\s|\\[nrt]|%20)+
+      | (?:
+            (?<![A-Za-z0-9])         # `sk-` at the start of a word,
+          | (?<=\\[nrtbf])           # after a JSON escape such as \n,
+          | (?<=\\u[0-9a-f]{4})      # after \u0000,
+          | (?<=%[0-9A-F]{2})        # or after a URL escape
+        )
+        sk-
+    )
+    [^\s\\"',;]{16,}                 # replaced
+    """,
+    re.VERBOSE,
+)
+REDACTED = "[secret]"
 TO_QUOTE = re.compile(r'[",\r\n]')  # in a field of a CSV; RFC 4180
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel takes such a cell for a formula
+SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
+TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
 BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
 TIMESTAMPS = (
     ("Created", "created_at"),
@@ -86,134 +481,77 @@ TIMESTAMPS = (
     ("Expired", "expired_at"),
     ("Cancelled", "cancelled_at"),
 )
+TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
+KNOWN_STATUSES = (*TERMINAL_STATUSES, "validating", "in_progress", "finalizing", "cancelling")
 
 T = TypeVar("T")
 Json = dict[str, Any]
-Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
-class Failure(Exception):
-    """A foreseeable end of the command; its text is the one line that the user reads."""
+class TimedOut(Exit):
+    """--timeout passed. Its text is the message shown to the user."""
 
-    exit_code = 1
-
-
-class TimedOut(Failure):
-    """--timeout passed."""
-
-    exit_code = 3
+    def __init__(self, message: str = "--timeout passed") -> None:
+        super().__init__(3)
+        self.message = message
 
 
-class CallFailed(Failure):
-    """A request to the API without the answer that was asked for.
+class ApiError(CommandError):
+    """A request to the API that got no usable response.
 
-    Where there was an answer: its HTTP status, the error's code and type, and the seconds that it asks to wait.
+    Where there was a response: its HTTP status, the error's code and type, the seconds that it asks to wait, and
+    whether the service lacks the whole endpoint.
     """
 
     def __init__(
-        self, text: str, status: int | None = None, codes: tuple[Any, ...] = (), retry_after: float | None = None
+        self,
+        text: str,
+        status: int | None = None,
+        codes: tuple[Any, ...] = (),
+        retry_after: float | None = None,
+        *,
+        no_endpoint: bool = False,
     ) -> None:
         super().__init__(text)
         self.status = status
         self.codes = codes
         self.retry_after = retry_after
+        self.no_endpoint = no_endpoint
 
 
-class Refused(CallFailed):
-    """The API said no: a 4xx that the same request would get again."""
+class Refused(ApiError):
+    """The API refused the request: the same request would be refused again."""
 
 
-class NoAnswer(CallFailed):
-    """What became of a request is unknown: connection lost, time-out, 408, 409, 5xx, or an answer without sense."""
+class OutcomeUnknown(ApiError):
+    """The request may or may not have taken effect: lost connection, time-out, 408, 409, 5xx, unusable response."""
 
 
-class Stopped(BaseException):
-    """The command ends here without an error: stdout was closed or a signal arrived. Carries the exit code."""
-
-    def __init__(self, exit_code: int) -> None:
-        self.exit_code = exit_code
+class NotSent(OutcomeUnknown):
+    """No connection was made, so the request took no effect."""
 
 
-class Part(NamedTuple):
-    """Consecutive lines of a request file that make one batch; `sha256` is of their bytes."""
-
-    label: str
-    offset: int
-    size: int
-    requests: int
-    sha256: str
+class IncompleteListing(CommandError):
+    """The API did not list all batches, so a batch may exist that is not in the listing."""
 
 
-class Problem(NamedTuple):
-    """What is wrong with a line of a request file, by the API's own code."""
-
-    line: int
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.code}: {self.message}"
-
-
-class Counts(NamedTuple):
-    """How many requests of a batch have ended, and how; zeros while that is not known."""
-
-    completed: int
-    failed: int
-    total: int
-
-
-class Verdict(NamedTuple):
-    """What a results line says of its request: how it ended, and why."""
-
-    outcome: str
-    code: str = ""
-    message: str = ""
-
-    def error(self) -> str:
-        return ": ".join(filter(None, (self.code, self.message)))
-
-
-class Entry(NamedTuple):
-    """The best results line of a request: what it says, and where it stands."""
-
-    outcome: str
-    code: str
-    file: int
-    offset: int
-    size: int
-
-
-# -- text --------------------------------------------------------------------------------------------------------
-
-
-def escape_controls(text: str) -> str:
-    """The text on one line: line breaks, control characters and undecodable bytes as the escapes of JSON."""
-    return re.sub("[^ -~]", lambda char: char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1], text)
-
-
-def count_of(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+# ---- text and JSON
 
 
 def shorten(text: str) -> str:
-    """The first words of an answer; whole ones, as half a secret would not be known for one."""
+    """The first whole words; half a secret would not be recognized as one."""
     return textwrap.shorten(text[:10_000], 200, placeholder=" …").strip()
-
-
-def commonest(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} × {code}" for code, number in counts.most_common(5))
 
 
 def to_json(content: Any) -> str:
     try:
         return json.dumps(content, ensure_ascii=False, default=str)
-    except RecursionError:  # what could just be read may be too deep to be written
+    except RecursionError:  # the encoder allows less nesting than the decoder
         return '"nested too deeply"'
 
 
 def quoted(value: Any) -> str:
-    """A value as JSON for a message, cut to a readable length."""
+    """The value as JSON for a message, cut to a readable length."""
     return to_json(value)[:80]
 
 
@@ -221,8 +559,18 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-JSON_LINE = json.JSONDecoder()
-STRICT_JSON_LINE = json.JSONDecoder(parse_constant=refuse_constant)
+LENIENT_JSON = json.JSONDecoder()
+STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+@functools.cache
+def fast_json() -> Callable[..., Any] | None:
+    """The JSON decoder that comes with the openai package, which is twice as fast; None where it is missing."""
+    try:
+        from jiter import from_json
+    except ImportError:
+        return None
+    return from_json
 
 
 def json_problem(error: Exception) -> str:
@@ -235,13 +583,20 @@ def json_problem(error: Exception) -> str:
     return f"not valid JSON: {error}"
 
 
-def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
-    """The JSON object on a line. Raises ValueError with what is wrong in words."""
+def decode_json(line: bytes, strict: bool) -> Any:
+    """Decode with the fast decoder; where that refuses the line, `json` decides. Raises ValueError, RecursionError."""
+    if from_json := fast_json():
+        try:
+            return from_json(line, allow_inf_nan=not strict)
+        except ValueError:  # also a lone surrogate or deep nesting, which `json` may take
+            pass
+    return (STRICT_JSON if strict else LENIENT_JSON).decode(line.decode())
+
+
+def read_object(line: bytes, *, strict: bool = False) -> Json:
+    """The JSON object on a line. Raises ValueError that says what is wrong. `strict` refuses NaN and Infinity."""
     try:
-        text = line.decode().strip(" \t\r\n")
-        content, end = decoder.raw_decode(text)  # decode() spends a fifth of its time on looking for blanks
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        content = decode_json(line, strict)
     except (ValueError, RecursionError) as error:
         raise ValueError(json_problem(error) if line.strip() else "blank line") from None
     if not isinstance(content, dict):
@@ -249,347 +604,340 @@ def read_object(line: bytes, decoder: json.JSONDecoder = JSON_LINE) -> Json:
     return content
 
 
-def object_in(content: Json, name: str) -> Json:
-    """The object under a name; empty where there is none."""
+def child_object(content: Json, name: str) -> Json:
     value = content.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def dicts(value: Any) -> list[Json]:
-    """The objects in what ought to be a list of them."""
+def objects(value: Any) -> list[Json]:
+    """The objects in what should be a list of objects."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+def str_field(content: Json, name: str) -> str:
+    value = content.get(name)
+    return value if isinstance(value, str) else ""
 
 
-@contextlib.contextmanager
-def failing_to(do: str, advice: str = "") -> Iterator[None]:
-    """Turn an OSError into the Failure that says what could not be done, and why."""
+def int_field(content: Json, name: str) -> int | None:
+    value = content.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def redact(text: str, hidden: Sequence[str] = ()) -> str:
+    """Keep the text on one line, without the `hidden` secrets or anything that looks like an API key."""
+    for secret in hidden:
+        text = text.replace(secret, REDACTED)
+    return escape_controls(SECRET.sub(lambda found: found[1] + REDACTED, text))
+
+
+def secrets_in_environment() -> list[str]:
+    """The API key and the password in the base URL, each in the forms that it may be printed in."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     try:
-        yield
-    except OSError as error:
-        raise Failure(f"cannot {do}: {error.strerror or error}{advice}") from None
+        password = urllib.parse.urlsplit(os.environ.get("OPENAI_BASE_URL", "").strip()).password or ""
+    except ValueError:
+        password = ""
+    forms = [key, json.dumps(key)[1:-1], password, urllib.parse.unquote(password)]
+    return [secret for secret in dict.fromkeys(forms) if len(secret) >= 8]
+
+
+def print_result(text: str, console: Console) -> None:
+    """Print one line to stdout and flush it. What its encoding lacks is written as backslash escapes."""
+    console.clear_progress()
+    with open_output(STDOUT) as stdout:
+        stdout.write((console.redact(text) + "\n").encode(sys.stdout.encoding, "backslashreplace"))
+
+
+# ---- time
+
+
+class Clock:
+    """The time of a command. Tests pass functions that do not really wait."""
+
+    def __init__(self, sleep: Callable[[float], None], monotonic: Callable[[], float]) -> None:
+        self.now = monotonic
+        self._sleep = sleep
+        self._deadline = math.inf
+
+    def seconds_left(self) -> float:
+        return self._deadline - self.now()
+
+    def sleep(self, seconds: float) -> None:
+        """Raises TimedOut once the limit has passed."""
+        left = self.seconds_left()
+        if left > 0:
+            self._sleep(min(seconds, left))
+        if self.seconds_left() <= 0:
+            raise TimedOut
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float | None) -> Iterator[None]:
+        """Raise TimedOut in the block after this many seconds, even in a call that a slow server keeps busy."""
+        if seconds is None:
+            yield
+            return
+
+        def time_out(_number: int, _frame: object) -> None:
+            raise TimedOut
+
+        before = signal.signal(signal.SIGALRM, time_out)
+        self._deadline = self.now() + seconds
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: a callback may swallow the exception
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            self._deadline = math.inf
+
+
+# ---- files
 
 
 @contextlib.contextmanager
 def temporary_file() -> Iterator[BinaryIO]:
-    """A file without a name that lasts as long as the block."""
+    """A file without a name. It lasts as long as the block."""
     advice = "; set TMPDIR to a directory with room"
-    with failing_to("write a temporary file", advice), tempfile.TemporaryFile() as file:
+    with os_errors_as("write a temporary file", advice), tempfile.TemporaryFile() as file:
         yield cast(BinaryIO, file)
 
 
-def blocks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """The file's bytes, some at a time; keeps an error of reading apart from one of whoever uses them."""
-    with failing_to(f"read {path}"):
-        while block := file.read(CHUNK):
-            yield block
+def chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """The rest of the file. Separates errors of reading from those of the code that uses the chunks."""
+    with os_errors_as(f"read {name}"):
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
 
 
-def lines_of(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """The file's lines, likewise."""
-    with failing_to(f"read {path}"):
-        for line in file:  # noqa: UP028  `yield from` closes the file when nobody wants the next line
-            yield line
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """An open input file that can be read more than once, and its name for messages."""
+
+    file: BinaryIO
+    name: str
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, file: BinaryIO, name: str) -> Input:
+        return cls(file, name, cls._stamp(file))
+
+    @staticmethod
+    def _stamp(file: BinaryIO) -> tuple[int, int]:
+        status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def lines(self) -> Iterator[bytes]:
+        with os_errors_as(f"read {self.name}"):
+            self.file.seek(0)
+            for line in self.file:  # noqa: UP028  `yield from` closes the file when the reader stops early
+                yield line
+
+    def is_changed(self) -> bool:
+        return self._stamp(self.file) != self.stamp
+
+    def refuse_changes(self) -> None:
+        if self.is_changed():
+            raise CommandError(f"{self.name} was changed while it was in use; run the same command again")
+
+    def sha256(self) -> str:
+        with os_errors_as(f"read {self.name}"):
+            self.file.seek(0)
+            return hashlib.file_digest(cast(io.BufferedReader, self.file), "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def open_input(path: str) -> Iterator[BinaryIO]:
-    """The file's bytes; stdin and what is not a regular file as a temporary copy, to be read more than once."""
-    if path == STDIN and sys.stdin is None:
-        raise Failure("stdin is closed; there is nothing to read")
+def open_input(path: str) -> Iterator[Input]:
+    """Open a file to read. stdin and other streams are copied to a temporary file first."""
     with contextlib.ExitStack() as stack:
-        with failing_to(f"read {path}"):
-            file = sys.stdin.buffer if path == STDIN else stack.enter_context(open(path, "rb"))
-            with contextlib.suppress(io.UnsupportedOperation):  # of a stdin that is no file
-                os.set_blocking(file.fileno(), True)  # else a pause of the writer would look like the end
+        with os_errors_as(f"read {shown(path)}"):
+            file = stdin_bytes() if path == STDIN else stack.enter_context(open(path, "rb"))
         if path == STDIN or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             copy = stack.enter_context(temporary_file())
-            copy.writelines(blocks(file, path))
-            copy.seek(0)
+            copy.writelines(chunks(file, shown(path)))
+            copy.flush()
             file = copy
-        yield file
-
-
-def is_stream(path: str) -> bool:
-    """Whether what is written there cannot be replaced: stdout, a pipe, a device."""
-    return path == STDOUT or (os.path.exists(path) and not os.path.isfile(path))
-
-
-def discard(file: BinaryIO | TextIO) -> None:
-    """Drop what is left in the file's buffer and whatever follows, or the interpreter complains of it at its end."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), file.fileno())
-
-
-@contextlib.contextmanager
-def streaming(file: BinaryIO | None) -> Iterator[BinaryIO]:
-    """The file, flushed at the end; where it fails or the command is stopped, nothing waits for its reader any more."""
-    if file is None:
-        raise BrokenPipeError
-    try:
-        try:
-            yield file
-        except Failure:
-            file.flush()
-            raise
-        file.flush()
-    except (OSError, Stopped):
-        discard(file)
-        raise
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, which replaces it once it is whole and on disk."""
-    directory = os.path.dirname(path)
-    with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
-        os.makedirs(directory)
-    temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x+b", buffering=CHUNK) as file:
-            with contextlib.suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-@contextlib.contextmanager
-def open_output(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, or leaves it as it was.
-
-    stdout and what is not a regular file are written as they come.
-    """
-    try:
-        if path == STDOUT:
-            with streaming(sys.stdout.buffer if sys.stdout else None) as file:
-                yield file
-        elif is_stream(path):
-            with open(path, "wb") as opened, streaming(opened) as file:
-                yield file
-        else:
-            with replacing(os.path.realpath(path)) as file:
-                yield file
-    except OSError as error:
-        if path == STDOUT and isinstance(error, BrokenPipeError):
-            raise Stopped(1) from None
-        raise Failure(f"cannot write {path}: {error.strerror or error}") from None
+        yield Input.of(file, shown(path))
 
 
 def refuse_unwritable(path: str) -> None:
-    """Raise Failure now for what would otherwise be one after the download, or after a day of waiting."""
+    """Check that --out is writable before starting, not after a day of waiting."""
     if os.path.isdir(path):
-        raise Failure(f"cannot write {path}: it is a directory; choose another --out")
+        raise CommandError(f"cannot write {path}: it is a directory; choose another --out")
     if is_stream(path):
         return
     directory = os.path.dirname(os.path.realpath(path))
-    with failing_to(f"write {path}", "; choose another --out"):
+    with os_errors_as(f"write {path}", "; choose another --out"):
         with contextlib.suppress(FileExistsError):
             os.makedirs(directory)
         tempfile.TemporaryFile(dir=directory).close()
 
 
-def same_regular_file(source: str, destination: str) -> bool:
+def last_line(file: BinaryIO, start: int) -> bytes:
+    """The last line that is not blank, of the bytes from `start` on."""
+    file.flush()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = len(content)
+        while end > start and content[end - 1 : end].isspace():
+            end -= 1
+        return content[max(start, content.rfind(b"\n", start, end) + 1) : end]
+
+
+def ends_with_an_object(file: BinaryIO, start: int) -> bool:
     try:
-        there = os.fstat(0) if source == STDIN else os.stat(source)
-        here = os.fstat(1) if destination == STDOUT else os.stat(destination)
-    except OSError:
+        read_object(last_line(file, start))
+    except ValueError:
         return False
-    return stat.S_ISREG(there.st_mode) and os.path.samestat(there, here)
-
-
-def file_signature(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def refuse_changes(file: BinaryIO, signature: tuple[int, int], path: str) -> None:
-    if file_signature(file) != signature:
-        raise Failure(f"{path} was changed while it was in use; run the same command again")
-
-
-@contextlib.contextmanager
-def unchanged(file: BinaryIO, path: str) -> Iterator[None]:
-    """Raise Failure where the file does not stay as it is until the block ends."""
-    signature = file_signature(file)
-    try:
-        yield
-    except Exception:
-        refuse_changes(file, signature, path)
-        raise
-    refuse_changes(file, signature, path)
-
-
-@contextlib.contextmanager
-def locked(file: BinaryIO, path: str, console: Console) -> Iterator[None]:
-    """Hold the request file, so that no second create or run on this machine submits it at the same time."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Failure(f"another create or run of {path} is at work; wait for it to end") from None
-    except OSError as error:  # NFS locks only what is open for writing, other file systems nothing at all
-        console.warn(f"cannot lock {path}: {error.strerror}; start no other create or run of it meanwhile")
-    yield
-
-
-def last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
+    return True
 
 
 class FilePart(io.BufferedIOBase):
-    """The bytes of one part of a file, as a file that the SDK uploads in chunks and rewinds.
+    """Part of a file, as a file object that the SDK uploads in chunks and rewinds.
 
-    It has no file descriptor of its own, as its size would be taken from that.
+    It has no `fileno`: with one, the SDK would take the size of the whole file.
     """
 
-    def __init__(self, file: BinaryIO, part: Part) -> None:
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file = file
-        self._part = part
+        self._offset = offset
+        self._size = size
         self._position = 0
 
     def tell(self) -> int:
         return self._position
 
+    def seekable(self) -> bool:
+        return True
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = start + offset
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = self._part.size - self._position
+        left = self._size - self._position
         wanted = left if size is None or size < 0 else min(size, left)
-        data = os.pread(self._file.fileno(), wanted, self._part.offset + self._position)
+        data = os.pread(self._file.fileno(), wanted, self._offset + self._position)
         self._position += len(data)
         return data
 
 
-# -- stdout and stderr -------------------------------------------------------------------------------------------
+# ---- request files
 
 
-class Console:
-    """stdout for results and stderr for the rest, a line at a time, without secrets."""
+class Part(NamedTuple):
+    """Consecutive lines of a request file that make one batch. `sha256` is of their bytes."""
 
-    def __init__(self, stderr: TextIO | None) -> None:
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        self.secrets = [key, json.dumps(key)[1:-1]] if len(key) >= 8 else []
-        self._stderr = stderr
-        self._shown = 0  # characters of progress on the terminal's line
-        self.live = stderr is not None and stderr.isatty()
-
-    def scrub(self, text: str) -> str:
-        """The text without the API key or anything that looks like one, on one line."""
-        for secret in self.secrets:
-            text = text.replace(secret, HIDDEN)
-        return escape_controls(SECRET.sub(lambda found: found[1] + HIDDEN, text))
-
-    def emit(self, text: str) -> None:
-        """A line of the results, flushed; what the encoding of stdout cannot say as backslash escapes."""
-        self.clear()
-        with open_output(STDOUT) as stdout:
-            stdout.write((self.scrub(text) + "\n").encode(sys.stdout.encoding, "backslashreplace"))
-
-    def say(self, text: str) -> None:
-        self.clear()
-        self._write(self.scrub(text) + "\n")
-
-    def warn(self, text: str) -> None:
-        self.say(f"{PROG}: warning: {text}")
-
-    def progress(self, text: str) -> None:
-        """On a terminal, write over the progress shown before; elsewhere, a line."""
-        if self._stderr is None or not self.live:
-            self.say(text)
-            return
-        columns = 80
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            columns = os.get_terminal_size(self._stderr.fileno()).columns or columns
-        text = self.scrub(text)[: columns - 1]
-        self._write("\r" + text.ljust(self._shown))
-        self._shown = len(text)
-
-    def clear(self) -> None:
-        if self._shown:
-            self._write("\r" + " " * self._shown + "\r")
-            self._shown = 0
-
-    def _write(self, text: str) -> None:
-        if self._stderr is not None:
-            with contextlib.suppress(OSError):  # a lost message must not end the work that it tells of
-                self._stderr.write(text)
-                self._stderr.flush()
-
-    def close(self) -> None:
-        """Drop what stderr has not taken to the end, which would change the exit code."""
-        if self._stderr is not None:
-            try:
-                self._stderr.flush()
-            except OSError:
-                discard(self._stderr)
+    label: str
+    offset: int
+    size: int
+    first: int  # position of its first request in the file
+    requests: int
+    sha256: str
 
 
-# -- request files -----------------------------------------------------------------------------------------------
+class Problem(NamedTuple):
+    """What is wrong with a line of a request file, under the API's own code."""
+
+    line: int
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.code}: {self.message}"
+
+
+def guess_content(first_line: bytes) -> str:
+    """What a file that is not JSONL seems to be, and what to do; empty where its first line looks like JSON."""
+    if first_line.startswith(b"PK\x03\x04"):
+        return "not JSONL but an Excel workbook or a zip file; save it as CSV, and convert that with gen_batch_jsonl.py"
+    if first_line.startswith(b"\x1f\x8b"):
+        return "not JSONL but a gzip file; decompress it first"
+    if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "not JSONL in UTF-8 but a file in UTF-16; if it is a CSV, convert it with gen_batch_jsonl.py first"
+    text = first_line.removeprefix(b"\xef\xbb\xbf").strip()
+    if not text or text.startswith((b"{", b"[")):
+        return ""
+    if any(delimiter.encode() in text for delimiter in DELIMITERS):
+        return "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"
+    return "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"
+
+
+class PartDivider:
+    """Divides lines into parts within the limits of a batch."""
+
+    def __init__(self, max_requests: int = MAX_BATCH_REQUESTS, max_bytes: int = MAX_BATCH_BYTES) -> None:
+        self.size = 0
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._parts: list[Part] = []
+        self._start_part()
+
+    def _start_part(self) -> None:
+        self._offset = self.size
+        self._requests = 0
+        self._hash = hashlib.sha256()
+
+    def _end_part(self) -> None:
+        first = self._parts[-1].first + self._parts[-1].requests if self._parts else 0
+        size = self.size - self._offset
+        self._parts.append(Part("", self._offset, size, first, self._requests, self._hash.hexdigest()))
+        self._start_part()
+
+    def add(self, line: bytes) -> None:
+        is_full = self._requests == self._max_requests or self.size - self._offset + len(line) > self._max_bytes
+        if is_full and self._requests:
+            self._end_part()
+        self.size += len(line)
+        self._requests += 1
+        self._hash.update(line)
+
+    def parts(self) -> list[Part]:
+        """The parts of all lines added."""
+        if self._requests:
+            self._end_part()
+        return [part._replace(label=f"{n}/{len(self._parts)}") for n, part in enumerate(self._parts, 1)]
 
 
 class InputCheck:
     """Checks a request file as the API will, and divides it into parts, in one pass.
 
-    `endpoint` is what the first request names, where none is given. The memory it takes is one id a request.
+    `endpoint` is the url of the first request where none is given.
     """
 
-    def __init__(self, endpoint: str | None = None, max_requests: int = MAX_REQUESTS) -> None:
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        max_requests: int = MAX_BATCH_REQUESTS,
+        max_bytes: int = MAX_BATCH_BYTES,
+    ) -> None:
         self.endpoint = endpoint or ""
-        self.size = 0
         self.without_model = 0
-        self.line_of: dict[str, int] = {}
-        self._model: Any = None
-        self._max_requests = max_requests
-        self._parts: list[Part] = []
-        self._start_part()
-
-    def _start_part(self) -> None:
-        self._part_offset = self.size
-        self._part_requests = 0
-        self._part_hash = hashlib.sha256()
-
-    def _end_part(self) -> None:
-        size = self.size - self._part_offset
-        self._parts.append(Part("", self._part_offset, size, self._part_requests, self._part_hash.hexdigest()))
-        self._start_part()
-
-    def parts(self) -> list[Part]:
-        """The parts of the file that has been read: consecutive lines within the limits of a batch."""
-        if self._part_requests:
-            self._end_part()
-        return [part._replace(label=f"{n}/{len(self._parts)}") for n, part in enumerate(self._parts, 1)]
+        self.line_of: dict[str, int] = {}  # by custom_id, from 1
+        self.model: Any = None
+        self.divider = PartDivider(max_requests, max_bytes)
+        self._max_bytes = max_bytes
 
     def problems(self, lines: Iterable[bytes]) -> Iterator[Problem]:
         number = 0
         for number, line in enumerate(lines, 1):
-            full = self._part_requests == self._max_requests or self.size - self._part_offset + len(line) > MAX_BYTES
-            if full and self._part_requests:
-                self._end_part()
-            self.size += len(line)
-            self._part_requests += 1
-            self._part_hash.update(line)
-            if len(line) > MAX_BYTES:
-                yield Problem(number, "invalid_request", f"{len(line)} bytes; a batch takes {MAX_BYTES} at most")
-            yield from self._line_problems(number, line)
+            self.divider.add(line)
+            if len(line) > self._max_bytes:
+                message = f"{len(line)} bytes; a batch takes {self._max_bytes} at most"
+                yield Problem(number, "invalid_request", message)
+            try:
+                request = read_object(line, strict=True)
+            except ValueError as error:
+                if number == 1 and (guess := guess_content(line)):
+                    yield Problem(1, "invalid_json_line", guess)
+                    return
+                yield Problem(number, "invalid_json_line", str(error))
+            else:
+                yield from self._request_problems(number, request)
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
-    def _line_problems(self, number: int, line: bytes) -> Iterator[Problem]:
-        try:
-            request = read_object(line, STRICT_JSON_LINE)
-        except ValueError as error:
-            yield Problem(number, "invalid_json_line", str(error))
-            return
+    def _request_problems(self, number: int, request: Json) -> Iterator[Problem]:
         yield from self._id_problems(number, request.get("custom_id"))
         method, url, body = request.get("method"), request.get("url"), request.get("body")
         if method != "POST":
@@ -619,250 +967,401 @@ class InputCheck:
         model = body.get("model")
         if model is None:
             self.without_model += 1
-        elif self._model is None:
-            self._model = model
-        elif model != self._model:
-            message = f"model is {quoted(model)}, not {quoted(self._model)}; a batch has one model"
+        elif self.model is None:
+            self.model = model
+        elif model != self.model:
+            message = f"model is {quoted(model)}, not {quoted(self.model)}; a batch has one model"
             yield Problem(number, "model_mismatch", message)
 
 
-def check_input(file: BinaryIO, path: str, check: InputCheck, console: Console) -> list[Part]:
-    """The parts of a request file that the API will take; raises Failure after showing what it would refuse."""
-    signature = file_signature(file)
+def check_input(requests: Input, lines: Iterable[bytes], check: InputCheck, console: Console) -> list[Part]:
+    """The parts of a request file that the API will take. Shows what is wrong, then raises CommandError."""
     found = 0
-    for problem in check.problems(lines_of(file, path)):
+    for problem in check.problems(lines):
         found += 1
         if found <= MAX_LISTED:
-            console.say(str(problem))
+            console.message(str(problem))
     if found > MAX_LISTED:
-        console.say(f"… and {found - MAX_LISTED} more")
+        console.message(f"… and {found - MAX_LISTED} more")
     if found:
-        raise Failure(f"{path}: {count_of(found, 'error')}; correct the file; nothing was uploaded")
+        raise CommandError(f"{requests.name}: {plural(found, 'error')}; correct the file; nothing was uploaded")
     if check.without_model:
-        console.warn(f"{count_of(check.without_model, 'request')} without body.model, which the Batch API refuses")
-    refuse_changes(file, signature, path)
-    return check.parts()
+        console.warn(f"{plural(check.without_model, 'request')} without body.model, which the Batch API refuses")
+    requests.refuse_changes()
+    return check.divider.parts()
 
 
-# -- batches and files of the API --------------------------------------------------------------------------------
+class RequestIndex(NamedTuple):
+    """The requests of a file: the line number of each custom_id, and the sha256 of each line (32 bytes, in order)."""
+
+    line_of: dict[str, int]
+    digests: bytearray
+
+    def digest(self, custom_id: str) -> bytes:
+        end = 32 * self.line_of[custom_id]
+        return bytes(self.digests[end - 32 : end])
+
+
+def digest_of(line: bytes) -> bytes:
+    """The sha256 of a request's line, without its line end."""
+    return hashlib.sha256(line.removesuffix(b"\n")).digest()
+
+
+def recording_digests(lines: Iterable[bytes], digests: bytearray) -> Iterator[bytes]:
+    """The lines as they come. Appends the digest of each to `digests`."""
+    for line in lines:
+        digests += digest_of(line)
+        yield line
+
+
+def index_requests(requests: Input) -> RequestIndex:
+    """Index a request file. Raises CommandError for a line that is no request, or a custom_id used twice."""
+    index = RequestIndex({}, bytearray())
+    for number, line in enumerate(recording_digests(requests.lines(), index.digests), 1):
+        try:
+            custom_id = str_field(read_object(line), "custom_id")
+        except ValueError as error:
+            raise CommandError(f"{requests.name} line {number}: {error}; is this the request file?") from None
+        if not custom_id:
+            raise CommandError(f"{requests.name} line {number}: no custom_id; is this the request file?")
+        if index.line_of.setdefault(custom_id, number) != number:
+            problem = f"custom_id {quoted(custom_id)} was used before; see validate"
+            raise CommandError(f"{requests.name} line {number}: {problem}")
+    return index
+
+
+def split_part(part: Part, requests: BinaryIO) -> list[Part]:
+    """The two halves of a part of at least two requests, given the file that it is part of."""
+    requests.seek(part.offset)
+    lines = itertools.islice(requests, part.requests)
+    halves = []
+    offset, first = part.offset, part.first
+    for number, count in enumerate((part.requests // 2, part.requests - part.requests // 2), 1):
+        content = b"".join(itertools.islice(lines, count))
+        sha256 = hashlib.sha256(content).hexdigest()
+        halves.append(Part(f"{part.label}.{number}", offset, len(content), first, count, sha256))
+        offset, first = offset + len(content), first + count
+    return halves
+
+
+# ---- batches as the API describes them
+
+
+class Counts(NamedTuple):
+    """How many requests of a batch have ended, and how. None where the API does not say."""
+
+    completed: int | None
+    failed: int | None
+    total: int | None
+
+
+class BatchProblem(NamedTuple):
+    """An error of a batch that failed. Each field may be empty."""
+
+    line: int | None
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        words = ("" if self.line is None else f"line {self.line}", self.code, shorten(self.message))
+        return ": ".join(filter(None, words))
 
 
 def is_id(value: Any) -> bool:
-    return isinstance(value, str) and ID.fullmatch(value) is not None
+    return isinstance(value, str) and ID_PATTERN.fullmatch(value) is not None
 
 
-def as_batch(content: Any) -> Batch:
-    """The Batch that an answer is; raises NoAnswer for any other. Of its fields only id and status are certain."""
-    from openai.types import Batch
-
-    if not isinstance(content, dict) or not is_id(content.get("id")) or not isinstance(content.get("status"), str):
-        raise NoAnswer(f"the answer is not a batch: {shorten(to_json(content))}")
-    return Batch.construct(**{name: value for name, value in content.items() if not name.startswith("_")})
-
-
-def as_page(content: Json) -> tuple[list[Batch], bool]:
-    """The batches of one page of the listing, and whether there may be more."""
-    page = content.get("data")
-    if not isinstance(page, list):
-        raise NoAnswer("the answer is not a list of batches")
-    return [as_batch(item) for item in page], content.get("has_more") is not False
+def parse_file_id(content: Json, name: str) -> str:
+    """A file id of a Batch; empty where it is null, empty or missing."""
+    value = content.get(name)
+    if value and not is_id(value):
+        raise OutcomeUnknown(f"{name} of batch {content['id']} is not a file id: {quoted(value)}")
+    return value or ""
 
 
-def as_file(content: Json) -> FileObject:
-    """The FileObject that an answer is; raises NoAnswer for any other. Only its id and bytes are certain."""
-    from openai.types import FileObject
+class Batch(NamedTuple):
+    """A Batch object of the API. `raw` is the object as it came; only its id and status are sure to be there."""
 
-    if not is_id(content.get("id")) or not isinstance(content.get("bytes"), int):
-        raise NoAnswer(f"the answer is not a file: {shorten(to_json(content))}")
-    return FileObject.construct(id=content["id"], bytes=content["bytes"])
+    id: str
+    status: str  # in lower case, `cancelled` with two l; `raw` has it as it came
+    created_at: int | None  # Unix seconds
+    input_file_id: str
+    output_file_id: str
+    error_file_id: str
+    counts: Counts
+    input_tokens: int
+    output_tokens: int
+    metadata: dict[str, str]
+    problems: list[BatchProblem]
+    raw: Json
 
+    @classmethod
+    def parse(cls, content: Any) -> Batch:
+        """Raises OutcomeUnknown where the content is not a Batch."""
+        if not isinstance(content, dict) or not is_id(content.get("id")) or not str_field(content, "status"):
+            raise OutcomeUnknown(f"the response is not a batch: {shorten(to_json(content))}")
+        status = content["status"].lower()
+        counts, usage = child_object(content, "request_counts"), child_object(content, "usage")
+        metadata = child_object(content, "metadata")
+        problems = [
+            BatchProblem(int_field(error, "line"), str_field(error, "code"), str_field(error, "message"))
+            for error in objects(child_object(content, "errors").get("data"))
+        ]
+        return cls(
+            id=content["id"],
+            status="cancelled" if status == "canceled" else status,
+            created_at=int_field(content, "created_at"),
+            input_file_id=parse_file_id(content, "input_file_id"),
+            output_file_id=parse_file_id(content, "output_file_id"),
+            error_file_id=parse_file_id(content, "error_file_id"),
+            counts=Counts(*(int_field(counts, name) for name in Counts._fields)),
+            input_tokens=int_field(usage, "input_tokens") or 0,
+            output_tokens=int_field(usage, "output_tokens") or 0,
+            metadata={name: value for name, value in metadata.items() if isinstance(value, str)},
+            problems=[problem for problem in problems if any(problem)],
+            raw=content,
+        )
 
-def text_of(thing: Any, name: str) -> str:
-    """A field of an SDK object as text; empty where the answer had it null, empty, or not as text."""
-    value = getattr(thing, name, None)
-    return value if isinstance(value, str) else ""
+    @property
+    def age_key(self) -> tuple[int, str]:
+        """Of two batches with the same requests, the one with the smaller key stays."""
+        return self.created_at or 0, self.id
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the status is terminal. An unknown one is not."""
+        return self.status in TERMINAL_STATUSES
 
-def number_of(thing: Any, name: str) -> int | None:
-    value = getattr(thing, name, None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    @property
+    def has_success(self) -> bool:
+        """Whether it may have a success: it names an output file, and its counts do not say that none succeeded."""
+        completed, failed, total = self.counts
+        none_succeeded = completed == 0 and bool(failed or total)
+        has_output = bool(self.output_file_id) and not none_succeeded and self.status != "failed"
+        return has_output or self.claims_successes
 
+    @property
+    def claims_successes(self) -> bool:
+        """Whether it is completed and counts successes, so that its output file must not be missing or empty."""
+        return self.status == "completed" and bool(self.counts.completed)
 
-def metadata_of(batch: Batch, name: str) -> str:
-    value = batch.metadata.get(name) if isinstance(batch.metadata, dict) else None
-    return value if isinstance(value, str) else ""
+    @property
+    def may_have_success(self) -> bool:
+        return not self.has_ended or self.has_success
 
+    @property
+    def is_over_token_limit(self) -> bool:
+        return self.status == "failed" and any(problem.code == "token_limit_exceeded" for problem in self.problems)
 
-def has_ended(batch: Batch) -> bool:
-    """Whether the status is terminal; one that is not known is not."""
-    return batch.status in TERMINAL
-
-
-def file_id_of(batch: Batch, name: str) -> str:
-    """The id of its output or error file; empty where it has none. Raises NoAnswer for what cannot be an id."""
-    file_id = getattr(batch, name, None)
-    if file_id and not is_id(file_id):
-        raise NoAnswer(f"{name} of batch {batch.id} is no file id: {quoted(file_id)}")
-    return file_id or ""
-
-
-def has_output(batch: Batch) -> bool:
-    return bool(file_id_of(batch, "output_file_id"))
-
-
-def result_files(batch: Batch) -> Iterator[tuple[str, str]]:
-    """The files that a batch has left: what is in it, `results` or `errors`, and its id."""
-    for kind, name in (("results", "output_file_id"), ("errors", "error_file_id")):
-        if file_id := file_id_of(batch, name):
-            yield kind, file_id
-
-
-def request_counts(batch: Batch) -> Counts:
-    counts = getattr(batch, "request_counts", None)
-    return Counts(*(number_of(counts, name) or 0 for name in Counts._fields))
-
-
-def error_list(batch: Batch) -> list[Any]:
-    errors = getattr(getattr(batch, "errors", None), "data", None)
-    return errors if isinstance(errors, list) else []
-
-
-def batch_errors(batch: Batch) -> list[str]:
-    """The errors of a failed batch, a line each: `line 3: duplicate_custom_id: …`."""
-    lines = []
-    for error in error_list(batch):
-        line = number_of(error, "line")
-        words = [f"line {line}" if line is not None else "", text_of(error, "code"), text_of(error, "message")]
-        lines.append(": ".join(filter(None, words)))
-    return [*filter(None, lines)]
-
-
-def reasons(batch: Batch) -> str:
-    """Why a batch failed, on one line."""
-    return "; ".join(batch_errors(batch)[:MAX_LISTED]) or "no reason given"
-
-
-def is_over_queue_limit(batch: Batch) -> bool:
-    codes = [text_of(error, "code") for error in error_list(batch)]
-    return batch.status == "failed" and "token_limit_exceeded" in codes
+    def failure_reasons(self) -> str:
+        return "; ".join(map(str, self.problems[:MAX_LISTED])) or "no reason given"
 
 
 def local_time(moment: int | None, separator: str = "T") -> str:
-    """Unix seconds as local time; empty where there is none."""
+    """Unix seconds as local time; empty where there are none."""
     try:
         return datetime.datetime.fromtimestamp(moment).isoformat(separator, "seconds") if moment else ""
     except (OverflowError, OSError, ValueError):
         return ""
 
 
-def describe(batch: Batch) -> Iterator[str]:
-    """What `status` shows of a batch; lines without a value are left out."""
-    yield f"Status: {batch.status}"
-    stamps = [*TIMESTAMPS, *([] if has_ended(batch) else [("Expires", "expires_at")])]
-    for label, name in stamps:
-        if moment := local_time(number_of(batch, name)):
+def status_lines(batch: Batch) -> Iterator[str]:
+    """What `status` shows of a batch. Lines without a value are left out."""
+    yield f"Status: {batch.raw['status']}"
+    for label, name in [*TIMESTAMPS, *([] if batch.has_ended else [("Expires", "expires_at")])]:
+        if moment := local_time(int_field(batch.raw, name)):
             yield f"{label}: {moment}"
-    counts = request_counts(batch)
-    if counts.total:
-        yield f"Requests: {counts.completed} completed, {counts.failed} failed of {counts.total}"
-    usage = getattr(batch, "usage", None)
-    input_tokens, output_tokens = number_of(usage, "input_tokens") or 0, number_of(usage, "output_tokens") or 0
-    if input_tokens or output_tokens:
-        yield f"Tokens: {input_tokens} input, {output_tokens} output"
-    yield from batch_errors(batch)
+    completed, failed, total = batch.counts
+    if total:
+        yield f"Requests: {completed or 0} completed, {failed or 0} failed of {total}"
+    if batch.input_tokens or batch.output_tokens:
+        yield f"Tokens: {batch.input_tokens} input, {batch.output_tokens} output"
+    yield from map(str, batch.problems)
 
 
 def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
-    """The Batch object as the API gave it, on one line, and where its files were saved."""
-    return json.dumps({**batch.to_dict(mode="json", warnings=False), **(saved or {})}, default=str)
-
-
-# -- answers of the API ------------------------------------------------------------------------------------------
-
-
-def json_object(response: LegacyAPIResponse[Any]) -> Json:
-    """The answer's JSON object; read here, as the SDK makes a str of what is not labelled JSON."""
+    """The Batch object on one line as the API gave it, and where its files were saved."""
     try:
-        return read_object(response.content)
+        return json.dumps({**batch.raw, **(saved or {})}, default=str)
+    except RecursionError:
+        raise CommandError(f"batch {batch.id} is nested too deeply to be printed as JSON") from None
+
+
+# ---- responses of the API
+
+
+def json_object(content: bytes) -> Json:
+    """The JSON object of a response. It is parsed here, as the SDK makes a `str` of what is not labelled JSON."""
+    try:
+        return read_object(content)
     except ValueError:
-        text = shorten(response.content.decode(errors="replace"))
-        raise NoAnswer(f"the answer is not a JSON object: {text or 'it is empty'}") from None
+        text = shorten(content.decode(errors="replace"))
+        raise OutcomeUnknown(f"the response is not a JSON object: {text or 'it is empty'}") from None
+
+
+def http_date(text: str) -> float | None:
+    """An HTTP date as Unix seconds; None where it is not one."""
+    from email.utils import parsedate_to_datetime  # takes a while to import
+
+    try:
+        return float(parsedate_to_datetime(text).timestamp())
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an answer asks to wait before the request is made again, given as a number or as a date."""
+    """The seconds that a response asks to wait, given as a number or as a date."""
     milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
+    seconds: float = 0
     try:
         seconds = float(milliseconds) / 1000 if milliseconds else float(text)
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return None
+        if (date := http_date(text)) is not None:
+            seconds = date - time.time()
     return seconds if 0 < seconds < math.inf else None
 
 
-def explain_status(error: APIStatusError) -> CallFailed:
+def error_fields(value: Any) -> tuple[str, str]:
+    """Code and message of an error. It may be an object, nested objects as vLLM has them, or a plain string."""
+    if isinstance(value, str):
+        return "", value
+    if not isinstance(value, dict):
+        return "", "" if value is None else to_json(value)
+    code, message = value.get("code") or value.get("type") or "", value.get("message") or value.get("detail") or ""
+    if not message and value.get("error"):
+        inner_code, message = error_fields(value["error"])
+        code = inner_code or code
+    return str(code), message if isinstance(message, str) else to_json(message)
+
+
+def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError:
     status = error.status_code
-    body = error.body if isinstance(error.body, Mapping) else {}
-    words = body.get("message") or shorten(error.response.text) or error.response.reason_phrase
+    body = error.body if isinstance(error.body, dict) else {}
+    _, message = error_fields(error.body)
+    text = message or error.response.text or error.response.reason_phrase
+    is_of_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or not body.get("message") or "Invalid URL" in message
+    no_endpoint = status == 405 or (status == 404 and is_of_endpoint)
     code = f" ({body['code']})" if body.get("code") else ""
     advice = "; check OPENAI_API_KEY" if status == 401 else ""
-    kind = NoAnswer if status in (408, 409) or status >= 500 else Refused
-    codes = body.get("code"), body.get("type")
-    return kind(f"HTTP {status}: {words}{code}{advice}", status, codes, retry_after(error.response.headers))
+    if 300 <= status < 400:
+        text = "a redirect to another server is not followed"
+    if no_endpoint or 300 <= status < 400:
+        advice = f"; is {url} the base URL of the API?"
+    kind = OutcomeUnknown if status in (408, 409) or (status >= 500 and status != 501) else Refused
+    return kind(
+        f"{operation}: HTTP {status}: {shorten(text)}{code}{advice}",
+        status,
+        (body.get("code"), body.get("type")),
+        retry_after(error.response.headers),
+        no_endpoint=no_endpoint,
+    )
 
 
-def explain(error: OpenAIError | NoAnswer | UnicodeError, url: str) -> CallFailed:
+def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, url: str) -> ApiError:
     """What an error of the SDK means, in the API's words where there are any."""
+    import httpx2
     import openai
 
-    if isinstance(error, NoAnswer):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, openai.APIStatusError):
-        return explain_status(error)
+        return to_status_error(error, operation, url)
+    if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):
+        return NotSent(f"cannot reach {url}: {error.__cause__}")
     if isinstance(error, openai.APITimeoutError):
-        return NoAnswer(f"no answer from {url} in time")
+        return OutcomeUnknown(f"{operation}: no response from {url} in time")
     if isinstance(error, UnicodeError):
-        return NoAnswer(f"the answer from {url} cannot be decoded: {error}")
-    return NoAnswer(f"cannot reach {url}: {error.__cause__ or error}")
+        return OutcomeUnknown(f"{operation}: the response from {url} cannot be decoded: {error}")
+    return OutcomeUnknown(f"{operation}: no response from {url}: {error.__cause__ or error}")
 
 
-def is_rate_limit(failure: CallFailed) -> bool:
-    """Whether waiting helps; it does not where the account's quota is used up."""
+def is_rate_limit(failure: ApiError) -> bool:
+    """Whether waiting helps. It does not where the account's quota is used up."""
     return failure.status == 429 and "insufficient_quota" not in failure.codes
 
 
-# -- the API -----------------------------------------------------------------------------------------------------
+class Retry:
+    """Decides how long to wait before a call is tried again.
+
+    `outage_budget` is how many seconds of pauses a call may use for lost responses, 5xx and 429. Where it is 0, lost
+    responses are bounded by `tries`, and 429s by `rate_limit_budget` seconds. NotSent is repeated even with
+    `repeat_lost=False`, as it took no effect.
+    """
+
+    def __init__(
+        self,
+        tries: int = MAX_TRIES,
+        rate_limit_budget: float = RATE_LIMIT_BUDGET,
+        outage_budget: float = 0,
+        *,
+        repeat_lost: bool = True,
+    ) -> None:
+        self._tries = tries
+        self._rate_limit_budget = rate_limit_budget
+        self._outage_budget = outage_budget
+        self._repeat_lost = repeat_lost
+        self._failures = 0
+        self._lost = 0
+
+    def pause_after(self, failure: ApiError) -> float | None:
+        """Seconds to wait after a failure; None to give up."""
+        self._failures += 1
+        self._lost += isinstance(failure, OutcomeUnknown)
+        backoff = min(0.5 * 2 ** min(self._failures - 1, 10), MAX_PAUSE)
+        pause = max(failure.retry_after or 0, backoff)
+        if is_rate_limit(failure):
+            if self._outage_budget:
+                return self._spend_outage(pause)
+            self._rate_limit_budget -= pause
+            return pause if self._rate_limit_budget >= 0 else None
+        if isinstance(failure, OutcomeUnknown):
+            if failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent)):
+                return None  # a conflict stays one
+            if self._outage_budget:
+                return self._spend_outage(pause)
+            return min(pause, RATE_LIMIT_BUDGET) if self._lost < self._tries else None
+        if failure.status in (401, 403) and self._outage_budget and self._failures < MAX_TRIES:
+            return pause
+        return None
+
+    def _spend_outage(self, pause: float) -> float | None:
+        self._outage_budget -= pause
+        return pause if self._outage_budget > 0 else None
+
+
+# ---- the log
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes the log: an event a line, errors with their stack, no secrets. What cannot be written is a Failure."""
+    """Writes one line per event, without secrets. Raises CommandError where the log cannot be written."""
 
-    def __init__(self, file: TextIO, console: Console) -> None:
+    def __init__(self, file: TextIO, redact: Callable[[str], str]) -> None:
         super().__init__(file)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._console = console
+        self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._console.scrub(super().format(record))
+        return self._redact(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise Failure(f"cannot write the log: {sys.exc_info()[1]}") from None
+        raise CommandError(f"cannot write the log: {sys.exc_info()[1]}") from None
 
 
 @contextlib.contextmanager
-def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
-    """A log that only its owner can read; a run that costs money leaves its trace there, or does not begin."""
-    path = path or time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
-    with failing_to(f"open the log {path}", "; choose another with --log-file"):
+def open_log(path: str | None, redact: Callable[[str], str]) -> Iterator[logging.Logger]:
+    """A log that only its owner can read. Without it no request is made: what costs money must leave a trace."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    if path is None:
+        path = time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
+        flags |= os.O_NOFOLLOW  # somebody else may know the name beforehand
+    with os_errors_as(f"open the log {path}", "; choose another with --log-file"):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(path, flags, 0o600)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
     log = logging.Logger(PROG)
-    log.addHandler(LogHandler(file, console))
+    log.addHandler(LogHandler(file, redact))
     try:
         yield log
     finally:
@@ -870,23 +1369,297 @@ def open_log(path: str | None, console: Console) -> Iterator[logging.Logger]:
             file.close()
 
 
+# ---- the API
+
+
+class Page(NamedTuple):
+    """One page of the listing of batches."""
+
+    batches: list[Batch]
+    has_more: bool | None  # None where the API does not say
+    server_time: float  # Unix seconds, by the server's Date header; else by this machine's clock
+
+    @classmethod
+    def parse(cls, content: Json, headers: Mapping[str, str]) -> Page:
+        data, has_more = content.get("data"), content.get("has_more")
+        if not isinstance(data, list):
+            raise OutcomeUnknown("the response is not a list of batches")
+        date = http_date(headers.get("date", ""))
+        return cls(
+            [Batch.parse(item) for item in data],
+            has_more if isinstance(has_more, bool) else None,
+            time.time() if date is None else date,
+        )
+
+
+class FileInfo(NamedTuple):
+    """A File object of the API. `size` is None where the API does not give it (no `bytes`, or 0)."""
+
+    id: str
+    size: int | None
+
+    @classmethod
+    def parse(cls, content: Json) -> FileInfo:
+        if not is_id(content.get("id")):
+            raise OutcomeUnknown(f"the response is not a file: {shorten(to_json(content))}")
+        return cls(content["id"], int_field(content, "bytes") or None)
+
+
+class Answer(NamedTuple):
+    """The response to a request that was sent at once: what a results line of a batch holds."""
+
+    status: int
+    request_id: str | None
+    body: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Api:
+    """The operations of the API that the commands use. Each is logged and, where that costs nothing, repeated.
+
+    They raise Refused for a definite refusal, and OutcomeUnknown where no try got a usable response. With an
+    `outage_budget` (seconds) they outlive outages as long as that.
+    """
+
+    client: OpenAI
+    url: str  # the base URL without a password, for messages
+    log: logging.Logger
+    console: Console
+    clock: Clock
+    verbose: bool
+    outage_budget: float = 0
+
+    def call_with_retries(
+        self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]], retry: Retry | None = None
+    ) -> T:
+        """The first of the two values of `attempt`; the second one is logged as the response."""
+        import openai
+
+        retry = retry or Retry(outage_budget=self.outage_budget)
+        while True:
+            self.log.info("%s request %s", operation, to_json(logged_as))
+            try:
+                result, response = attempt()
+            except (openai.OpenAIError, ApiError, UnicodeError) as error:  # the last: a response in no known charset
+                failure = to_api_error(error, operation, self.url)
+                self.log.exception("%s error %s", operation, failure)
+            else:
+                self.log.info("%s response %s", operation, to_json(response))
+                if self.verbose:
+                    self.console.message(f"{operation}: {to_json(response)}")
+                return result
+            pause = retry.pause_after(failure)
+            if pause is None:
+                raise failure
+            if is_rate_limit(failure) or pause > QUIET_PAUSE_SECONDS:
+                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
+            self.clock.sleep(pause)
+
+    def call_sdk(
+        self,
+        operation: str,
+        parameters: Json,
+        send: Callable[..., Any],
+        parse: Callable[[Json], T],
+        retry: Retry | None = None,
+    ) -> T:
+        """Call a raw-response method of the SDK, and parse the JSON object of its response."""
+
+        def attempt() -> tuple[T, Json]:
+            content = json_object(send(**parameters).content)
+            return parse(content), content
+
+        return self.call_with_retries(operation, parameters, attempt, retry)
+
+    def upload(self, requests: Input, part: Part, name: str) -> str:
+        """The id of the uploaded part. A file of the wrong size is deleted, and the upload repeated."""
+        send = self.client.with_options(timeout=UPLOAD_SECONDS).files.with_raw_response.create
+        logged = {"file": name, **part._asdict()}
+
+        def attempt() -> tuple[str, Json]:
+            file = cast(BinaryIO, FilePart(requests.file, part.offset, part.size))
+            content = json_object(send(file=(name, file), purpose="batch").content)
+            uploaded = FileInfo.parse(content)
+            if uploaded.size not in (None, part.size):
+                self.delete_file(uploaded.id)
+                raise OutcomeUnknown(f"file {uploaded.id} has {uploaded.size} bytes, but {part.size} were uploaded")
+            return uploaded.id, content
+
+        return self.call_with_retries("UPLOAD", logged, attempt)
+
+    def create_batch(self, request: Json) -> Batch:
+        """One POST, repeated only where it was not sent: each could make a batch, and be charged."""
+
+        def parse(content: Json) -> Batch:
+            batch = Batch.parse(content)
+            if batch.input_file_id not in ("", request["input_file_id"]):
+                raise OutcomeUnknown(f"the response is a batch of another file: {batch.id}")
+            return batch
+
+        retry = Retry(outage_budget=self.outage_budget, repeat_lost=False)
+        return self.call_sdk("CREATE_BATCH", request, self.client.batches.with_raw_response.create, parse, retry)
+
+    def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
+        timeout = max(1, min(POLL_SECONDS, self.clock.seconds_left()))
+        send = self.client.with_options(timeout=timeout).batches.with_raw_response.retrieve
+
+        def parse(content: Json) -> Batch:
+            batch = Batch.parse(content)
+            if batch.id != batch_id:
+                raise OutcomeUnknown(f"the response is another batch: {batch.id}")
+            return batch
+
+        return self.call_sdk("GET_STATUS", {"batch_id": batch_id}, send, parse, retry)
+
+    def cancel(self, batch_id: str) -> Batch:
+        send = self.client.batches.with_raw_response.cancel
+        return self.call_sdk("CANCEL_BATCH", {"batch_id": batch_id}, send, Batch.parse)
+
+    def page(self, query: Json) -> Page:
+        def attempt() -> tuple[Page, Json]:
+            response = self.client.batches.with_raw_response.list(**query)
+            content = json_object(response.content)
+            return Page.parse(content, response.headers), content
+
+        return self.call_with_retries("LIST_BATCHES", query, attempt)
+
+    def pages(self, page_size: int = PAGE_SIZE) -> Iterator[Page]:
+        """All pages, newest batches first. Raises IncompleteListing where the pages do not come to an end."""
+        seen: set[str] = set()
+        query: Json = {"limit": page_size}
+        for _ in range(MAX_PAGES):
+            page = self.page(query)
+            ids = {batch.id for batch in page.batches}
+            is_last = page.has_more is False or (page.has_more is None and not ids - seen and len(ids) < page_size)
+            if not ids - seen and not is_last:
+                raise IncompleteListing("the server repeats a page of its listing of batches")
+            yield page
+            if is_last:
+                return
+            seen |= ids
+            query = {"limit": page_size, "after": page.batches[-1].id}
+        raise IncompleteListing(f"the server's listing of batches has more than {MAX_PAGES} pages")
+
+    def recent_batches(self) -> list[Batch]:
+        """The batches of the last 30 days, by the server's clock. Raises IncompleteListing rather than omit one."""
+        found: dict[str, Batch] = {}
+        old_pages = 0
+        for page in self.pages():
+            oldest = page.server_time - FILE_LIFETIME_SECONDS
+            recent = [batch for batch in page.batches if (batch.created_at or oldest) >= oldest]
+            found.update((batch.id, batch) for batch in recent)
+            old_pages = 0 if recent else old_pages + (len(page.batches) >= PAGE_SIZE)
+            if old_pages >= MAX_OLD_PAGES:
+                break
+        return list(found.values())
+
+    def size_of(self, file_id: str) -> int | None:
+        """The size of a file in bytes: 0 if it is empty, None where the API does not give it.
+
+        Raises Refused where the file is gone.
+        """
+        send = self.client.files.with_raw_response.retrieve
+        size = None
+        try:
+            size = self.call_sdk("DOWNLOAD_RESULTS", {"file_id": file_id}, send, FileInfo.parse).size
+        except Refused as failure:
+            if failure.status not in (404, 405, 501):  # a service may lack this endpoint
+                raise
+        return size or (None if self._has_content(file_id) else 0)
+
+    def _has_content(self, file_id: str) -> bool:
+        def attempt() -> tuple[bool, Json]:
+            has_content = any(self._stream(file_id))
+            return has_content, {"empty": not has_content}
+
+        return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "look": "first bytes"}, attempt)
+
+    def _stream(self, file_id: str) -> Iterator[bytes]:
+        import httpx2
+
+        try:
+            with self.client.files.with_streaming_response.content(file_id) as response:
+                yield from response.iter_bytes(CHUNK_BYTES)
+        except httpx2.HTTPError as error:
+            why = str(error) or type(error).__name__
+            raise OutcomeUnknown(f"download of {file_id} from {self.url} broke off: {why}") from error
+
+    def download(self, file_id: str, size: int | None, out: BinaryIO, name: str) -> int:
+        """Append the file to `out`, and return its size. Without a known size, its last line must be an object."""
+        start = out.tell()
+
+        def attempt() -> tuple[int, Json]:
+            out.seek(start)
+            out.truncate()
+            received = 0
+            for chunk in self._stream(file_id):
+                out.write(chunk)
+                received += len(chunk)
+            if size is not None and received != size:
+                raise OutcomeUnknown(f"download of {file_id} was cut off ({received} of {size} bytes)")
+            if size is None and received and not ends_with_an_object(out, start):
+                raise OutcomeUnknown(f"download of {file_id} was cut off (its last line is not a JSON object)")
+            return received, {"path": name, "bytes": received}
+
+        return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "path": name}, attempt)
+
+    def delete_file(self, file_id: str) -> bool:
+        """Delete a file. Whether it is gone; warns where it is not."""
+        try:
+            self.call_sdk("DELETE_FILE", {"file_id": file_id}, self.client.files.with_raw_response.delete, dict)
+        except ApiError as failure:
+            if failure.status != 404 or failure.no_endpoint:
+                self.console.warn(f"file {file_id} was not deleted: {failure}")
+                return False
+        return True
+
+    def refuse_dead_model(self, model: Any) -> None:
+        """Raise CommandError where the model does not exist; warn where it is about to be shut down."""
+        if not model or not isinstance(model, str):
+            return
+        send = self.client.models.with_raw_response.retrieve
+        try:
+            content = self.call_sdk("GET_MODEL", {"model": model}, send, dict, Retry(tries=1))
+        except ApiError as failure:
+            if failure.status == 404 and "model_not_found" in failure.codes:
+                advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
+                raise CommandError(f"the model {quoted(model)} does not exist ({failure}); {advice}") from None
+            return
+        with contextlib.suppress(ValueError):
+            shutdown = datetime.date.fromisoformat(str_field(content, "shutdown_date"))
+            if shutdown <= datetime.date.today() + datetime.timedelta(days=SHUTDOWN_WARNING_DAYS):
+                self.console.warn(f"the model {quoted(model)} is shut down on {shutdown}; choose a newer one soon")
+
+    def answer(self, url: str, body: Json) -> Answer:
+        """Send one request to its own endpoint. Repeated only where it was not carried out."""
+        import httpx2
+
+        client = self.client.with_options(timeout=ANSWER_SECONDS)
+
+        def attempt() -> tuple[Answer, Json]:
+            response = client.post(url.removeprefix("/v1"), cast_to=httpx2.Response, body=body)
+            content = json_object(response.content)
+            return Answer(response.status_code, response.headers.get("x-request-id"), content), content
+
+        return self.call_with_retries("PREVIEW", {"url": url, "body": body}, attempt, Retry(repeat_lost=False))
+
+
 def header_value(name: str) -> str:
-    """An environment variable that is sent in a header, without the blanks or line end around it."""
+    """An environment variable that is sent in a header, without the blanks around it."""
     value = os.environ.get(name, "").strip()
     if not value.isascii() or not value.isprintable():
-        raise Failure(f"{name} has control or non-ASCII characters in it; set it again")
+        raise CommandError(f"{name} has control or non-ASCII characters in it; set it again")
     return value
 
 
 def api_key() -> str:
     key = header_value("OPENAI_API_KEY")
     if not key:
-        raise Failure("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
+        raise CommandError("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
     return key
 
 
-def base_url(console: Console) -> str:
-    """OPENAI_BASE_URL, or OpenAI's own; a password in it is hidden from now on."""
+def base_url() -> str:
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
     try:
         parts = urllib.parse.urlsplit(url)
@@ -894,10 +1667,7 @@ def base_url(console: Console) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise Failure("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
-    password = parts.password or ""
-    if len(password) >= 8:
-        console.secrets += [password, urllib.parse.unquote(password)]
+        raise CommandError("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
     return url
 
 
@@ -906,169 +1676,18 @@ def without_password(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-class Api:
-    """The operations of the Files and Batches API that the commands use, each logged, with one loop for all calls.
-
-    They raise Refused for a definite no, and NoAnswer where several tries got no usable answer.
-    """
-
-    def __init__(self, client: OpenAI, log: logging.Logger, args: argparse.Namespace) -> None:
-        self.client = client
-        self.url = without_password(str(client.base_url))
-        self.sleep: Callable[[float], None] = args.sleep
-        self.seconds_left: Callable[[], float] = lambda: math.inf
-        self.console: Console = args.console
-        self.log = log
-        self._verbose: bool = args.verbose
-
-    def call(
-        self,
-        operation: str,
-        about: Json,
-        send: Callable[[], Json],
-        read: Callable[[Json], T],
-        *,
-        tries: int = TRIES,
-        patience: float = RATE_LIMIT_SECONDS,
-    ) -> T:
-        """What `read` makes of the answer to `send`; a lost answer is tried again, a 429 waited out for `patience`."""
-        import openai
-
-        lost = limited = 0
-        while True:
-            self.log.info("%s request %s", operation, to_json(about))
-            try:
-                content = send()
-                answer = read(content)
-            except (openai.OpenAIError, NoAnswer, UnicodeError) as error:  # the last of an answer in no charset
-                failure = explain(error, self.url)
-                self.log.exception("%s error %s", operation, failure)
-            else:
-                self.log.info("%s response %s", operation, to_json(content))
-                if self._verbose:
-                    self.console.say(f"{operation}: {to_json(content)}")
-                return answer
-            lost, limited = lost + isinstance(failure, NoAnswer), limited + is_rate_limit(failure)
-            pause = failure.retry_after or 0.5 * 2 ** min(lost + limited - 1, 10)
-            if is_rate_limit(failure) and pause <= patience:
-                patience -= pause
-            elif not isinstance(failure, NoAnswer) or failure.status == 409 or lost >= tries:  # a conflict stays one
-                raise failure
-            pause = min(pause, RATE_LIMIT_SECONDS)
-            if is_rate_limit(failure) or pause > NOTICED_SECONDS:
-                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
-            self.sleep(pause)
-
-    def ask(
-        self,
-        operation: str,
-        send: Callable[..., LegacyAPIResponse[Any]],
-        read: Callable[[Json], T],
-        parameters: Json,
-        **limits: Any,
-    ) -> T:
-        """What `read` makes of the SDK's answer to these parameters, which the log shows as they are."""
-        return self.call(operation, parameters, lambda: json_object(send(**parameters)), read, **limits)
-
-    def upload(self, file: BinaryIO, part: Part, name: str) -> FileObject:
-        send = self.client.with_options(timeout=UPLOAD_SECONDS).files.with_raw_response.create
-        content = (name, cast(BinaryIO, FilePart(file, part)))
-        about = {"file": name, "part": part.label, "bytes": part.size, "requests": part.requests, "sha256": part.sha256}
-
-        def read(answer: Json) -> FileObject:
-            uploaded = as_file(answer)
-            if uploaded.bytes != part.size:
-                raise NoAnswer(f"file {uploaded.id} has {uploaded.bytes} bytes where {part.size} were uploaded")
-            return uploaded
-
-        return self.call("UPLOAD", about, lambda: json_object(send(file=content, purpose="batch")), read)
-
-    def create_batch(self, request: Json) -> Batch:
-        """One POST, as each repetition could be a batch of its own, and be charged."""
-        return self.ask("CREATE_BATCH", self.client.batches.with_raw_response.create, as_batch, request, tries=1)
-
-    def batch(self, batch_id: str, **limits: Any) -> Batch:
-        client = self.client.with_options(timeout=max(1, min(POLL_SECONDS, self.seconds_left())))
-
-        def read(answer: Json) -> Batch:
-            batch = as_batch(answer)
-            if batch.id != batch_id:
-                raise NoAnswer(f"the answer is another batch: {batch.id}")
-            return batch
-
-        send = client.batches.with_raw_response.retrieve
-        return self.ask("GET_STATUS", send, read, {"batch_id": batch_id}, **limits)
-
-    def cancel(self, batch_id: str) -> Batch:
-        return self.ask("CANCEL_BATCH", self.client.batches.with_raw_response.cancel, as_batch, {"batch_id": batch_id})
-
-    def batches(self, page_size: int = PAGE_SIZE) -> Iterator[Batch]:
-        """All batches, newest first, a request a page; ends where a page brings nothing new."""
-        seen: set[str] = set()
-        query: Json = {"limit": page_size}
-        for _ in range(MAX_PAGES):
-            page, has_more = self.ask("LIST_BATCHES", self.client.batches.with_raw_response.list, as_page, query)
-            new = [batch for batch in page if batch.id not in seen]
-            yield from new
-            if not has_more or not new:
-                return
-            seen.update(batch.id for batch in new)
-            query = {"limit": page_size, "after": page[-1].id}
-
-    def recent_batches(self) -> Iterator[Batch]:
-        """The batches of the last 30 days, newest first."""
-        oldest = time.time() - RECENT_SECONDS
-        for batch in self.batches():
-            if (number_of(batch, "created_at") or oldest) < oldest:
-                return
-            yield batch
-
-    def file(self, file_id: str) -> FileObject:
-        return self.ask("DOWNLOAD_RESULTS", self.client.files.with_raw_response.retrieve, as_file, {"file_id": file_id})
-
-    def delete_file(self, file_id: str) -> None:
-        """Delete an uploaded file that no batch uses; not worth a failure of its own."""
-        try:
-            self.ask("DELETE_FILE", self.client.files.with_raw_response.delete, bool, {"file_id": file_id})
-        except Failure as failure:
-            self.console.warn(f"file {file_id} was not deleted: {failure}")
-
-    def download(self, file_id: str, out: BinaryIO, path: str) -> int:
-        """Append the file to `out`, and return its size; checked against the size that the API gives, tried again."""
-        size = self.file(file_id).bytes
-        start = out.tell()
-
-        def receive() -> Json:
-            out.seek(start)
-            out.truncate()
-            received = self._stream(file_id, out)
-            if received != size:
-                raise NoAnswer(f"download of {file_id} was cut off ({received} of {size} bytes); try again")
-            if received and last_byte(out) != b"\n":
-                raise NoAnswer(f"download of {file_id} was cut off (no line end at its end); try again")
-            return {"path": path, "bytes": received}
-
-        return self.call("DOWNLOAD_RESULTS", {"file_id": file_id, "path": path}, receive, lambda _: size)
-
-    def _stream(self, file_id: str, out: BinaryIO) -> int:
-        """Copy the file's content as it comes, in bounded memory; the number of bytes."""
-        import httpx2
-
-        received = 0
-        try:
-            with self.client.files.with_streaming_response.content(file_id) as response:
-                for block in response.iter_bytes(CHUNK):
-                    out.write(block)
-                    received += len(block)
-        except httpx2.HTTPError as error:
-            why = str(error) or type(error).__name__
-            raise NoAnswer(f"download of {file_id} from {self.url} broke off: {why}") from error
-        return received
+def refuse_foreign_redirect(response: httpx2.Response) -> None:
+    """Make a redirect to another scheme, host or port an ordinary error: the client follows a location only."""
+    location = response.headers.get("location")
+    if location:
+        target = response.url.join(location)
+        if (target.scheme, target.host, target.port) != (response.url.scheme, response.url.host, response.url.port):
+            del response.headers["location"]
 
 
 @contextlib.contextmanager
 def holding_signals() -> Iterator[None]:
-    """Keep signals back while the block runs: a callback of the interpreter would swallow what they raise."""
+    """Keep signals back during the block: a callback of the interpreter would swallow the exception that they raise."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         yield
@@ -1077,409 +1696,1886 @@ def holding_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connect(args: argparse.Namespace) -> Iterator[Api]:
-    """The API as the environment names it; no request is made yet."""
-    console: Console = args.console
-    key, url = api_key(), base_url(console)
+def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterator[Api]:
+    """The API that the environment names. No request is made yet."""
+    key, url = api_key(), base_url()
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
-    with open_log(args.log_file, console) as log:
+    with open_log(args.log_file, console.redact) as log:
         log.info("START %s", to_json([PROG, *args.argv]))
         try:
             with holding_signals():
                 import httpx2
                 import openai
         except ImportError as error:
-            raise Failure(f"the openai package cannot be imported ({error}); pip install -r requirements.txt, "
-                          "or use the Python of a virtual environment that has it") from None
+            advice = "pip install -r requirements.txt, or use the Python of a virtual environment that has it"
+            raise CommandError(f"the openai package cannot be imported ({error}); {advice}") from None
         try:
+            http = openai.DefaultHttpxClient(event_hooks={"response": [refuse_foreign_redirect]})
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
-                                   max_retries=0, timeout=POLL_SECONDS)
+                                   max_retries=0, timeout=POLL_SECONDS, http_client=http)
         except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
-            raise Failure(f"no client can be made: {error}; check the proxy and certificate variables") from None
+            advice = "check the proxy and certificate variables"
+            raise CommandError(f"the API client cannot be made: {error}; {advice}") from None
         with client:
-            yield Api(client, log, args)
+            yield Api(client, without_password(str(client.base_url)), log, console, clock, args.verbose)
 
 
-# -- submitting and watching -------------------------------------------------------------------------------------
+# ---- results lines
 
 
-class Submission:
-    """Makes batches of the parts of a request file, each exactly once, whatever happens to the answers.
+class Outcome(NamedTuple):
+    """How a request ended by its results line, and why."""
 
-    With the sha256 of a whole request file, they are found again as batches of that file, whatever its parts.
-    """
+    kind: str  # SUCCEEDED, REJECTED, RETRYABLE, MISSING or OUTDATED
+    code: str = ""
+    message: str = ""
 
-    def __init__(
-        self, api: Api, args: argparse.Namespace, file: BinaryIO, endpoint: str, request_file_sha256: str = ""
-    ) -> None:
-        self._api = api
-        self._console: Console = args.console
-        self._file = file
-        self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
-        self._endpoint = endpoint
-        self._window: str = args.completion_window
-        self._signature = file_signature(file)
-        self._request_file_sha256 = request_file_sha256
-
-    def find_earlier(self, parts: Sequence[Part]) -> dict[str, list[Batch]]:
-        """The recent batches at the same endpoint, newest first: by the sha256 of each part, and OTHERS of the file."""
-        earlier: dict[str, list[Batch]] = {OTHERS: [], **{part.sha256: [] for part in parts}}
-        whole = self._request_file_sha256
-        for batch in self._api.recent_batches():
-            if text_of(batch, "endpoint") != self._endpoint:
-                continue
-            sha256 = metadata_of(batch, "input_sha256")
-            if sha256 in earlier:
-                earlier[sha256].append(batch)
-            elif whole and whole in (sha256, metadata_of(batch, "request_file_sha256")):
-                earlier[OTHERS].append(batch)
-        return earlier
-
-    def upload(self, part: Part) -> str:
-        """The id of the part as an uploaded file."""
-        file_id = self._api.upload(self._file, part, self._name).id
-        try:
-            refuse_changes(self._file, self._signature, self._name)
-        except Failure:
-            self._api.delete_file(file_id)
-            raise
-        return file_id
-
-    def create(self, part: Part, file_id: str, known: Iterable[str] = ()) -> Batch:
-        """The batch of an uploaded part; raises Failure where it is refused, or its existence stays unknown.
-
-        `known` are batches of the same file that it cannot be.
-        """
-        request = {
-            "input_file_id": file_id,
-            "endpoint": self._endpoint,
-            "completion_window": self._window,
-            "metadata": self._metadata(part),
-        }
-        for attempt in range(TRIES):
-            try:
-                return self._create_visible(request)
-            except NoAnswer as failure:
-                self._console.warn(f"{failure}; looking whether the batch exists")
-            except Refused:
-                if not attempt:  # else an earlier POST may have made a batch of the file
-                    self._api.delete_file(file_id)
-                raise
-            batch, answered = self._look_up(file_id, set(known))
-            if batch:
-                return batch
-            if not answered:
-                break
-        raise Failure(f"no answer whether the batch of file {file_id} was created; run the same command again: "
-                      "it adopts the batch if it exists")
-
-    def _metadata(self, part: Part) -> dict[str, str]:
-        metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
-        if self._request_file_sha256 not in ("", part.sha256):
-            metadata["request_file_sha256"] = self._request_file_sha256
-        return metadata
-
-    def _create_visible(self, request: Json) -> Batch:
-        """One batch; a file that was just uploaded and is not found yet is given some seconds."""
-        for delay in LOOK_UP_DELAYS:
-            try:
-                return self._api.create_batch(request)
-            except Refused as failure:
-                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
-                    raise
-            self._api.sleep(delay)
-        return self._api.create_batch(request)
-
-    def _look_up(self, file_id: str, known: set[str]) -> tuple[Batch | None, bool]:
-        """The batch of an uploaded file, where it is listed; and whether the last look got an answer."""
-        answered = False
-        for delay in LOOK_UP_DELAYS:
-            self._api.sleep(delay)
-            try:
-                for batch in self._api.recent_batches():
-                    if text_of(batch, "input_file_id") == file_id and batch.id not in known:
-                        return batch, True
-                answered = True
-            except CallFailed as failure:
-                self._console.warn(str(failure))
-                answered = False
-        return None, answered
+    def error(self) -> str:
+        return ": ".join(filter(None, (self.code, self.message)))
 
 
-class Watch:
-    """Keeps time and looks at batches while they run, saying how far they are."""
-
-    def __init__(self, api: Api, args: argparse.Namespace, *, answered: bool = False) -> None:
-        self.latest: dict[str, Batch] = {}
-        self._answered = answered  # the API, once; from then on, outages are outlived
-        self._api = api
-        self._sleep: Callable[[float], None] = args.sleep
-        self._clock: Callable[[], float] = args.clock
-        self._started = args.clock()
-        self.deadline = math.inf if args.timeout is None else self._started + args.timeout
-        self._said = ""
-        api.sleep, api.seconds_left = self.pause, self.seconds_left  # no wait inside a call outlasts --timeout
-
-    def seconds_left(self) -> float:
-        return self.deadline - self._clock()
-
-    def pause(self, seconds: float) -> None:
-        """Sleep; raises TimedOut once --timeout has passed."""
-        if self.seconds_left() > 0:
-            self._sleep(min(seconds, self.seconds_left()))
-        if self.seconds_left() <= 0:
-            raise TimedOut("--timeout passed")
-
-    def look(self, batch_ids: Iterable[str]) -> list[Batch]:
-        """Ask once for each of the batches; those that have ended. After a first answer, outages are outlived."""
-        ended = []
-        for batch_id in batch_ids:
-            limits = {"tries": 1, "patience": 0} if self._answered else {}
-            try:
-                batch = self._api.batch(batch_id, **limits)
-            except CallFailed as failure:
-                if not self._answered or not (isinstance(failure, NoAnswer) or is_rate_limit(failure)):
-                    raise
-                self._api.console.warn(f"{batch_id}: {failure}; still waiting")
-            else:
-                self._answered = True
-                self.latest[batch_id] = batch
-                if has_ended(batch):
-                    ended.append(batch)
-        return ended
-
-    def show(self) -> None:
-        """Progress over all batches: on a terminal every time, elsewhere when it has changed."""
-        batches = self.latest.values()
-        counts = [request_counts(batch) for batch in batches]
-        failed, total = sum(each.failed for each in counts), sum(each.total for each in counts)
-        done = sum(each.completed for each in counts) + failed
-        statuses = Counter(batch.status for batch in batches)
-        said = "batches: " + ", ".join(f"{number} {status}" for status, number in statuses.items())
-        if total:
-            said += f"; requests: {done}/{total} ({100 * done // total}%)"
-        if failed:
-            said += f", {failed} failed"
-        if said != self._said or self._api.console.live:
-            elapsed = datetime.timedelta(seconds=int(self._clock() - self._started))
-            self._api.console.progress(f"{said}; {elapsed} elapsed")
-        self._said = said
+def body_of(result: Json) -> Any:
+    """The body of the response, decoded where the service wrote it as a JSON string; None where there is none."""
+    body = child_object(result, "response").get("body")
+    if isinstance(body, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(body)
+    return body
 
 
-# -- results -----------------------------------------------------------------------------------------------------
+def text_of_type(parts: Iterable[Json], kind: str, field: str) -> str:
+    return "".join([str(part.get(field) or "") for part in parts if part.get("type") == kind])
 
 
-def error_verdict(outcome: str, error: Any, otherwise: str) -> Verdict:
-    """The verdict of an error object of the API, of which any field may be missing or odd."""
-    fields = error if isinstance(error, dict) else {}
-    code, message = fields.get("code") or fields.get("type"), fields.get("message")
-    return Verdict(outcome, str(code or otherwise), str(message) if message else "")
+def chat_text(content: Any) -> str:
+    """The content of a chat message, which is a string or a list of parts."""
+    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in objects(content))
 
 
-def judge(result: Json) -> Verdict:
-    response = result.get("response")
+def response_text(body: Json) -> tuple[str, str]:
+    """The text and the refusal in the body of a Response or a chat completion; each may be empty."""
+    if "output" in body:
+        messages = [item for item in objects(body["output"]) if item.get("type") == "message"]
+        parts = [part for item in messages for part in objects(item.get("content"))]
+        return text_of_type(parts, "output_text", "text"), text_of_type(parts, "refusal", "refusal")
+    choice = next(iter(objects(body.get("choices"))), {})
+    message = child_object(choice, "message")
+    return chat_text(message.get("content")), str(message.get("refusal") or "")
+
+
+def classify_body(body: Any, top_error: Any) -> Outcome:
+    """The outcome of a response with HTTP 200. What is not understood is rejected: it may have been paid for."""
+    if not isinstance(body, dict):
+        return Outcome(REJECTED, "not_understood", error_fields(top_error)[1] or f"body is {quoted(body)}")
+    error = body.get("error") if body.get("error") is not None else top_error
+    status = body.get("status")
+    if status in ("failed", "cancelled"):
+        code, message = error_fields(error)
+        return Outcome(RETRYABLE, code or status, message)
+    if status == "incomplete":
+        return Outcome(REJECTED, "incomplete", str(child_object(body, "incomplete_details").get("reason") or ""))
+    if error is not None:
+        code, message = error_fields(error)
+        return Outcome(REJECTED, code or "error", message)
+    if status not in (None, "completed"):
+        return Outcome(REJECTED, "not_understood", f"status is {quoted(status)}")
+    return classify_text(body) if "output" in body or "choices" in body else Outcome(SUCCEEDED)
+
+
+def classify_text(body: Json) -> Outcome:
+    """The outcome of a complete Response or chat completion, by what it says."""
+    text, refusal = response_text(body)
+    finish_reason = next((choice.get("finish_reason") for choice in objects(body.get("choices"))), None)
+    if finish_reason in ("length", "content_filter"):
+        return Outcome(REJECTED, "incomplete", finish_reason)
+    if refusal:
+        return Outcome(REJECTED, "refusal", refusal)
+    return Outcome(SUCCEEDED) if text.strip() else Outcome(REJECTED, "no_text")
+
+
+def classify(result: Json) -> Outcome:
+    """How the request of a results line ended. `run`, `retry`, `export` and `preview` all decide by this."""
+    response, top_error = result.get("response"), result.get("error")
     if not isinstance(response, dict):
-        return error_verdict(RETRYABLE, result.get("error"), "no_response")
-    status, body = response.get("status_code"), object_in(response, "body")
-    if status == 200 and isinstance(response.get("body"), dict) and body.get("status") in (None, "completed"):
-        return Verdict(SUCCEEDED)
-    if status == 200 and body.get("status") == "incomplete":
-        return Verdict(REJECTED, "incomplete", str(object_in(body, "incomplete_details").get("reason") or ""))
-    rejected = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-    otherwise = str(body.get("status") or "no_body") if status == 200 else f"http_{status}"
-    return error_verdict(REJECTED if rejected else RETRYABLE, body.get("error") or result.get("error"), otherwise)
-
-
-def body_of(result: Json) -> Json:
-    return object_in(object_in(result, "response"), "body")
+        code, message = error_fields(top_error)
+        return Outcome(MISSING if code == MISSING else RETRYABLE, code or "no_response", message)
+    status, body = response.get("status_code"), body_of(result)
+    if status == 200:
+        return classify_body(body, top_error)
+    is_final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+    inner = body.get("error") or body if isinstance(body, dict) else body
+    code, message = error_fields(inner or top_error)
+    return Outcome(REJECTED if is_final else RETRYABLE, code or f"http_{status}", message)
 
 
 def token_count(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 10**15 else None
 
 
-def usage_of(body: Json) -> tuple[int | None, int | None]:
+def token_usage(body: Any) -> tuple[int | None, int | None]:
     """Input and output tokens of a response; None where it does not say."""
-    usage = object_in(body, "usage")
+    usage = child_object(body, "usage") if isinstance(body, dict) else {}
     input_tokens = usage.get("input_tokens", usage.get("prompt_tokens"))
     output_tokens = usage.get("output_tokens", usage.get("completion_tokens"))
     return token_count(input_tokens), token_count(output_tokens)
 
 
-def request_ids(file: BinaryIO, path: str) -> dict[str, Entry | None]:
-    """The custom_ids of a request file in its order, each without an entry yet; raises Failure for a bad line."""
-    ids: dict[str, Entry | None] = {}
-    for number, line in enumerate(lines_of(file, path), 1):
-        try:
-            custom_id = read_object(line).get("custom_id")
-        except ValueError as error:
-            raise Failure(f"{path} line {number}: {error}; is this the request file?") from None
-        if not isinstance(custom_id, str) or not custom_id:
-            raise Failure(f"{path} line {number}: no custom_id; is this the request file?")
-        if custom_id in ids:
-            raise Failure(f"{path} line {number}: custom_id {quoted(custom_id)} was used before; see validate")
-        ids[custom_id] = None
-    file.seek(0)
-    return ids
+class BestLine(NamedTuple):
+    """A results line: what it says of its request, and where it stands."""
+
+    outcome: str
+    code: str
+    file: BinaryIO
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The line without its line end."""
+        return os.pread(self.file.fileno(), self.size, self.offset).rstrip()
+
+
+class OtherLine(NamedTuple):
+    """A success of a request that the request file does not have; `sha256` is of that request, empty if unknown."""
+
+    line: BestLine
+    sha256: str
+
+
+class UnknownRequest(ValueError):
+    """The results line is of a request that the request file does not have."""
 
 
 class Results:
-    """The best results line of every request: a success wins, else the last one read.
+    """The best results line of every request.
 
-    `best` has every custom_id of the request file in its order; the lines stay in their files.
+    A success of the request wins, else its last line, else a line of another version of the request. The lines stay
+    in their files, which must stay open.
     """
 
-    def __init__(self, best: dict[str, Entry | None], console: Console) -> None:
-        self.best = best
+    def __init__(self, requests: RequestIndex, console: Console) -> None:
+        self.requests = requests
+        self.best: list[BestLine | None] = [None] * len(requests.line_of)  # in request order
+        self.others: list[OtherLine] = []  # those to keep
+        self.of_other_requests = 0  # successes of other requests, whether kept or not
         self.ignored = 0  # lines that are no result of any request
-        self.input_tokens = 0  # of all lines read: what was charged
+        self.input_tokens = 0  # charged for the lines in `best`
         self.output_tokens = 0
+        self._examples: dict[str, str] = {}  # a message for each error code
         self._console = console
-        self._files: list[BinaryIO] = []
 
-    def read(self, file: BinaryIO, path: str) -> None:
-        """Index the lines of a file from where it stands; it must stay open."""
-        if file not in self._files:
-            self._files.append(file)
-        index = self._files.index(file)
-        offset = file.tell()
-        for number, line in enumerate(lines_of(file, path), 1):
+    def read(self, file: BinaryIO, name: str, start: int = 0, answered: Mapping[str, bytes] | None = None) -> None:
+        """Index the lines of a file from `start` on, and warn of those that are no results of a request.
+
+        `answered` gives the digest of the request that each custom_id stood for, where that may differ from the
+        request file.
+        """
+        for number, line, result in self._lines(file, name, start):
             try:
-                self._add(read_object(line), index, offset, len(line))
+                if isinstance(result, ValueError):
+                    raise result
+                self._add(result, line, answered, keep_others=answered is not None)
             except ValueError as error:
-                self._ignore(f"{path} line {number}: {error}; line ignored")
-            offset += len(line)
+                self.ignored += 1
+                if self.ignored <= MAX_LISTED:
+                    self._console.warn(f"{name} line {number}: {error}; line ignored")
 
-    def _add(self, result: Json, file: int, offset: int, size: int) -> None:
+    def read_own(self, file: BinaryIO, name: str) -> None:
+        """Index the file that `run` wrote before. Raises CommandError for a line that is not a results line."""
+        for number, line, result in self._lines(file, name, 0):
+            try:
+                if isinstance(result, ValueError):
+                    raise result
+                self._add(result, line, None, keep_others=True)
+            except UnknownRequest:
+                pass  # a success is in `others`
+            except ValueError as error:
+                advice = "it holds something else than results, so it is left alone; choose another --out"
+                raise CommandError(f"{name} line {number}: {error}; {advice}") from None
+
+    @staticmethod
+    def _lines(file: BinaryIO, name: str, start: int) -> Iterator[tuple[int, BestLine, Json | ValueError]]:
+        offset = start
+        with os_errors_as(f"read {name}"):
+            file.seek(start)
+            for number, line in enumerate(iter(file.readline, b""), 1):
+                result: Json | ValueError
+                try:
+                    result = read_object(line)
+                except ValueError as error:
+                    result = error
+                yield number, BestLine("", "", file, offset, len(line)), result
+                offset += len(line)
+
+    def _add(
+        self, result: Json, line: BestLine, answered: Mapping[str, bytes] | None, *, keep_others: bool
+    ) -> None:
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
-        if custom_id not in self.best:
-            raise ValueError(f"custom_id {quoted(custom_id)} is not in the request file")
-        outcome, code, _ = judge(result)
-        known = self.best[custom_id]
-        if known is None or known.outcome != SUCCEEDED or outcome == SUCCEEDED:
-            self.best[custom_id] = Entry(outcome, sys.intern(code[:80]), file, offset, size)
-        input_tokens, output_tokens = usage_of(body_of(result))
-        self.input_tokens += input_tokens or 0
-        self.output_tokens += output_tokens or 0
+        if not ("response" in result or "error" in result):
+            raise ValueError("not a results line (no response and no error)")
+        sha256 = str_field(result, "request_sha256")
+        if not sha256 and answered is not None:
+            sha256 = answered.get(custom_id, b"").hex() or "unknown"
+        outcome = classify(result)
+        line = line._replace(outcome=outcome.kind, code=sys.intern(outcome.code[:80]))
+        position = self.requests.line_of.get(custom_id, 0) - 1
+        if position >= 0 and sha256 in ("", self.requests.digest(custom_id).hex()):
+            self._add_current(position, line, outcome, token_usage(body_of(result)))
+            return
+        if outcome.kind == SUCCEEDED:
+            self.of_other_requests += 1
+            if keep_others:
+                self.others.append(OtherLine(line, sha256))
+        if position >= 0 and self.best[position] is None:
+            self.best[position] = line._replace(outcome=OUTDATED, code="")
+        if position < 0 and not sha256:
+            raise UnknownRequest(f"custom_id {quoted(custom_id)} is not in the request file")
 
-    def _ignore(self, text: str) -> None:
-        self.ignored += 1
-        if self.ignored <= MAX_LISTED:
-            self._console.warn(text)
+    def _add_current(
+        self, position: int, line: BestLine, outcome: Outcome, tokens: tuple[int | None, int | None]
+    ) -> None:
+        known = self.best[position]
+        if outcome.kind == MISSING or (known and known.outcome == SUCCEEDED != outcome.kind):
+            return
+        if known is None or known.outcome != outcome.kind:  # the same line may come from two files
+            self.input_tokens += tokens[0] or 0
+            self.output_tokens += tokens[1] or 0
+        self.best[position] = line
+        if line.code and not self._examples.get(line.code):
+            self._examples[line.code] = shorten(outcome.message)
 
-    def line(self, entry: Entry) -> bytes:
-        """The results line itself, with a line end."""
-        line = os.pread(self._files[entry.file].fileno(), entry.size, entry.offset)
-        return line if line.endswith(b"\n") else line + b"\n"
+    def fall_back_on(self, earlier: Results) -> None:
+        """Take the successes of earlier results for requests without one, and the lines of other requests."""
+        for position, line in enumerate(earlier.best):
+            known = self.best[position]
+            if line and line.outcome == SUCCEEDED and (known is None or known.outcome != SUCCEEDED):
+                self.best[position] = line
+        self.others += earlier.others
+
+    def outcome_at(self, position: int) -> str:
+        line = self.best[position]
+        return line.outcome if line else MISSING
 
     def outcomes(self) -> Counter[str]:
-        """How many requests ended how: succeeded, rejected, retryable, missing."""
-        return Counter(entry.outcome if entry else MISSING for entry in self.best.values())
+        return Counter(line.outcome if line else MISSING for line in self.best)
 
-    def errors(self) -> Counter[str]:
-        return Counter(entry.code for entry in self.best.values() if entry and entry.code)
+    def positions(self, wanted: Iterable[str]) -> set[int]:
+        """The positions of the requests with one of the wanted outcomes."""
+        return {position for position in range(len(self.best)) if self.outcome_at(position) in wanted}
+
+    def most_common_errors(self) -> str:
+        """The five commonest error codes, each with how often it occurred and an example of its message."""
+        codes = Counter(line.code for line in self.best if line and line.code).most_common(5)
+        return "; ".join(f"{number} × " + ": ".join(filter(None, (code, self._examples[code]))) for code, number in codes)
 
     def summary(self) -> str:
-        """The totals, the tokens and the commonest errors, for stderr."""
-        outcomes, errors = self.outcomes(), self.errors()
-        incomplete = errors["incomplete"]
-        failed = outcomes[REJECTED] + outcomes[RETRYABLE] - incomplete
-        text = (
-            f"{outcomes[SUCCEEDED]} succeeded, {failed} failed, {incomplete} incomplete, "
-            f"{outcomes[MISSING]} missing of {count_of(len(self.best), 'request')}; "
-            f"tokens: {self.input_tokens} input, {self.output_tokens} output"
-        )
-        return text + (f"; errors: {commonest(errors)}" if errors else "") + self.ignored_lines()
-
-    def ignored_lines(self) -> str:
-        return f"; {count_of(self.ignored, 'results line')} ignored" if self.ignored else ""
-
-
-def lines_to_send(
-    lines: Iterable[bytes], best: Mapping[str, Entry | None], wanted: Iterable[str]
-) -> Iterator[bytes]:
-    """The lines of a request file whose requests ended in one of the wanted ways, as they stand there."""
-    for line, entry in zip(lines, best.values(), strict=True):
-        if (entry.outcome if entry else MISSING) in wanted:
-            yield line
+        """The totals, for stderr: the same words in every command."""
+        outcomes = self.outcomes()
+        kinds = [SUCCEEDED, REJECTED, RETRYABLE, MISSING, *([OUTDATED] if outcomes[OUTDATED] else [])]
+        counted = ", ".join(f"{outcomes[kind]} {kind}" for kind in kinds)
+        text = f"{counted} of {plural(len(self.best), 'request')}"
+        if self.input_tokens or self.output_tokens:
+            text += f"; tokens: {self.input_tokens} input, {self.output_tokens} output"
+        if self.of_other_requests:
+            text += f"; {plural(self.of_other_requests, 'result')} of other requests"
+        if self.ignored:
+            text += f"; {plural(self.ignored, 'results line')} ignored"
+        return text
 
 
-# -- bios --------------------------------------------------------------------------------------------------------
+def report_results(prefix: str, results: Results, console: Console) -> None:
+    console.message(f"{prefix}{results.summary()}")
+    if errors := results.most_common_errors():
+        console.message(f"commonest errors: {errors}")
 
 
-def joined(parts: Iterable[Json], kind: str, field: str) -> str:
-    """The text in the parts of one type."""
-    return "".join([str(part.get(field) or "") for part in parts if part.get("type") == kind])
+def with_request_sha256(line: bytes, sha256: str) -> bytes:
+    """A results line as `run` writes it: with the sha256 of its request as the last key, and a line end."""
+    if not sha256 or re.search(rb'"request_sha256":\s*"[0-9a-f]{64}"\s*\}$', line):
+        return line + b"\n"
+    return line[:-1].rstrip() + f', "request_sha256": "{sha256}"}}\n'.encode()
 
 
-def chat_text(content: Any) -> str:
-    """The content of a chat message, which is a text or a list of parts."""
-    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in dicts(content))
+def missing_line(custom_id: str) -> bytes:
+    error = {"code": MISSING, "message": "the request is in no output or error file of its batches"}
+    line = to_json({"id": None, "custom_id": custom_id, "response": None, "error": error})
+    return line.encode(errors="backslashreplace") + b"\n"
 
 
-def answer_text(body: Json) -> tuple[str, str]:
-    """The text of a response and what there is to say against it: `refusal: …`, or that it was cut off."""
-    parts = []
-    for item in dicts(body.get("output")):
-        if item.get("type") == "message":
-            parts += dicts(item.get("content"))
-    text, refusal = joined(parts, "output_text", "text"), joined(parts, "refusal", "refusal")
-    choice = next(iter(dicts(body.get("choices"))), {})
-    if message := object_in(choice, "message"):
-        text, refusal = chat_text(message.get("content")), str(message.get("refusal") or "")
-    if refusal:
-        return text, f"refusal: {refusal}"
-    return text, "incomplete: length" if choice.get("finish_reason") == "length" else ""
+def result_lines(results: Results) -> Iterator[bytes]:
+    """The lines of `run`'s output: one for each request in request order, then the successes of other requests."""
+    index = results.requests
+    for custom_id, line in zip(index.line_of, results.best, strict=True):
+        if line is None or line.outcome == OUTDATED:
+            yield missing_line(custom_id)
+        else:
+            yield with_request_sha256(line.read(), index.digest(custom_id).hex())
+    seen: set[bytes] = set()
+    for other in results.others:
+        content = with_request_sha256(other.line.read(), other.sha256)
+        digest = hashlib.sha256(content).digest()
+        if digest not in seen:  # a batch may have been downloaded before
+            seen.add(digest)
+            yield content
+
+
+def out_stamp(path: str) -> tuple[int, int, int] | None:
+    """What changes when the file is replaced or written to; None where it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_out(path: str | None, results: Results, stack: contextlib.ExitStack) -> None:
+    """Index the results file that --out names, if there is one. It stays open in `stack`."""
+    if path and not is_stream(path) and os.path.exists(path):
+        with os_errors_as(f"read {path}"):
+            file = stack.enter_context(open(path, "rb"))
+        results.read_own(file, path)
+
+
+# ---- bios
+
+
+class Bio(NamedTuple):
+    """What the exported CSV says of a request. The tokens are empty where they are unknown."""
+
+    text: str = ""
+    error: str = ""
+    input_tokens: str = ""
+    output_tokens: str = ""
 
 
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
-    body = object_in(request, "body")
-    for holder in (object_in(object_in(body, "prompt"), "variables"), object_in(body, "metadata")):
+    body = child_object(request, "body")
+    for holder in (child_object(child_object(body, "prompt"), "variables"), child_object(body, "metadata")):
         if isinstance(name := holder.get("artist_name"), str):
             return name
     return ""
 
 
-def bio_row(request: Json, outcome: str, result: Json) -> tuple[str, ...]:
-    """The row of the exported CSV for a request, how it ended and its best results line, empty where there is none."""
+def bio_of(line: BestLine | None) -> Bio:
+    if line is None or line.outcome == OUTDATED:
+        return Bio(error=MISSING if line is None else OUTDATED)
+    result = read_object(line.read())
     body = body_of(result)
-    text, objection = answer_text(body)
-    if outcome != SUCCEEDED:
-        objection = judge(result).error() if result else MISSING
-    tokens = ("" if number is None else str(number) for number in usage_of(body))
-    return request["custom_id"], artist_name(request), text, objection, *tokens
+    text, _ = response_text(body) if isinstance(body, dict) else ("", "")
+    error = "" if line.outcome == SUCCEEDED else classify(result).error()
+    return Bio(text, error, *("" if number is None else str(number) for number in token_usage(body)))
 
 
 def csv_line(fields: Iterable[str]) -> bytes:
-    """The fields as csv.writer writes them, in half the time; half a surrogate pair becomes a question mark."""
+    """The fields as csv.writer writes them, in half the time. A lone surrogate becomes a question mark."""
     written = ['"' + field.replace('"', '""') + '"' if TO_QUOTE.search(field) else field for field in fields]
     return (",".join(written) + "\r\n").encode(errors="replace")
 
 
-# -- arguments ---------------------------------------------------------------------------------------------------
+def excel_line(fields: Iterable[str]) -> bytes:
+    """The same with a `'` before each cell that Excel would take for a formula."""
+    return csv_line("'" + field if field.startswith(FORMULA_STARTS) else field for field in fields)
 
 
-def text_argument(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    if not text.isprintable():
-        raise argparse.ArgumentTypeError(f"has control characters or is not valid UTF-8: {text!a}")
+# ---- submitting
+
+
+class Note:
+    """What this machine has submitted of one request file: a journal of uploaded files, each with its batch.
+
+    It names a file before the POST of its batch, and the batch after it. The server stays the truth: the journal only
+    covers what the listing does not show yet. It may be deleted at any time.
+    """
+
+    def __init__(self, file: BinaryIO | None = None) -> None:
+        self._file = file
+        self.sha256_of: dict[str, str] = {}  # of the part, by file id
+        self.batch_of: dict[str, str] = {}  # batch id by file id; empty where no batch can come of the file any more
+        for line in file or ():
+            with contextlib.suppress(ValueError):  # a line that was cut by a crash
+                self._apply(read_object(line))
+
+    def _apply(self, entry: Json) -> None:
+        file_id, batch_id = str_field(entry, "file"), entry.get("batch")
+        if is_id(file_id):
+            self.sha256_of.setdefault(file_id, str_field(entry, "sha256"))
+            if isinstance(batch_id, str):
+                self.batch_of[file_id] = batch_id if is_id(batch_id) else ""
+
+    def add(self, file_id: str, **fields: str) -> None:
+        """Note the `sha256` of an uploaded file before its POST, or its `batch` afterwards. It is on disk at once."""
+        self._apply({"file": file_id, **fields})
+        if self._file:
+            with contextlib.suppress(OSError):  # a full disk must not stop what is under way
+                self._file.write(to_json({"file": file_id, **fields}).encode() + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def unresolved(self) -> list[str]:
+        """Uploaded files whose POST may still be on its way."""
+        return [file_id for file_id in self.sha256_of if file_id not in self.batch_of]
+
+
+def remove_old_notes(directory: str) -> None:
+    for entry in os.scandir(directory):
+        if entry.is_file() and time.time() - entry.stat().st_mtime > FILE_LIFETIME_SECONDS:
+            os.unlink(entry.path)
+
+
+def open_note_file(path: str) -> BinaryIO:
+    """Open and lock a note. Raises BlockingIOError where another process has locked it."""
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        if os.fstat(file.fileno()).st_nlink:  # else another process has just removed it as an old one
+            os.utime(file.fileno())
+            file.seek(0)
+            return file
+        file.close()
+
+
+@contextlib.contextmanager
+def locked_note(request_file_sha256: str, requests: Input, console: Console) -> Iterator[Note]:
+    """Lock these requests at this service for this user on this machine, whatever the path of the file.
+
+    Raises CommandError where another `create` or `run` of the same bytes is at work.
+    """
+    service = [os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")]
+    entry = hashlib.sha256("\n".join([request_file_sha256, *service]).encode(errors="replace")).hexdigest()
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    directory = os.path.join(state, "batch_tool")
+    with contextlib.ExitStack() as stack:
+        file = None
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            remove_old_notes(directory)
+            file = stack.enter_context(open_note_file(os.path.join(directory, f"{entry}.jsonl")))
+        except BlockingIOError:
+            raise CommandError(f"{requests.name} is in use by another create or run; wait for it to finish") from None
+        except OSError as error:
+            console.warn(f"cannot lock a note in {directory}: {error.strerror}; do not start another create or run of "
+                         f"{requests.name} meanwhile")
+        yield Note(file)
+
+
+class AlreadySubmitted(CommandError):
+    """Other batches of the same request file have shown up in the listing."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        names = ", ".join(batch.id for batch in batches)
+        super().__init__(
+            f"other batches have requests of this file: {names}; nothing more was submitted; use the same "
+            "--max-requests as they did, or run, which takes their results and sends only the rest"
+        )
+        self.batches = batches
+
+
+class Submitter:
+    """Makes one batch of a part of a request file, whatever happens to the responses.
+
+    `known` are the ids of batches that are accounted for: earlier ones that were looked at, and its own.
+    """
+
+    def __init__(
+        self, api: Api, args: argparse.Namespace, request_file_sha256: str, check: InputCheck, note: Note
+    ) -> None:
+        self.api = api
+        self.known: set[str] = set()
+        self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
+        self._endpoint = check.endpoint
+        self._model = check.model
+        self._window: str = args.completion_window
+        self._force: bool = args.force
+        self._request_file_sha256 = request_file_sha256
+        self._note = note
+        self._is_model_checked = False
+        self._is_metadata_checked = False
+
+    # finding batches
+
+    def part_sha256(self, batch: Batch) -> str:
+        """The sha256 of the batch's input file; empty where it is unknown."""
+        return batch.metadata.get("input_sha256") or self._note.sha256_of.get(batch.input_file_id, "")
+
+    def is_of_file(self, batch: Batch, parts: Iterable[Part]) -> bool:
+        """Whether the batch has requests of this request file: one of these parts, or a part of another division."""
+        whole = self._request_file_sha256
+        return (
+            self.part_sha256(batch) in {whole, *(part.sha256 for part in parts)}
+            or batch.metadata.get("request_file_sha256") == whole
+            or batch.input_file_id in self._note.sha256_of
+        )
+
+    def is_of_earlier_version(self, batch: Batch) -> bool:
+        """Whether the batch has requests of a file of the same name with another content."""
+        return bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
+
+    def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
+        """The listed batches, and those that only the note knows yet, oldest first. With --force there are none."""
+        if self._force:
+            return []
+        found = {batch.id: batch for batch in listed}
+        for file_id in self._note.unresolved():
+            self.api.console.message(f"file {file_id}: checking whether its batch was created")
+            if batch := self._find_or_fence(file_id, set()):
+                found[batch.id] = batch
+            self._note.add(file_id, batch=batch.id if batch else "")
+        for batch_id in filter(None, self._note.batch_of.values()):
+            if batch_id not in found and (batch := self._batch_if_there(batch_id)):
+                found[batch_id] = batch
+        return sorted(found.values(), key=lambda batch: batch.age_key)
+
+    def _batch_if_there(self, batch_id: str) -> Batch | None:
+        try:
+            return self.api.batch(batch_id)
+        except Refused as failure:
+            if failure.status != 404:
+                raise
+            return None
+
+    def new_batches(self, parts: Iterable[Part]) -> list[Batch]:
+        """Batches of this request file that are not known yet and may have a success, oldest first."""
+        if self._force:
+            return []
+        new = [
+            batch
+            for batch in self.api.recent_batches()
+            if batch.id not in self.known and batch.may_have_success and self.is_of_file(batch, parts)
+        ]
+        return sorted(new, key=lambda batch: batch.age_key)
+
+    # making a batch
+
+    def _upload(self, requests: Input, part: Part) -> str:
+        """The id of the uploaded part. Looks at the model before the first upload."""
+        if not self._is_model_checked:
+            self._is_model_checked = True
+            self.api.refuse_dead_model(self._model)
+        file_id = self.api.upload(requests, part, self._name)
+        if requests.is_changed():
+            self.api.delete_file(file_id)
+            requests.refuse_changes()
+        return file_id
+
+    def submit(
+        self,
+        requests: Input,
+        part: Part,
+        on_upload: Callable[[str], None],
+        file_id: str = "",
+        excluded: Sequence[str] = (),
+    ) -> Batch:
+        """Make a batch of the part; `on_upload` gets the id of each uploaded file.
+
+        `file_id` is a file that was uploaded before, and `excluded` the batches of it that have failed. Raises
+        AlreadySubmitted where the listing shows another batch of this request file, and CommandError where the API
+        refuses, or where it cannot be told whether a batch exists.
+        """
+        for _ in range(MAX_TRIES):
+            if not file_id:
+                file_id = self._upload(requests, part)
+                on_upload(file_id)
+            self._refuse_new_batches(part, file_id, excluded)
+            self._note.add(file_id, sha256=part.sha256)
+            batch = self._post_once(part, file_id, set(excluded))
+            self._note.add(file_id, batch=batch.id if batch else "")
+            if batch:
+                self.known.add(batch.id)
+                self._warn_without_metadata(batch, part)
+                return batch
+            self.api.console.message(f"part {part.label}: no batch was made of file {file_id}, which is deleted")
+            last_file_id, file_id, excluded = file_id, "", ()
+        raise CommandError(f"part {part.label}: {MAX_TRIES} tries to create its batch got no response (the last one of "
+                           f"file {last_file_id}); run the same command again later")
+
+    def _refuse_new_batches(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
+        """Look at the listing right before a POST. A file that gets no batch is deleted."""
+        try:
+            if new := self.new_batches([part]):
+                raise AlreadySubmitted(new)
+        except CommandError:
+            if not excluded:
+                self.api.delete_file(file_id)
+            raise
+
+    def _post_once(self, part: Part, file_id: str, excluded: set[str]) -> Batch | None:
+        """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
+        metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
+        if part.sha256 != self._request_file_sha256:
+            metadata["request_file_sha256"] = self._request_file_sha256
+        request = {
+            "input_file_id": file_id,
+            "endpoint": self._endpoint,
+            "completion_window": self._window,
+            "metadata": metadata,
+        }
+        try:
+            return self._post_visible_file(request)
+        except Refused:
+            self._note.add(file_id, batch="")
+            self.api.delete_file(file_id)
+            raise
+        except OutcomeUnknown as failure:
+            self.api.console.warn(f"{failure}; checking whether the batch was created")
+        return self._find_or_fence(file_id, excluded)
+
+    def _post_visible_file(self, request: Json) -> Batch:
+        """POST. A file that was just uploaded and is not found yet is given some seconds."""
+        for delay in LOOK_UP_DELAYS:
+            try:
+                return self.api.create_batch(request)
+            except Refused as failure:
+                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
+                    raise
+            self.api.clock.sleep(delay)
+        return self.api.create_batch(request)
+
+    def _warn_without_metadata(self, batch: Batch, part: Part) -> None:
+        if not self._is_metadata_checked and batch.metadata.get("input_sha256") != part.sha256:
+            self.api.console.warn("this service keeps no metadata, so only a note on this machine protects the same "
+                                  "requests from being submitted, and paid for, again")
+        self._is_metadata_checked = True
+
+    # when the outcome of a POST is unknown
+
+    def _find_or_fence(self, file_id: str, excluded: set[str]) -> Batch | None:
+        """The batch of an uploaded file whose POST has an unknown outcome; None once no batch can come of it any more.
+
+        Deleting the file is the fence: a POST that is carried out later finds no file.
+        """
+        if batch := self._find_by_input_file(file_id, excluded, LOOK_UP_DELAYS):
+            return batch
+        if not self.api.delete_file(file_id):
+            raise CommandError(self._in_doubt(file_id))
+        batch = self._find_by_input_file(file_id, excluded, FENCED_LOOK_UP_DELAYS)
+        while batch and batch.status == "validating":  # it may still fail for its missing file
+            self.api.clock.sleep(VALIDATION_POLL_SECONDS)
+            batch = self.api.batch(batch.id)
+        return None if batch and batch.status == "failed" else batch
+
+    @staticmethod
+    def _in_doubt(file_id: str) -> str:
+        return (f"cannot tell whether a batch was created for file {file_id}; run the same command again later, and it "
+                "will pick up the batch if there is one")
+
+    def _find_by_input_file(self, file_id: str, excluded: set[str], delays: Iterable[float]) -> Batch | None:
+        is_answered = False
+        for delay in delays:
+            self.api.clock.sleep(delay)
+            try:
+                listed = self.api.recent_batches()
+            except ApiError as failure:
+                is_answered = False
+                self.api.console.warn(str(failure))
+                continue
+            is_answered = True
+            if batches := [each for each in listed if each.input_file_id == file_id and each.id not in excluded]:
+                first, *rest = sorted(batches, key=lambda batch: batch.age_key)
+                for batch in rest:
+                    self.cancel_rival(batch, first)
+                return first
+        if not is_answered:
+            raise CommandError(self._in_doubt(file_id))
+        return None
+
+    def cancel_rival(self, batch: Batch, other: Batch) -> bool:
+        """Cancel a batch of ours that has the requests of another one, unless a fresh look shows that it has begun."""
+        self.api.console.warn(f"batch {batch.id} has the same requests as batch {other.id}")
+        self.known.add(batch.id)
+        if self.api.batch(batch.id).status != "validating":
+            self.api.console.warn(f"batch {batch.id} has begun already, so it is not cancelled")
+            return False
+        self.api.cancel(batch.id)
+        self.api.console.message(f"batch {batch.id} is being cancelled")
+        return True
+
+
+def first_listing(api: Api, *, force: bool) -> list[Batch]:
+    """The recent batches, by the first call that the API has to answer. With `force` none are needed."""
+    try:
+        return api.recent_batches()
+    except (Refused, IncompleteListing):
+        if not force:
+            raise
+        return []
+
+
+# ---- watching
+
+
+class Polled(NamedTuple):
+    """What one look at some batches found: those that have ended, and those that cannot be looked at, each with why."""
+
+    ended: list[Batch]
+    lost: dict[str, CommandError]
+
+
+class Poller:
+    """Looks at batches while they run. After a first response it outlives outages, for `outage_budget` seconds.
+
+    `latest` has each batch as it was seen last, by id.
+    """
+
+    def __init__(self, api: Api, *, outage_budget: float = math.inf, is_answered: bool = False) -> None:
+        self.latest: dict[str, Batch] = {}
+        self._api = api
+        self._clock = api.clock
+        self._started = self._answered_at = api.clock.now()
+        self._is_answered = is_answered
+        self._outage_budget = outage_budget
+        self._lacks_output_since: dict[str, float] = {}
+        self._warned_statuses: set[str] = set()
+        self._last_report = ""
+
+    def poll(self, batch_ids: Iterable[str]) -> Polled:
+        """Look once at each batch."""
+        polled = Polled([], {})
+        for batch_id in batch_ids:
+            try:
+                if (batch := self._look(batch_id)) and self._is_at_its_end(batch):
+                    polled.ended.append(batch)
+            except (Refused, OutputMissing) as failure:
+                polled.lost[batch_id] = failure
+        return polled
+
+    def _look(self, batch_id: str) -> Batch | None:
+        """The batch as it is now; None during an outage."""
+        retry = Retry(1, 0, repeat_lost=False) if self._is_answered else None
+        try:
+            batch = self._api.batch(batch_id, retry)
+        except ApiError as failure:
+            is_outage = isinstance(failure, OutcomeUnknown) or is_rate_limit(failure)
+            if not (self._is_answered and is_outage):
+                raise
+            if self._clock.now() - self._answered_at > self._outage_budget:
+                raise
+            self._api.console.warn(f"{batch_id}: {failure}; still waiting")
+            return None
+        self._is_answered = True
+        self._answered_at = self._clock.now()
+        self.latest[batch_id] = batch
+        if batch.status not in KNOWN_STATUSES and batch.status not in self._warned_statuses:
+            self._warned_statuses.add(batch.status)
+            self._api.console.warn(f"{batch_id}: status {quoted(batch.raw['status'])} is not known; still waiting")
+        return batch
+
+    def _is_at_its_end(self, batch: Batch) -> bool:
+        """Whether it has ended, and its results are there. They may be some seconds late."""
+        if not batch.has_ended or not lacks_output(self._api, batch):
+            return batch.has_ended
+        since = self._lacks_output_since.setdefault(batch.id, self._clock.now())
+        if self._clock.now() - since >= OUTPUT_DELAY_SECONDS:
+            raise OutputMissing(
+                f"batch {batch.id} has completed {batch.counts.completed} requests, but has no output file after "
+                f"{OUTPUT_DELAY_SECONDS // 60} minutes; run the same command again later"
+            )
+        return False
+
+    def report(self) -> None:
+        """Print the progress over all batches: on a terminal each time, elsewhere when it has changed."""
+        batches = self.latest.values()
+        failed = sum(batch.counts.failed or 0 for batch in batches)
+        total = sum(batch.counts.total or 0 for batch in batches)
+        done = sum(batch.counts.completed or 0 for batch in batches) + failed
+        statuses = Counter(batch.status for batch in batches)
+        text = "batches: " + ", ".join(f"{number} {status}" for status, number in statuses.items())
+        if total:
+            text += f"; requests: {done}/{total} ({100 * done // total}%)"
+        if failed:
+            text += f", {failed} failed"
+        if text != self._last_report or self._api.console.is_terminal:
+            elapsed = datetime.timedelta(seconds=int(self._clock.now() - self._started))
+            self._api.console.progress(f"{text}; {elapsed} elapsed")
+        self._last_report = text
+
+
+class OutputMissing(CommandError):
+    """A completed batch counts successes, but its output file is not there."""
+
+
+def lacks_output(api: Api, batch: Batch) -> bool:
+    """Whether a batch has completed with successes that no output file has yet."""
+    if not batch.claims_successes:
+        return False
+    try:
+        return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
+    except Refused:  # the file is gone, which is another matter
+        return False
+
+
+# ---- saving the files of a batch
+
+
+def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
+    """Where the output file (`results`) and the error file (`errors`) of a batch are saved."""
+    paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
+    if out and not is_stream(out):
+        root, extension = os.path.splitext(out)
+        paths["errors"] = f"{root}.errors{extension}"
+    return paths
+
+
+def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
+    """Download a file to a path, and return its size. An empty file is not saved; a stream gets whole files only."""
+    size = api.size_of(file_id)
+    if size == 0:
+        return 0
+    if is_stream(path):
+        with temporary_file() as copy:
+            received = api.download(file_id, size, copy, shown(path))
+            copy.seek(0)
+            with open_output(path) as out:
+                out.writelines(chunks(copy, "a temporary file"))
+        return received
+    if os.path.isfile(path):
+        if skip_complete and os.path.getsize(path) == size:
+            return size
+        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
+    with open_output(path) as out:
+        return api.download(file_id, size, out, path)
+
+
+def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> dict[str, int]:
+    """Save the files of a batch. The sizes of those saved, by `results` and `errors`.
+
+    An error file that is gone at the server draws a warning. An error file that an earlier job left beside new
+    results is removed.
+    """
+    sizes = {}
+    if batch.output_file_id:
+        try:
+            sizes["results"] = save_file(api, batch.output_file_id, paths["results"], skip_complete=skip_complete)
+        except Refused as failure:
+            if failure.status != 404:
+                raise
+            raise CommandError(gone_output(batch)) from None
+    if batch.error_file_id:
+        try:
+            sizes["errors"] = save_file(api, batch.error_file_id, paths["errors"], skip_complete=skip_complete)
+        except Refused as failure:
+            if failure.status != 404:
+                raise
+            api.console.warn(f"the error file of batch {batch.id} is gone at the server")
+            return {kind: size for kind, size in sizes.items() if size}
+    if sizes.get("results") and not sizes.get("errors"):
+        with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
+            os.unlink(paths["errors"])
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def gone_output(batch: Batch) -> str:
+    return (f"the output file of batch {batch.id} is gone at the server; an earlier download may still have its "
+            "results, and run --force sends its requests, and pays for them, again")
+
+
+# ---- commands, in the order a batch lives
+
+
+def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    check = InputCheck(args.endpoint)
+    with open_input(args.input) as requests:
+        parts = check_input(requests, requests.lines(), check, console)
+    counted = plural(len(check.line_of), "request")
+    size, batches = plural(check.divider.size, "byte"), plural(len(parts), "batch", "batches")
+    print_result(f"OK: {counted}, {size}, {batches}", console)
+    return 0
+
+
+# preview
+
+
+class Sample(NamedTuple):
+    """A request that `preview` sends at once."""
+
+    position: int  # in the file
+    line: bytes
+    request: Json
+
+
+class Usage(NamedTuple):
+    """What one answer used. `body_bytes` is the size of the request's body."""
+
+    body_bytes: int
+    input_tokens: int
+    output_tokens: int
+
+
+def spread_evenly(count: int, total: int) -> set[int]:
+    """`count` positions, evenly spread over `total`; all where there are not more."""
+    count = min(count, total)
+    return {(2 * number + 1) * total // (2 * count) for number in range(count)}
+
+
+def body_size(line: bytes, request: Json) -> int:
+    """The bytes of the body in a request's line."""
+    return len(line) - len(to_json({**request, "body": None}).encode(errors="replace")) + len("null")
+
+
+def read_samples(requests: Input, positions: set[int]) -> tuple[list[Sample], int]:
+    """The requests at these positions, and the bytes of all bodies in the file."""
+    samples, size = [], 0
+    for position, line in enumerate(requests.lines()):
+        request = read_object(line)
+        size += body_size(line, request)
+        if position in positions:
+            samples.append(Sample(position, line, request))
+    return samples, size
+
+
+def rounded(number: float) -> str:
+    """The number with three significant digits, and commas between thousands."""
+    digits = max(0, len(str(int(number))) - 3)
+    return f"{round(number, -digits):,.0f}"
+
+
+def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple[float, float] | None) -> str:
+    """What all requests may use, by some of them. `prices` are dollars per million input and output tokens."""
+    outputs = [usage.output_tokens for usage in usages]
+    input_tokens = sum(usage.input_tokens for usage in usages) * body_bytes / sum(usage.body_bytes for usage in usages)
+    output_tokens = sum(outputs) / len(outputs) * total
+    spread = f"{rounded(min(outputs) * total)} to {rounded(max(outputs) * total)}"
+    text = (
+        f"{total:,} request{'' if total == 1 else 's'}: about {rounded(input_tokens)} input and "
+        f"{rounded(output_tokens)} ({spread}) output tokens, by {plural(len(usages), 'answer')}"
+    )
+    if prices:
+        dollars = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+        text += f"; about ${dollars:,.2f}" if dollars >= 0.01 else "; less than $0.01"
     return text
 
 
-def input_path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return STDIN if text == "-" else text
+def answered_result(api: Api, sample: Sample) -> Json:
+    """The results line of a request that is sent at once. It has no response where the outcome is unknown."""
+    result: Json = {"id": None, "custom_id": sample.request["custom_id"], "response": None, "error": None}
+    try:
+        return result | {"response": api.answer(sample.request["url"], sample.request["body"])}
+    except OutcomeUnknown as failure:
+        return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
 
-def output_path(text: str) -> str:
-    if not text or text.endswith("/"):
-        raise argparse.ArgumentTypeError(f"not the name of a file: {text!a}")
-    return STDOUT if text == "-" else text
+def append_line(path: str, line: bytes) -> None:
+    """Add a line to a file, which is whole or as it was; a stream gets just the line."""
+    with open_output(path) as out:
+        if not is_stream(path) and os.path.exists(path):
+            with open(path, "rb") as old:
+                shutil.copyfileobj(old, out, CHUNK_BYTES)
+                if old.tell() and os.pread(old.fileno(), 1, old.tell() - 1) != b"\n":
+                    out.write(b"\n")
+        out.write(line)
+
+
+def show_answer(request: Json, result: Json, show: Callable[[str], None]) -> None:
+    show(f"{request['custom_id']} {artist_name(request)}".rstrip())
+    outcome, body = classify(result), body_of(result)
+    text, _ = response_text(body) if isinstance(body, dict) else ("", "")
+    for line in text.strip().splitlines():
+        show(line)
+    if outcome.kind != SUCCEEDED:
+        show(f"error: {outcome.error()}")
+
+
+def preview(args: argparse.Namespace, api: Api, results: Results, samples: Sequence[Sample]) -> list[Json]:
+    """Show the answers to the samples: those that --out has, and those that are sent now. Their results lines."""
+    show = api.console.message if args.output == STDOUT else functools.partial(print_result, console=api.console)
+    shown_results = []
+    for number, sample in enumerate(samples):
+        kept = results.best[sample.position]
+        if kept and kept.outcome not in TO_SEND:
+            result = read_object(kept.read())
+        else:
+            result = answered_result(api, sample)
+            if args.output and result["response"]:
+                line = to_json(result).encode(errors="backslashreplace")
+                append_line(args.output, with_request_sha256(line, digest_of(sample.line).hex()))
+        if number:
+            show("")
+        show_answer(sample.request, result, show)
+        shown_results.append(result)
+    return shown_results
+
+
+def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    check = InputCheck()
+    index = RequestIndex(check.line_of, bytearray())
+    with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(open_input(args.input))
+        if args.output:
+            refuse_unwritable(args.output)
+        api = stack.enter_context(connect(args, console, clock))
+        check_input(requests, recording_digests(requests.lines(), index.digests), check, console)
+        results = Results(index, console)
+        read_out(args.output, results, stack)
+        total = len(check.line_of)
+        samples, body_bytes = read_samples(requests, spread_evenly(args.requests, total))
+        if new := sum(results.outcome_at(sample.position) in TO_SEND for sample in samples):
+            api.refuse_dead_model(check.model)
+            console.message(f"sending {plural(new, 'request')} at once, at the ordinary price, not as a batch")
+        shown_results = preview(args, api, results, samples)
+    usages = []
+    for sample, result in zip(samples, shown_results, strict=True):
+        input_tokens, output_tokens = token_usage(body_of(result))
+        if input_tokens is not None and output_tokens is not None:
+            usages.append(Usage(body_size(sample.line, sample.request), input_tokens, output_tokens))
+    if usages:
+        console.message(estimate(usages, body_bytes, total, args.prices))
+    else:
+        console.message("no answer says how many tokens it used, so there is no estimate")
+    return 0 if any(classify(result).kind == SUCCEEDED for result in shown_results) else 1
+
+
+# create
+
+
+class EarlierBatches(NamedTuple):
+    """What was submitted of a request file before: the batches of each part by its sha256, and all others."""
+
+    of_part: dict[str, list[Batch]]
+    of_other_parts: list[Batch]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch], submitter: Submitter, parts: Sequence[Part]) -> EarlierBatches:
+        """Sort the batches that have requests of this file and may have a success."""
+        earlier = cls({part.sha256: [] for part in parts}, [])
+        for batch in batches:
+            if batch.may_have_success and submitter.is_of_file(batch, parts):
+                submitter.known.add(batch.id)
+                earlier.of_part.get(submitter.part_sha256(batch), earlier.of_other_parts).append(batch)
+        return earlier
+
+
+def is_reusable(batch: Batch) -> bool:
+    """Whether the batch runs, or has completed with a success."""
+    return batch.status == "completed" or not (batch.has_ended or batch.status == "cancelling")
+
+
+def partial_warning(part: Part, batch: Batch) -> str:
+    when = "" if batch.has_ended else "once it has ended, "
+    return (
+        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished "
+        f"{batch.counts.completed or 0} of its {batch.counts.total or part.requests} requests; {when}run on the same "
+        "file takes those and sends only the rest"
+    )
+
+
+def wait_for_output(api: Api, batch: Batch) -> None:
+    """Wait for the output file of a completed batch that counts successes. Raises OutputMissing after ten minutes."""
+    poller = Poller(api)
+    while lacks_output(api, batch):
+        polled = poller.poll([batch.id])
+        for failure in polled.lost.values():
+            raise failure
+        if polled.ended:
+            return
+        api.clock.sleep(VALIDATION_POLL_SECONDS)
+
+
+def create_part(
+    args: argparse.Namespace, submitter: Submitter, requests: Input, part: Part, batches: Sequence[Batch]
+) -> bool:
+    """Print the batch of a part: one of these earlier ones, or a new one. False where an earlier one is partial."""
+    console = submitter.api.console
+
+    def print_batch(batch: Batch) -> None:
+        print_result(batch_json(batch) if args.json else f"Batch ID: {batch.id}", console)
+
+    def print_file_id(file_id: str) -> None:
+        if file_id and not args.json:
+            print_result(f"File ID: {file_id}", console)
+
+    if reused := next(filter(is_reusable, batches), None):
+        console.message(f"part {part.label} was already submitted as batch {reused.id} ({reused.status}); skipping")
+        wait_for_output(submitter.api, reused)
+        print_file_id(reused.input_file_id)
+        print_batch(reused)
+    elif batches:
+        console.warn(partial_warning(part, batches[-1]))
+        return False
+    else:
+        try:
+            print_batch(submitter.submit(requests, part, print_file_id))
+        except AlreadySubmitted as found:
+            of_part = EarlierBatches.of(found.batches, submitter, [part]).of_part[part.sha256]
+            if not of_part:
+                raise
+            return create_part(args, submitter, requests, part, of_part)
+    return True
+
+
+def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    check = InputCheck(args.endpoint, args.max_requests)
+    with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(open_input(args.input))
+        api = stack.enter_context(connect(args, console, clock))
+        sha256 = requests.sha256()
+        note = stack.enter_context(locked_note(sha256, requests, console))
+        parts = check_input(requests, requests.lines(), check, console)
+        submitter = Submitter(api, args, sha256, check, note)
+        earlier = EarlierBatches.of(submitter.earlier_batches(first_listing(api, force=args.force)), submitter, parts)
+        if earlier.of_other_parts and not all(earlier.of_part.values()):
+            raise AlreadySubmitted(earlier.of_other_parts)
+        created = [create_part(args, submitter, requests, part, earlier.of_part[part.sha256]) for part in parts]
+    return 0 if all(created) else 1
+
+
+# status
+
+
+def each_batch(batch_ids: Iterable[str], console: Console, action: Callable[[str], None]) -> int:
+    """Do the action for every id. One that fails does not keep the others from it. The exit code."""
+    exit_code = 0
+    for batch_id in dict.fromkeys(batch_ids):
+        try:
+            action(batch_id)
+        except CommandError as error:
+            console.error(f"{batch_id}: {error}")
+            exit_code = 1
+    return exit_code
+
+
+def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
+    """Print a batch. Where it has ended, save its files and print where."""
+    show = functools.partial(print_result, console=api.console)
+    if not args.json:
+        for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
+            show(line)
+    paths = batch_paths(batch.id)
+    sizes: dict[str, int] = {}
+    try:
+        if args.auto_save and batch.has_ended:
+            sizes = save_files(api, batch, paths, skip_complete=True)
+    finally:
+        if args.json:
+            show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in sizes}))
+    for kind, size in sizes.items():
+        (api.console.message if args.json else show)(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
+
+
+def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    with connect(args, console, clock) as api:
+        return each_batch(args.batch_ids, console, lambda batch_id: show_and_save(args, api, api.batch(batch_id)))
+
+
+# wait
+
+
+def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
+    """Poll until every batch has ended or cannot be looked at."""
+    poller, active = Poller(api), dict.fromkeys(args.batch_ids)
+    all_polled = Polled([], {})
+    with api.clock.limit(args.timeout):
+        while True:
+            polled = poller.poll(active)
+            all_polled.ended.extend(polled.ended)
+            all_polled.lost.update(polled.lost)
+            for batch_id in [*(batch.id for batch in polled.ended), *polled.lost]:
+                del active[batch_id]
+            if poller.latest:
+                poller.report()
+            if not active:
+                return all_polled
+            api.clock.sleep(args.interval)
+
+
+def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    advice = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
+    with connect(args, console, clock) as api:
+        try:
+            polled = wait_for_end(api, args)
+        except TimedOut:
+            raise TimedOut(f"--timeout passed; the batches keep running on the server; {advice}") from None
+        except Exit:
+            console.message(f"the batches keep running on the server; {advice}")
+            raise
+        batches = {batch.id: batch for batch in polled.ended}
+
+        def save_or_fail(batch_id: str) -> None:
+            if batch_id in polled.lost:
+                raise polled.lost[batch_id]
+            show_and_save(args, api, batches[batch_id])
+
+        exit_code = each_batch(args.batch_ids, console, save_or_fail)
+    return exit_code or int(any(batch.status != "completed" for batch in polled.ended))
+
+
+# retrieve
+
+
+def most_common_errors(path: str) -> str:
+    """The commonest errors of an error file, by code and message."""
+    counts: Counter[str] = Counter()
+    with open_input(path) as errors:
+        for line in errors.lines():
+            with contextlib.suppress(ValueError):
+                counts[shorten(classify(read_object(line)).error())] += 1
+    return "; ".join(f"{number} × {error}" for error, number in counts.most_common(5))
+
+
+def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
+    """Save the files of a batch. Raises CommandError where they are not all that was asked for."""
+    batch = api.batch(batch_id)
+    if not batch.has_ended:
+        raise CommandError(f"Batch not completed (status: {batch.raw['status']})")
+    if lacks_output(api, batch):
+        raise CommandError(f"Batch completed, but its results are not there yet ({batch.counts.completed} requests "
+                           "succeeded); try again in a minute")
+    paths = batch_paths(batch.id, args.output)
+    sizes = save_files(api, batch, paths)
+    for kind, size in sizes.items():
+        line = f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)"
+        if args.output == STDOUT:
+            api.console.message(line)
+        else:
+            print_result(line, api.console)
+    if batch.status == "failed":
+        raise CommandError(f"Batch failed: {batch.failure_reasons()}")
+    if "results" not in sizes:
+        errors = f": {most_common_errors(paths['errors'])}" if sizes else ""
+        raise CommandError(f"Batch has no results (status: {batch.status}){errors}")
+    if batch.status != "completed":
+        raise CommandError(f"Batch {batch.status} with {batch.counts.completed or 0} of {batch.counts.total or 0} "
+                           "requests completed; run on the same request file sends only the rest")
+
+
+def cmd_retrieve(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    if args.output:
+        refuse_unwritable(args.output)
+    with connect(args, console, clock) as api:
+        return each_batch(args.batch_ids, console, lambda batch_id: retrieve(args, api, batch_id))
+
+
+# cancel, list
+
+
+def cancellation_lines(batch: Batch) -> Iterator[str]:
+    yield f"Batch cancellation initiated: {batch.id}"
+    yield f"Status: {batch.raw['status']}"
+    if created := local_time(batch.created_at, " "):
+        yield f"Created: {created}"
+    if batch.status == "cancelled":
+        yield ("Note: Batch was successfully cancelled. Any completed requests have been processed and you will be "
+               "charged for them.")
+    else:
+        yield "Note: Batch cancellation in progress. This may take up to 10 minutes."
+
+
+def cmd_cancel(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    def cancel(batch_id: str) -> None:
+        batch = api.cancel(batch_id)
+        for line in [batch_json(batch)] if args.json else cancellation_lines(batch):
+            print_result(line, console)
+
+    with connect(args, console, clock) as api:
+        return each_batch(args.batch_ids, console, cancel)
+
+
+def table_row(batch: Batch) -> tuple[str, ...]:
+    completed, failed, total = (number or 0 for number in batch.counts)
+    name = batch.metadata.get("input_file") or batch.input_file_id
+    created = local_time(batch.created_at)
+    return batch.id, batch.raw["status"], created, f"{completed}/{total}", str(failed), escape_controls(name)
+
+
+def table(batches: Iterable[Batch]) -> Iterator[str]:
+    """The lines of a table of the batches, with its columns aligned."""
+    rows = [table_row(batch) for batch in batches]
+    if not rows:
+        yield "No batches found."
+        return
+    rows.insert(0, ("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def listed_batches(api: Api, limit: int) -> Iterator[Batch]:
+    """The newest batches. Warns where the server's listing does not come to an end."""
+    try:
+        for page in api.pages(min(limit, PAGE_SIZE)):
+            yield from page.batches
+    except IncompleteListing as error:
+        api.console.warn(str(error))
+
+
+def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    with connect(args, console, clock) as api:
+        batches = itertools.islice(listed_batches(api, args.limit), args.limit)
+        for line in map(batch_json, batches) if args.json else table(batches):
+            print_result(line, console)
+    return 0
+
+
+# retry, export
+
+
+def read_results(
+    args: argparse.Namespace, console: Console, stack: contextlib.ExitStack
+) -> tuple[list[Input], Results]:
+    """The request file and all of --results, open in `stack`, and the best results of the requests."""
+    gc.disable()  # nothing here makes reference cycles; looking for them takes a fifth of the time
+    inputs = [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
+    results = Results(index_requests(inputs[0]), console)
+    for each in inputs[1:]:
+        results.read(each.file, each.name)
+    return inputs, results
+
+
+@contextlib.contextmanager
+def whole_output(path: str, inputs: Iterable[Input]) -> Iterator[BinaryIO]:
+    """An output file that is only kept where the inputs are still the same at its end."""
+    with open_output(path) as out:
+        try:
+            yield out
+        except ValueError:  # a line that could be read before
+            for each in inputs:
+                each.refuse_changes()
+            raise
+        for each in inputs:
+            each.refuse_changes()
+
+
+def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    with contextlib.ExitStack() as stack:
+        inputs, results = read_results(args, console, stack)
+        wanted = results.positions(TO_SEND | {REJECTED} if args.include_rejected else TO_SEND)
+        if wanted:
+            with whole_output(args.output, inputs) as out:
+                out.writelines(line for position, line in enumerate(inputs[0].lines()) if position in wanted)
+        else:
+            for each in inputs:
+                each.refuse_changes()
+    report = f"Requests to retry: {len(wanted)}"
+    if args.output == STDOUT:
+        console.message(report)
+    else:
+        print_result(report, console)
+    report_results("", results, console)
+    if not args.include_rejected and results.outcomes()[REJECTED]:
+        console.message("rejected requests would be refused again, so they are not written; see --include-rejected")
+    return 0
+
+
+def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
+    yield BIO_COLUMNS
+    for line, best in zip(requests.lines(), results.best, strict=True):
+        request = read_object(line)
+        yield request["custom_id"], artist_name(request), *bio_of(best)
+
+
+def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
+    """The header of a CSV and its rows that are not blank, each with its line number.
+
+    Raises CommandError where a row's quoting is malformed, or where the header has no such id column.
+    """
+    start = os.pread(spreadsheet.file.fileno(), 4, 0)
+    spreadsheet.file.seek(0)
+    text = io.TextIOWrapper(cast(io.BufferedReader, spreadsheet.file), encoding_of(start, encoding), "surrogateescape",
+                            newline="")
+    try:
+        lines = iter(text)
+        header = read_header(lines, [id_column])
+        if header is None:
+            raise CommandError(f"{spreadsheet.name} is empty; it needs a header and at least one row")
+        if header.is_malformed:
+            raise CommandError(f"{spreadsheet.name} line {header.line}: malformed quoting; correct the quotes")
+        header.position(id_column)
+        yield header.line, header.names
+        keys = [*map(column_key, header.names)]
+        number = header.last_line
+        reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
+        try:
+            for row in reader:
+                if any(field.strip(BLANKS) for field in row) and [*map(column_key, row)] != keys:
+                    yield number + 1, row
+                number = header.last_line + reader.line_num
+        except csv.Error as error:
+            problem = f"malformed quoting ({error}); correct the quotes, so that every row can be matched"
+            raise CommandError(f"{spreadsheet.name} line {number + 1}: {problem}") from None
+    except UnicodeError as error:
+        raise CommandError(f"{spreadsheet.name} cannot be decoded: {error}; see --encoding") from None
+    finally:
+        text.detach()
+
+
+def last_filled(row: Sequence[str]) -> int:
+    """The number of fields up to the last one that is not blank."""
+    return max((position for position, field in enumerate(row, 1) if field.strip(BLANKS)), default=0)
+
+
+def spreadsheet_rows(
+    spreadsheet: Input, encoding: str, id_column: str, results: Results, console: Console
+) -> Iterator[Sequence[str]]:
+    """The rows of a spreadsheet as they are, each with the bio of its request."""
+    csv.field_size_limit(sys.maxsize)
+    width = undecodable = 0
+    first_undecodable = 0
+    for number, row in records(spreadsheet, encoding, id_column):
+        width = max(width, last_filled(row)) if width else len(row)
+        if any("\udc80" <= char <= "\udcff" for field in row if not field.isascii() for char in field):
+            undecodable += 1
+            first_undecodable = first_undecodable or number
+    if undecodable:
+        console.warn(f"{spreadsheet.name} line {first_undecodable}: not valid in its encoding, as in "
+                     f"{plural(undecodable, 'row')} in all; see --encoding")
+    rows = (row for _, row in records(spreadsheet, encoding, id_column))
+    header = next(rows)
+    id_at = [*map(column_key, header)].index(column_key(id_column))
+    yield *header, *[""] * (width - len(header)), *BIO_COLUMNS[2:]
+    line_of = results.requests.line_of
+    exported: set[str] = set()
+    for row in rows:
+        artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
+        has_request = artist_id in line_of and artist_id not in exported
+        exported.add(artist_id)
+        bio = bio_of(results.best[line_of[artist_id] - 1]) if has_request else Bio(error="no request")
+        yield *row[:width], *[""] * (width - len(row)), *bio
+
+
+def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    line_of = excel_line if args.excel else csv_line
+    with contextlib.ExitStack() as stack:
+        inputs, results = read_results(args, console, stack)
+        if args.csv:
+            spreadsheet = stack.enter_context(open_input(args.csv))
+            inputs.append(spreadsheet)
+            rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
+        else:
+            rows = bio_rows(inputs[0], results)
+        with whole_output(args.output, inputs) as out:
+            if args.excel:
+                out.write("\ufeff".encode())
+            out.writelines(map(line_of, rows))
+    report_results(f"Wrote {shown(args.output)}: ", results, console)
+    return 0
+
+
+# ---- run
+
+
+@dataclasses.dataclass
+class QueuedPart:
+    """A part on its way to a batch, and the file that it is part of."""
+
+    source: Input
+    part: Part
+    file_id: str = ""  # of its upload
+    refused: list[str] = dataclasses.field(default_factory=list)  # batches of that upload, over the token limit
+    idle_refusals: int = 0
+
+    def halves(self) -> list[QueuedPart]:
+        return [QueuedPart(self.source, half) for half in split_part(self.part, self.source.file)]
+
+
+class Queue:
+    """Decides which parts may be submitted now, given the token limit that no endpoint reports.
+
+    After a refusal, a batch that ends makes room for one part. With no batch active, time may make room.
+    """
+
+    def __init__(self, parts: Iterable[QueuedPart]) -> None:
+        self._waiting = deque(parts)
+        self._room = math.inf  # how many more batches may be admitted
+        self._idle_refusals = 0  # in a row
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self) -> QueuedPart | None:
+        """The next part to submit now, if any."""
+        if not self._waiting or self._room < 1:
+            return None
+        self._room -= 1
+        return self._waiting.popleft()
+
+    def clear(self) -> None:
+        self._waiting.clear()
+
+    def settle(self, refused: Sequence[QueuedPart], ended: int, *, is_idle: bool) -> int:
+        """Put refused parts back in front, and make room for as many parts as batches have ended.
+
+        Returns how often in a row there was a refusal with no batch active, 0 if this is none: the longer to wait.
+        Raises CommandError where a single request is refused again and again.
+        """
+        self._room = ended if refused else self._room + ended
+        if ended:
+            self._idle_refusals = 0
+        if not (refused and is_idle) or ended:
+            self._waiting.extendleft(reversed(refused))
+            return 0
+        self._idle_refusals += 1
+        self._room = 1
+        self._waiting.extendleft(reversed([piece for queued in refused for piece in self._smaller(queued)]))
+        return self._idle_refusals
+
+    @staticmethod
+    def _smaller(queued: QueuedPart) -> list[QueuedPart]:
+        """The part after a refusal with no batch active: itself or, after two of them, its halves."""
+        queued.idle_refusals += 1
+        if queued.part.requests > 1 and queued.idle_refusals >= MAX_IDLE_REFUSALS:
+            return queued.halves()
+        if queued.idle_refusals >= MAX_SINGLE_REFUSALS:
+            raise CommandError(
+                f"part {queued.part.label} (1 request, {plural(queued.part.size, 'byte')}) was refused "
+                f"{MAX_SINGLE_REFUSALS} times for the token limit, with no batch of this run active; the limit of this "
+                "account is too small for it"
+            )
+        return [queued]
+
+
+@dataclasses.dataclass
+class Flight:
+    """An active batch whose results a run waits for."""
+
+    batch: Batch  # as it was first seen
+    positions: set[int] | None = None  # of its requests in the request file; None where they are unknown
+    answered: Mapping[str, bytes] | None = None  # digests by custom_id, where they may differ from the request file
+    queued: QueuedPart | None = None  # what to submit again after a refusal
+    submitted_at: float = -math.inf
+    rival_check_at: float = math.inf
+    may_be_cancelled: bool = False  # it was being cancelled before, or this run cancels it
+
+
+class Round(NamedTuple):
+    """What a round has done: whether it submitted a part, and whether somebody cancelled a batch meanwhile."""
+
+    submitted: bool
+    cancelled: bool
+
+
+class Run:
+    """Brings every request to a success or its last error.
+
+    All state follows from the request file, --out, and the batches at the server. `flights` are the active batches
+    by id, `spool` is a temporary file for what is downloaded.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, submitter: Submitter, requests: Input, results: Results, spool: BinaryIO
+    ) -> None:
+        self.flights: dict[str, Flight] = {}
+        self._args = args
+        self._submitter = submitter
+        self._api = submitter.api
+        self._clock = submitter.api.clock
+        self._console = submitter.api.console
+        self._requests = requests
+        self._results = results
+        self._spool = spool
+        self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
+        self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
+
+    def rounds(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
+        """Take what earlier batches did, then submit the rest; --attempts bounds the rounds that submit something.
+
+        `to_send` are the positions of the requests that need a result, `listed` the batches at the server.
+        """
+        self._adopt_earlier(parts, to_send, listed)
+        attempts_left: int = self._args.attempts
+        is_cancelled = False
+        number = 0
+        while True:
+            pending = self._pending(to_send) if attempts_left and not is_cancelled else set()
+            if pending and self._requests.is_changed():
+                self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
+                pending = set()
+            if not pending and not self.flights:
+                return
+            with temporary_file() as copy:
+                queue = Queue(self._divide(pending, parts, copy))
+                if pending and number:
+                    self._console.message(f"round {number + 1}: {plural(len(pending), 'request')} to send again")
+                    self._poller.latest.clear()
+                done = self._round(queue)
+            number += done.submitted
+            attempts_left -= done.submitted
+            is_cancelled = is_cancelled or done.cancelled
+
+    def _pending(self, to_send: set[int]) -> set[int]:
+        """The positions to submit now: those without a result that no active batch has."""
+        flights = self.flights.values()
+        if any(flight.positions is None for flight in flights):
+            return set()  # only its results tell which requests it has
+        pending = {position for position in to_send if self._results.outcome_at(position) in TO_SEND}
+        pending.difference_update(*(flight.positions or () for flight in flights))
+        for batch, positions in self._gone:
+            if left := len(pending if positions is None else pending & positions):
+                raise CommandError(f"{gone_output(batch)}: {plural(left, 'request')} of it")
+        return pending
+
+    def _divide(self, pending: set[int], parts: Sequence[Part], copy: BinaryIO) -> list[QueuedPart]:
+        """The parts to submit: those of the whole file, or of a copy of the pending lines."""
+        if len(pending) == len(self._results.best):
+            return [QueuedPart(self._requests, part) for part in parts]
+        divider = PartDivider(self._args.max_requests)
+        if pending:
+            for position, line in enumerate(self._requests.lines()):
+                if position in pending:
+                    divider.add(line)
+                    copy.write(line)
+            copy.flush()
+        source = Input.of(copy, "the rest of the requests")
+        return [QueuedPart(source, part) for part in divider.parts()]
+
+    def _round(self, queue: Queue) -> Round:
+        """Submit the parts, and take the results of every batch, until none is active."""
+        submitted = cancelled = False
+        while True:
+            while queued := queue.take():
+                submitted = self._submit(queued, queue) or submitted
+            if not self.flights and not queue:
+                self._poller.report()
+                return Round(submitted, cancelled)
+            self._poller.report()
+            self._wait(self._args.interval)
+            refused, ended = [], 0
+            for batch, flight in self._ended():
+                if batch.status != "failed":
+                    ended += 1
+                    self._take(batch, flight)
+                    cancelled = cancelled or (batch.status == "cancelled" and not flight.may_be_cancelled)
+                elif flight.queued and batch.is_over_token_limit:
+                    refused.append(self._refused(batch, flight.queued))
+                elif not batch.is_over_token_limit and flight.answered is None:
+                    raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
+                                       "batches still running will be picked up by the next run")
+            if cancelled:
+                queue.clear()
+            elif idle_refusals := queue.settle(refused, ended, is_idle=not self.flights):
+                seconds = self._args.interval * 2 ** min(idle_refusals, 5)
+                self._console.message(f"no batch of this run is active; trying again in {seconds:g} s")
+                self._clock.sleep(seconds)
+
+    def _ended(self) -> Iterator[tuple[Batch, Flight]]:
+        """Look once at every active batch. Those that have ended are active no more."""
+        polled = self._poller.poll([*self.flights])
+        for batch_id, failure in polled.lost.items():
+            age = self._clock.now() - self.flights[batch_id].submitted_at
+            if not (isinstance(failure, Refused) and failure.status == 404 and age < YOUNG_SECONDS):
+                raise failure
+            self._console.warn(f"{batch_id}: {failure}; it is new, so this may pass; still waiting")
+        for batch in polled.ended:
+            if batch.status == "cancelled" and not self.flights[batch.id].may_be_cancelled:
+                self._console.warn(f"batch {batch.id} was cancelled; this run ends once the others have ended, and a "
+                                   "later one does the rest")
+            yield batch, self.flights.pop(batch.id)
+
+    def _refused(self, batch: Batch, queued: QueuedPart) -> QueuedPart:
+        self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
+        del self._poller.latest[batch.id]
+        queued.refused.append(batch.id)
+        return queued
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep, and look for rivals of new batches when it is time for that."""
+        end = self._clock.now() + seconds
+        while (due := min((each.rival_check_at for each in self.flights.values()), default=math.inf)) <= end:
+            self._clock.sleep(max(0.0, due - self._clock.now()))
+            self._look_for_rivals()
+        if (rest := end - self._clock.now()) > 0:
+            self._clock.sleep(rest)
+
+    # submitting
+
+    def _submit(self, queued: QueuedPart, queue: Queue) -> bool:
+        """Make a batch of the part, or take those that another process has made meanwhile. Whether it was submitted."""
+        label = queued.part.label
+
+        def on_upload(file_id: str) -> None:
+            queued.file_id, queued.refused = file_id, []
+            self._console.message(f"part {label}: File ID: {file_id}")
+
+        try:
+            batch = self._submitter.submit(queued.source, queued.part, on_upload, queued.file_id, queued.refused)
+        except AlreadySubmitted as found:
+            if all(self._submitter.part_sha256(batch) != queued.part.sha256 for batch in found.batches):
+                queue.clear()  # the parts are others, so what is left is only known when they have ended
+            for batch in found.batches:
+                self._adopt(batch, None)
+            return False
+        self._console.message(f"part {label}: Batch ID: {batch.id}")
+        now = self._clock.now()
+        self._poller.latest[batch.id] = batch
+        self.flights[batch.id] = Flight(batch, set(), None, queued, now, now + RIVAL_CHECK_SECONDS)
+        return True
+
+    def _look_for_rivals(self) -> None:
+        """Look for second batches of the parts submitted some seconds ago: another machine may have made them."""
+        due = [each for each in self.flights.values() if each.queued and each.rival_check_at <= self._clock.now()]
+        own = {each.queued.part.sha256: each for each in due if each.queued}
+        for flight in due:
+            flight.rival_check_at = math.inf
+        for rival in self._submitter.new_batches([each.queued.part for each in due if each.queued]):
+            flight_or_none = own.get(self._submitter.part_sha256(rival))
+            if flight_or_none is None:
+                self._submitter.known.add(rival.id)
+                self._console.warn(f"batch {rival.id} may have some of the same requests")
+            else:
+                self._meet_rival(flight_or_none, rival)
+
+    def _meet_rival(self, flight: Flight, rival: Batch) -> None:
+        """Of two batches of the same requests, the older one stays. Each process cancels only its own."""
+        self._submitter.known.add(rival.id)
+        if flight.batch.age_key < rival.age_key:
+            self._console.warn(f"batch {rival.id} has the same requests as batch {flight.batch.id}, which stays")
+        elif self._submitter.cancel_rival(flight.batch, rival):
+            flight.may_be_cancelled = True
+            self.flights[rival.id] = Flight(rival, set())
+
+    # earlier batches
+
+    def _adopt_earlier(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
+        """Take the results of earlier batches that have ended, and follow those that run."""
+        part_of = {part.sha256: part for part in parts}
+        batches = [batch for batch in self._submitter.earlier_batches(listed) if batch.may_have_success]
+        for batch in batches:
+            if self._submitter.is_of_file(batch, parts):
+                self._adopt(batch, part_of.get(self._submitter.part_sha256(batch)))
+        for batch in reversed(batches):
+            if batch.id not in self._submitter.known and self._submitter.is_of_earlier_version(batch):
+                self._adopt_earlier_version(batch, to_send)
+
+    def _adopt(self, batch: Batch, part: Part | None) -> None:
+        """Take or follow a batch of this request file, of this part of it if it is one of the present division."""
+        self._submitter.known.add(batch.id)
+        if part:
+            self._console.message(f"part {part.label} was already submitted as batch {batch.id} ({batch.status})")
+            flight = Flight(batch, set(range(part.first, part.first + part.requests)))
+            flight.queued = QueuedPart(self._requests, part)
+        else:
+            self._console.message(f"batch {batch.id} ({batch.status}) has some of the requests already")
+            digests = self._input_digests(batch)
+            flight = Flight(batch, None if digests is None else self._same_requests(digests))
+        self._follow(flight)
+
+    def _adopt_earlier_version(self, batch: Batch, to_send: set[int]) -> None:
+        """Take or follow a batch of an earlier version of the file, where it has requests that need a result."""
+        if not (pending := self._pending(to_send)):
+            return
+        digests = self._input_digests(batch)
+        if digests is None:
+            self._console.warn(f"the input file of batch {batch.id}, which is of an earlier version of "
+                               f"{self._requests.name}, cannot be had; requests that it has may be paid for again")
+        elif same := self._same_requests(digests) & pending:
+            self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
+                                  f"has {plural(len(same), 'request')} of this one already")
+            self._submitter.known.add(batch.id)
+            self._follow(Flight(batch, same, digests))
+
+    def _follow(self, flight: Flight) -> None:
+        """Take the results of a batch that has ended; watch one that runs."""
+        batch = flight.batch
+        flight.may_be_cancelled = batch.status == "cancelling"
+        self._poller.latest[batch.id] = batch
+        if batch.has_ended and not lacks_output(self._api, batch):
+            self._take(batch, flight)
+        else:
+            self.flights[batch.id] = flight
+
+    def _input_digests(self, batch: Batch) -> dict[str, bytes] | None:
+        """The digests of the requests of a batch by custom_id, by its input file; None where that cannot be had."""
+        digests: dict[str, bytes] = {}
+        try:
+            with temporary_file() as copy:
+                name = f"the input file of {batch.id}"
+                self._api.download(batch.input_file_id, self._api.size_of(batch.input_file_id), copy, name)
+                for line in Input.of(copy, name).lines():
+                    digests[str_field(read_object(line), "custom_id")] = digest_of(line)
+        except (Refused, ValueError):
+            return None
+        return digests
+
+    def _same_requests(self, digests: Mapping[str, bytes]) -> set[int]:
+        """The positions of the requests of the request file with these digests."""
+        index = self._results.requests
+        return {
+            index.line_of[custom_id] - 1
+            for custom_id, digest in digests.items()
+            if custom_id in index.line_of and index.digest(custom_id) == digest
+        }
+
+    # results
+
+    def _take(self, batch: Batch, flight: Flight) -> None:
+        """Download and index the files of a batch that has ended."""
+        for kind, file_id in (("results", batch.output_file_id), ("errors", batch.error_file_id)):
+            if not file_id:
+                continue
+            name = f"{kind} of {batch.id}"
+            start = self._spool.seek(0, os.SEEK_END)
+            try:
+                if (size := self._api.size_of(file_id)) == 0:
+                    continue
+                self._api.download(file_id, size, self._spool, name)
+            except Refused as failure:
+                if failure.status != 404:
+                    raise
+                self._console.warn(f"the {kind} file of batch {batch.id} is gone at the server")
+                if kind == "results":
+                    self._gone.append((batch, flight.positions))
+                continue
+            self._results.read(self._spool, name, start, flight.answered)
+
+
+def run_rounds(
+    args: argparse.Namespace, run: Callable[[], None], console: Console, clock: Clock
+) -> None:
+    resume = "no output was written; batches still running will be picked up by the next run of the same command"
+    try:
+        with clock.limit(args.timeout):
+            run()
+    except TimedOut:
+        raise TimedOut(f"--timeout passed; {resume}") from None
+    except Exit:
+        console.message(resume)
+        raise
+
+
+def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    gc.disable()  # nothing here makes reference cycles; looking for them takes a fifth of the time
+    check = InputCheck(args.endpoint, args.max_requests)
+    index = RequestIndex(check.line_of, bytearray())
+    with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(open_input(args.input))
+        refuse_unwritable(args.output)
+        sha256 = requests.sha256()
+        note = stack.enter_context(locked_note(sha256, requests, console))
+        parts = check_input(requests, recording_digests(requests.lines(), index.digests), check, console)
+        earlier = Results(index, console)
+        for path in args.results:
+            if not same_regular_file(path, args.output):
+                file = stack.enter_context(open_input(path))
+                earlier.read(file.file, file.name)
+        stamp = out_stamp(args.output)
+        read_out(args.output, earlier, stack)
+        results = Results(index, console) if args.force else earlier
+        to_send = results.positions(TO_SEND)
+        if have := len(results.best) - len(to_send):
+            console.message(f"{have:,} of {len(results.best):,} requests have a result already")
+        if to_send:
+            spool = stack.enter_context(temporary_file())
+            api = stack.enter_context(connect(args, console, clock))
+            listed = first_listing(api, force=args.force)
+            patient_api = dataclasses.replace(api, outage_budget=OUTAGE_BUDGET)
+            submitter = Submitter(patient_api, args, sha256, check, note)
+            run = Run(args, submitter, requests, results, spool)
+            run_rounds(args, lambda: run.rounds(parts, to_send, listed), console, clock)
+        if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
+            read_out(args.output, earlier, stack)
+        if args.force:
+            results.fall_back_on(earlier)
+        advice = "; run the same command again where there is room: it takes the results without paying again"
+        with open_output(args.output, advice) as out:
+            out.writelines(result_lines(results))
+    report_results(f"Wrote {shown(args.output)}: ", results, console)
+    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
+
+
+# ---- command line
 
 
 def log_path(text: str) -> str:
@@ -1494,16 +3590,10 @@ def id_argument(text: str) -> str:
     return text
 
 
-def positive_int(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
-        raise argparse.ArgumentTypeError(f"not a whole number of 1 or more: {text!a}")
-    return int(text)
-
-
 def batch_size(text: str) -> int:
     number = positive_int(text)
-    if number > MAX_REQUESTS:
-        raise argparse.ArgumentTypeError(f"a batch takes {MAX_REQUESTS} requests at most: {text!a}")
+    if number > MAX_BATCH_REQUESTS:
+        raise argparse.ArgumentTypeError(f"a batch takes {MAX_BATCH_REQUESTS} requests at most: {text!a}")
     return number
 
 
@@ -1514,754 +3604,135 @@ def positive_seconds(text: str) -> float:
     return seconds
 
 
-def add_command(
-    commands: Subparsers, name: str, text: str, parents: Sequence[argparse.ArgumentParser] = ()
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, parents=parents)
-    return parser
-
-
-def add_input(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--in", dest="input", required=True, type=input_path, metavar="JSONL", help="request file, - for stdin")
-
-
-def add_output(parser: argparse.ArgumentParser, metavar: str, text: str, *, required: bool = True) -> None:
-    parser.add_argument("--out", dest="output", required=required, type=output_path, metavar=metavar, help=text)
-
-
-def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    text = "endpoint that every request must name (default: the url of the first request)"
-    parser.add_argument("--endpoint", type=text_argument, metavar="E", help=text)
-
-
-def add_submission(parser: argparse.ArgumentParser) -> None:
-    add_input(parser)
-    add_endpoint(parser)
-    add = parser.add_argument
-    text = "how long the API may take (default: %(default)s)"
-    add("--completion-window", type=text_argument, default="24h", metavar="W", help=text)
-    text = "requests in one batch (default: %(default)s); fewer for an account with a small token queue"
-    add("--max-requests", type=batch_size, default=MAX_REQUESTS, metavar="N", help=text)
-
-
-def add_batch_ids(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-id", dest="batch_ids", nargs="+", required=True, type=id_argument, metavar="ID",
-                        help="ids of batches, as create, run and list print them")
-
-
-def add_auto_save(parser: argparse.ArgumentParser) -> None:
-    text = "save the results of a batch that has ended (default: yes)"
-    parser.add_argument("--auto-save", action=argparse.BooleanOptionalAction, default=True, help=text)
-
-
-def add_waiting(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--interval", type=positive_seconds, default=30.0, metavar="S", help="seconds between polls (default: 30)")
-    add("--timeout", type=positive_seconds, metavar="S", help="stop waiting after S seconds, with exit 3")
-
-
-def add_results(parser: argparse.ArgumentParser) -> None:
-    text = "output and error files"
-    parser.add_argument("--results", nargs="+", required=True, type=input_path, metavar="JSONL", help=text)
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print each batch as one line of JSON")
-
-
-# -- commands, in the order a batch lives ------------------------------------------------------------------------
-
-
-def add_validate(commands: Subparsers) -> None:
-    parser = add_command(commands, "validate", "check a request file, without uploading it")
-    add_input(parser)
-    add_endpoint(parser)
-    parser.set_defaults(run=cmd_validate)
-
-
-def cmd_validate(args: argparse.Namespace) -> int:
-    check = InputCheck(args.endpoint)
-    with open_input(args.input) as file:
-        parts = check_input(file, args.input, check, args.console)
-    requests = count_of(len(check.line_of), "request")
-    args.console.emit(f"OK: {requests}, {count_of(check.size, 'byte')}, {count_of(len(parts), 'batch', 'batches')}")
-    return 0
-
-
-def stands_for_its_part(batch: Batch) -> bool:
-    """Whether a batch runs, or has completed with at least one success."""
-    if batch.status == "completed":
-        return has_output(batch)
-    return not has_ended(batch) and batch.status != "cancelling"
-
-
-def is_partial(batch: Batch) -> bool:
-    return batch.status == "cancelling" or (batch.status in ("expired", "cancelled") and has_output(batch))
-
-
-def what_is_left(part: Part, batch: Batch) -> str:
-    counts = request_counts(batch)
-    when = "" if has_ended(batch) else "once it has ended, "
-    return (
-        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished {counts.completed} of its "
-        f"{counts.total or part.requests} requests; {when}get them with retrieve --batch-id {batch.id}, and the rest "
-        "with retry, without paying for all of it again"
-    )
-
-
-def add_create(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "create", "upload a request file and create its batches", [online])
-    add_submission(parser)
-    parser.add_argument("--force", action="store_true", help="submit even what was submitted before, and pay again")
-    add_json(parser)
-    parser.set_defaults(run=cmd_create)
-
-
-def cmd_create(args: argparse.Namespace) -> int:
-    console: Console = args.console
-    check = InputCheck(args.endpoint, args.max_requests)
-    with open_input(args.input) as file, locked(file, args.input, console), connect(args) as api:
-        parts = check_input(file, args.input, check, console)
-        submission = Submission(api, args, file, check.endpoint)
-        earlier = {} if args.force else submission.find_earlier(parts)
-        exit_code = 0
-        for part in parts:
-            batches = earlier.get(part.sha256, [])
-            adopted = next(filter(stands_for_its_part, batches), None)
-            partial = next(filter(is_partial, batches), None)
-            if adopted:
-                console.say(f"part {part.label} is batch {adopted.id} ({adopted.status}) already; not submitted again")
-            elif partial:
-                exit_code = 1
-                console.warn(what_is_left(part, partial))
-                continue
-            file_id = text_of(adopted, "input_file_id") if adopted else submission.upload(part)
-            if file_id and not args.json:
-                console.emit(f"File ID: {file_id}")
-            batch = adopted or submission.create(part, file_id)
-            console.emit(batch_json(batch) if args.json else f"Batch ID: {batch.id}")
-    return exit_code
-
-
-def each_batch(args: argparse.Namespace, action: Callable[[str], None]) -> int:
-    """Do it for every --batch-id; one that fails does not keep the others from it. The exit code."""
-    exit_code = 0
-    for batch_id in dict.fromkeys(args.batch_ids):
-        try:
-            action(batch_id)
-        except Failure as failure:
-            args.console.say(f"{PROG}: error: {batch_id}: {failure}")
-            exit_code = 1
-    return exit_code
-
-
-def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
-    """Where the output and the error file of a batch are saved; beside a stream, errors keep their own name."""
-    paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
-    if out and not is_stream(out):
-        root, extension = os.path.splitext(out)
-        paths["errors"] = f"{root}.errors{extension}"
-    return paths
-
-
-def is_complete(path: str, size: int) -> bool:
-    """Whether the file was downloaded whole before."""
-    with failing_to(f"read {path}"), open(path, "rb") as file:
-        return os.path.getsize(path) == size and (not size or last_byte(file) == b"\n")
-
-
-def save_file(api: Api, file_id: str, path: str, skip_complete: bool) -> int:
-    """Download a file, to a stream only once it is whole; its size."""
-    if is_stream(path):
-        with temporary_file() as copy:
-            size = api.download(file_id, copy, path)
-            copy.seek(0)
-            with open_output(path) as out:
-                out.writelines(blocks(copy, path))
-        return size
-    if os.path.isfile(path):
-        if skip_complete and is_complete(path, api.file(file_id).bytes):
-            return os.path.getsize(path)
-        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
-    with open_output(path) as out:
-        return api.download(file_id, out, path)
-
-
-def save_files(
-    api: Api, batch: Batch, paths: Mapping[str, str], report: Callable[[str], None], *, skip_complete: bool = False
-) -> Iterator[str]:
-    """Save the files that a batch has and report each; yields which it is, `results` or `errors`, once it is saved."""
-    for kind, file_id in result_files(batch):
-        size = save_file(api, file_id, paths[kind], skip_complete)
-        report(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
-        yield kind
-
-
-def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
-    """Print a batch; where it has ended, save its files and print where."""
-    console: Console = args.console
-    if not args.json:
-        if len(args.batch_ids) > 1:
-            console.emit(f"Batch ID: {batch.id}")
-        for line in describe(batch):
-            console.emit(line)
-    paths = batch_paths(batch.id)
-    saved: dict[str, str] = {}
-    try:
-        if args.auto_save and has_ended(batch):
-            report = console.say if args.json else console.emit
-            for kind in save_files(api, batch, paths, report, skip_complete=True):
-                saved[f"{kind}_path"] = paths[kind]
-    finally:
-        if args.json:
-            console.emit(batch_json(batch, saved))
-
-
-def add_status(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "status", "show batches, and save their results once ended", [online])
-    add_batch_ids(parser)
-    add_auto_save(parser)
-    add_json(parser)
-    parser.set_defaults(run=cmd_status)
-
-
-def cmd_status(args: argparse.Namespace) -> int:
-    with connect(args) as api:
-        return each_batch(args, lambda batch_id: show_and_save(args, api, api.batch(batch_id)))
-
-
-def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch]:
-    """The batches, by id, once all have ended."""
-    watch, active = Watch(api, args), dict.fromkeys(args.batch_ids)
-    while True:
-        for batch in watch.look([*active]):
-            del active[batch.id]
-        watch.show()
-        if not active:
-            watch.deadline = math.inf  # saving is not waiting
-            return watch.latest
-        watch.pause(args.interval)
-
-
-def add_wait(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "wait", "wait until batches have ended, then do what status does", [online])
-    add_batch_ids(parser)
-    add_waiting(parser)
-    add_auto_save(parser)
-    add_json(parser)
-    parser.set_defaults(run=cmd_wait)
-
-
-def cmd_wait(args: argparse.Namespace) -> int:
-    resume = f"{PROG} wait --batch-id {' '.join(args.batch_ids)}"
-    with connect(args) as api:
-        try:
-            batches = wait_for_end(api, args)
-        except TimedOut:
-            raise TimedOut(f"--timeout passed; the batches go on at the server; to go on waiting: {resume}") from None
-        except Stopped:
-            args.console.say(f"the batches go on at the server; to go on waiting: {resume}")
-            raise
-        exit_code = each_batch(args, lambda batch_id: show_and_save(args, api, batches[batch_id]))
-    return exit_code or int(any(batch.status != "completed" for batch in batches.values()))
-
-
-def count_errors(path: str) -> Counter[str]:
-    """The errors of an error file, by code and message."""
-    counts: Counter[str] = Counter()
-    with open_input(path) as file:
-        for line in lines_of(file, path):
-            with contextlib.suppress(ValueError):
-                counts[judge(read_object(line)).error()[:200]] += 1
-    return counts
-
-
-def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
-    """Save what there is of a batch; raises Failure where that is not everything."""
-    batch = api.batch(batch_id)
-    if not has_ended(batch):
-        raise Failure(f"Batch not completed (status: {batch.status})")
-    paths = batch_paths(batch.id, args.output)
-    report = args.console.say if args.output == STDOUT else args.console.emit
-    saved = [*save_files(api, batch, paths, report)]
-    if batch.status == "failed":
-        raise Failure(f"Batch failed: {reasons(batch)}")
-    if "results" not in saved:
-        errors = f": {commonest(count_errors(paths['errors']))}" if saved else ""
-        raise Failure(f"Batch has no results (status: {batch.status}){errors}")
-    if batch.status != "completed":
-        completed, _, total = request_counts(batch)
-        raise Failure(f"Batch {batch.status} with {completed} of {total} requests completed; get the rest with retry")
-
-
-def add_retrieve(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "retrieve", "download the output and error file of batches", [online])
-    add_batch_ids(parser)
-    text = "where the output file goes, and the error file beside it (default: results_ID.jsonl, errors_ID.jsonl); "
-    text += "with one --batch-id only"
-    add_output(parser, "PATH", text, required=False)
-    parser.set_defaults(run=cmd_retrieve)
-
-
-def cmd_retrieve(args: argparse.Namespace) -> int:
-    if args.output:
-        refuse_unwritable(args.output)
-    with connect(args) as api:
-        return each_batch(args, lambda batch_id: retrieve(args, api, batch_id))
-
-
-def cancel(args: argparse.Namespace, batch: Batch) -> None:
-    """Say what became of the cancellation of a batch."""
-    emit: Callable[[str], None] = args.console.emit
-    if args.json:
-        emit(batch_json(batch))
-        return
-    emit(f"Batch cancellation initiated: {batch.id}")
-    emit(f"Status: {batch.status}")
-    if created := local_time(number_of(batch, "created_at"), " "):
-        emit(f"Created: {created}")
-    if batch.status == "cancelled":
-        emit("Note: Batch was successfully cancelled. Any completed requests have been processed and you will be "
-             "charged for them.")
-    else:
-        emit("Note: Batch cancellation in progress. This may take up to 10 minutes.")
-
-
-def add_cancel(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "cancel", "cancel batches", [online])
-    add_batch_ids(parser)
-    add_json(parser)
-    parser.set_defaults(run=cmd_cancel)
-
-
-def cmd_cancel(args: argparse.Namespace) -> int:
-    with connect(args) as api:
-        return each_batch(args, lambda batch_id: cancel(args, api.cancel(batch_id)))
-
-
-def list_row(batch: Batch) -> tuple[str, ...]:
-    completed, failed, total = request_counts(batch)
-    name = metadata_of(batch, "input_file") or text_of(batch, "input_file_id")
-    created = local_time(number_of(batch, "created_at"))
-    return batch.id, batch.status, created, f"{completed}/{total}", str(failed), escape_controls(name)
-
-
-def table(batches: Iterable[Batch]) -> Iterator[str]:
-    """The lines of a table of the batches, its columns aligned."""
-    rows = [list_row(batch) for batch in batches]
-    if not rows:
-        yield "No batches found."
-        return
-    rows.insert(0, ("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def add_list(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    parser = add_command(commands, "list", "list batches, newest first", [online])
-    text = "how many to show (default: %(default)s)"
-    parser.add_argument("--limit", type=positive_int, default=20, metavar="N", help=text)
-    add_json(parser)
-    parser.set_defaults(run=cmd_list)
-
-
-def cmd_list(args: argparse.Namespace) -> int:
-    with connect(args) as api:
-        batches = itertools.islice(api.batches(min(args.limit, PAGE_SIZE)), args.limit)
-        for line in map(batch_json, batches) if args.json else table(batches):
-            args.console.emit(line)
-    return 0
-
-
-def read_results(args: argparse.Namespace, files: contextlib.ExitStack) -> tuple[BinaryIO, Results]:
-    """The request file, and the best results of its requests from all of --results.
-
-    They stay open in `files`, which when closed raises Failure where one of them has been changed since.
-    """
-    gc.disable()  # nothing here makes reference cycles; looking for them among the entries takes a fifth of the time
-    inputs = []
-    for path in (args.input, *args.results):
-        inputs.append(files.enter_context(open_input(path)))
-        files.enter_context(unchanged(inputs[-1], path))
-    results = Results(request_ids(inputs[0], args.input), args.console)
-    for file, path in zip(inputs[1:], args.results, strict=True):
-        results.read(file, path)
-    return inputs[0], results
-
-
-def add_retry(commands: Subparsers) -> None:
-    parser = add_command(commands, "retry", "write the requests that have no result yet")
-    add_input(parser)
-    add_results(parser)
-    add_output(parser, "JSONL", "request file to write, - for stdout")
-    text = "also those that the API would refuse again as they are (4xx, incomplete)"
-    parser.add_argument("--include-rejected", action="store_true", help=text)
-    parser.set_defaults(run=cmd_retry)
-
-
-def cmd_retry(args: argparse.Namespace) -> int:
-    console: Console = args.console
-    with contextlib.ExitStack() as files:
-        file, results = read_results(args, files)
-        outcomes, errors = results.outcomes(), results.errors()
-        wanted = {RETRYABLE, MISSING, *([REJECTED] if args.include_rejected else [])}
-        count = sum(outcomes[outcome] for outcome in wanted)
-        if count:
-            with open_output(args.output) as out:
-                out.writelines(lines_to_send(lines_of(file, args.input), results.best, wanted))
-                files.close()
-    report = console.say if args.output == STDOUT else console.emit
-    report(f"Requests to retry: {count}")
-    note = " (not sent again)" if outcomes[REJECTED] and not args.include_rejected else ""
-    console.say(f"{outcomes[SUCCEEDED]} succeeded, {outcomes[REJECTED]} rejected{note}, {outcomes[RETRYABLE]} failed "
-                f"otherwise, {outcomes[MISSING]} missing{results.ignored_lines()}")
-    if errors:
-        console.say(f"commonest errors: {commonest(errors)}")
-    return 0
-
-
-def add_export(commands: Subparsers) -> None:
-    parser = add_command(commands, "export", "write one CSV row per request, in request order")
-    add_input(parser)
-    add_results(parser)
-    add_output(parser, "CSV", "CSV to write, - for stdout")
-    parser.set_defaults(run=cmd_export)
-
-
-def cmd_export(args: argparse.Namespace) -> int:
-    with contextlib.ExitStack() as files:
-        file, results = read_results(args, files)
-        with open_output(args.output) as out:
-            out.write(csv_line(BIO_COLUMNS))
-            for line, entry in zip(lines_of(file, args.input), results.best.values(), strict=True):
-                outcome, result = (entry.outcome, read_object(results.line(entry))) if entry else (MISSING, {})
-                out.write(csv_line(bio_row(read_object(line), outcome, result)))
-            files.close()
-    args.console.say(f"Wrote {args.output}: {results.summary()}")
-    return 0
-
-
-def missing_line(custom_id: str) -> bytes:
-    error = {"code": MISSING, "message": "the request is in no output or error file of its batches"}
-    line = to_json({"id": None, "custom_id": custom_id, "response": None, "error": error})
-    return line.encode(errors="backslashreplace") + b"\n"
-
-
-def adoptable(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches, given newest first, that have or may yet have a success; oldest first."""
-    return [batch for batch in batches if not has_ended(batch) or has_output(batch)][::-1]
-
-
-def sha256_of(file: BinaryIO) -> str:
-    file.seek(0)
-    return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
-
-
-class QueuedPart:
-    """A part on its way through the queue: its uploaded file, and the batches that were refused for its limit."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.file_id = ""
-        self.refused: list[str] = []
-
-
-class Run:
-    """The rounds of `run`. Parts and rounds follow from the request file and the batches at the server alone."""
-
-    def __init__(
-        self, api: Api, args: argparse.Namespace, file: BinaryIO, check: InputCheck, results: Results, spool: BinaryIO
-    ) -> None:
-        self._api = api
-        self._args = args
-        self._console: Console = args.console
-        self._file = file
-        self._signature = file_signature(file)
-        self._endpoint = check.endpoint
-        self._sha256 = sha256_of(file)
-        self._results = results
-        self._spool = spool  # what was downloaded
-        self._watch = Watch(api, args, answered=True)  # the listing or a submission comes before any poll
-        self._waiting: deque[QueuedPart] = deque()
-        self._active: dict[str, QueuedPart | None] = {}  # by batch id; None for one that is not sent again as it is
-        self._cancelling: set[str] = set()  # active batches that were being cancelled before this run saw them
-        self._room = math.inf  # how many more batches the queue may admit
-        self._idle_refusals = 0
-        self._cancelled = False
-
-    def rounds(self, parts: Sequence[Part]) -> None:
-        """Bring every request to its success or its last error; --attempts bounds the rounds that submit something."""
-        submission = self._submission(self._file)
-        parts = self._adopt_earlier(submission, parts)
-        self._round(submission, parts)
-        rounds_left: int = self._args.attempts - (1 if parts else 0)
-        for number in range(2, 2 + rounds_left):
-            outcomes = self._results.outcomes()
-            left = outcomes[RETRYABLE] + outcomes[MISSING]
-            if not left or self._cancelled:
-                return
-            if file_signature(self._file) != self._signature:
-                self._console.warn(f"{self._args.input} was changed, so there is no further round; "
-                                   f"retry --results {self._args.output} writes what is left")
-                return
-            self._console.say(f"round {number}: {count_of(left, 'request')} to send again")
-            self._watch.latest.clear()
-            with temporary_file() as pending:
-                parts = self._write_pending(pending)
-                self._round(self._submission(pending), parts)
-
-    def _submission(self, file: BinaryIO) -> Submission:
-        return Submission(self._api, self._args, file, self._endpoint, self._sha256)
-
-    def _write_pending(self, pending: BinaryIO) -> list[Part]:
-        """Write what is to be sent again to `pending`; its parts."""
-        self._file.seek(0)
-        lines = lines_of(self._file, self._args.input)
-        pending.writelines(lines_to_send(lines, self._results.best, (RETRYABLE, MISSING)))
-        pending.seek(0)
-        check = InputCheck(self._endpoint, self._args.max_requests)
-        return check_input(pending, "the next round", check, self._console)
-
-    def _adopt_earlier(self, submission: Submission, parts: Sequence[Part]) -> list[Part]:
-        """Take in or follow every earlier batch of the request file; the parts that can be submitted at once.
-
-        Batches of other parts of it, from a later round or another --max-requests, have to end first: only their
-        results tell which requests they had.
-        """
-        earlier = submission.find_earlier(parts)
-        new = []
-        for part in parts:
-            batches = adoptable(earlier[part.sha256])
-            for batch in batches:
-                self._console.say(f"part {part.label} is batch {batch.id} ({batch.status}) already")
-                self._adopt(batch, QueuedPart(part) if len(batches) == 1 else None)
-            if not batches:
-                new.append(part)
-        others = adoptable(earlier[OTHERS])
-        for batch in others:
-            self._console.say(f"batch {batch.id} ({batch.status}) has some of the requests already")
-            self._adopt(batch, None)
-        return [] if others else new
-
-    def _adopt(self, batch: Batch, queued: QueuedPart | None) -> None:
-        self._watch.latest[batch.id] = batch
-        if has_ended(batch):
-            self._take(batch)
-            return
-        self._active[batch.id] = queued
-        if batch.status == "cancelling":
-            self._cancelling.add(batch.id)
-
-    def _round(self, submission: Submission, parts: Sequence[Part]) -> None:
-        """Submit the parts, and take in what comes of them and of the batches that were adopted."""
-        self._waiting.extend(map(QueuedPart, parts))
-        self._submit(submission)
-        while self._active:
-            self._watch.show()
-            self._watch.pause(self._args.interval)
-            self._poll()
-            self._submit(submission)
-        self._watch.show()
-
-    def _submit(self, submission: Submission) -> None:
-        """Make batches of waiting parts, as many as the queue may have room for."""
-        while self._waiting and self._room:
-            queued = self._waiting.popleft()
-            part = queued.part
-            if not queued.file_id:
-                queued.file_id = submission.upload(part)
-                self._console.say(f"part {part.label}: File ID: {queued.file_id}")
-            batch = submission.create(part, queued.file_id, queued.refused)
-            self._console.say(f"part {part.label}: Batch ID: {batch.id}")
-            self._watch.latest[batch.id], self._active[batch.id] = batch, queued
-            self._room -= 1
-
-    def _poll(self) -> None:
-        """Look at the active batches, and deal with those that have ended."""
-        refused: list[QueuedPart] = []
-        ended = 0
-        for batch in self._watch.look([*self._active]):
-            queued = self._active.pop(batch.id)
-            if batch.status == "failed" and not is_over_queue_limit(batch):
-                raise Failure(f"batch {batch.id} (part {metadata_of(batch, 'part')}) failed: {reasons(batch)}; nothing "
-                              "is written, batches under way go on and a later run adopts them")
-            if batch.status == "failed" and queued:
-                part = queued.part
-                self._console.say(f"part {part.label}: batch {batch.id} was refused for the token limit of the queue")
-                queued.refused.append(batch.id)
-                refused.append(queued)
-                del self._watch.latest[batch.id]
-            else:
-                ended += 1
-                self._take(batch)
-                if batch.status == "cancelled" and batch.id not in self._cancelling:
-                    self._cancelled = True
-                    self._console.warn(f"batch {batch.id} was cancelled; this run ends with what is under way, and a "
-                                       "later one does the rest")
-        if self._cancelled:
-            self._waiting.clear()
-        else:
-            self._make_room(refused, ended)
-
-    def _make_room(self, refused: Sequence[QueuedPart], ended: int) -> None:
-        """After a refusal for the queue limit, a batch that ends makes room for one; with none active, time may.
-
-        So there is room whenever none is active.
-        """
-        self._waiting.extendleft(reversed(refused))
-        self._room = ended if refused else self._room + ended
-        if ended:
-            self._idle_refusals = 0
-        if not refused or self._active or ended:
-            return
-        self._idle_refusals += 1
-        if self._idle_refusals == IDLE_REFUSALS:
-            label, _, size, requests, _ = refused[0].part
-            raise Failure(f"part {label} ({count_of(requests, 'request')}, {count_of(size, 'byte')}) was refused "
-                          f"{IDLE_REFUSALS} times for the token limit of the queue with no batch of this run active; "
-                          "make batches smaller with --max-requests")
-        seconds = self._args.interval * 2**self._idle_refusals
-        self._console.say(f"no batch of this run is active; trying again in {seconds:g} s")
-        self._watch.pause(seconds)
-        self._room = 1
-
-    def _take(self, batch: Batch) -> None:
-        """Download what a batch that has ended left, and index it."""
-        for kind, file_id in result_files(batch):
-            start = self._spool.seek(0, os.SEEK_END)
-            self._api.download(file_id, self._spool, f"{kind} of {batch.id}")
-            self._spool.seek(start)
-            self._results.read(self._spool, f"{kind} of {batch.id}")
-
-
-def add_run(commands: Subparsers, online: argparse.ArgumentParser) -> None:
-    text = "the whole job: submit, wait, download, send again what failed"
-    parser = add_command(commands, "run", text, [online])
-    add_submission(parser)
-    add_output(parser, "JSONL", "results file to write, - for stdout")
-    add_waiting(parser)
-    text = "rounds in all; what can be retried goes into the next (default: %(default)s)"
-    parser.add_argument("--attempts", type=positive_int, default=3, metavar="N", help=text)
-    parser.set_defaults(run=cmd_run)
-
-
-def cmd_run(args: argparse.Namespace) -> int:
-    console: Console = args.console
-    check = InputCheck(args.endpoint, args.max_requests)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_input(args.input))
-        stack.enter_context(locked(file, args.input, console))
-        refuse_unwritable(args.output)
-        api = stack.enter_context(connect(args))
-        parts = check_input(file, args.input, check, console)
-        spool = stack.enter_context(temporary_file())
-        results = Results(dict.fromkeys(check.line_of), console)
-        try:
-            Run(api, args, file, check, results, spool).rounds(parts)
-        except (TimedOut, Stopped):
-            console.say("nothing is written yet; the batches go on at the server; run the same command again to go on")
-            raise
-        with open_output(args.output) as out:
-            out.writelines(results.line(entry) if entry else missing_line(custom_id)
-                           for custom_id, entry in results.best.items())
-    console.say(f"Wrote {args.output}: {results.summary()}")
-    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
-
-
-# -- command line ------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Speaks through the console: no secrets, and nothing but the help on stdout. No option can be abbreviated."""
-
-    def __init__(self, console: Console, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-        self._console = console
-
-    def print_help(self, file: object = None) -> None:
-        with open_output(STDOUT) as stdout:
-            stdout.write(self.format_help().encode())
-
-    def error(self, message: str) -> NoReturn:
-        for line in self.format_usage().splitlines():
-            self._console.say(line)
-        self._console.say(f"{self.prog}: error: {message}")
-        raise SystemExit(2)
-
-
-def online_options() -> argparse.ArgumentParser:
-    """The options of every command that talks to the API."""
-    parser = argparse.ArgumentParser(add_help=False)
-    text = "log to append to (default: logs/batch_YYYYMMDD_HHMMSS.log)"
-    parser.add_argument("--log-file", type=log_path, metavar="PATH", help=text)
-    parser.add_argument("--verbose", action="store_true", help="show each API response on stderr")
-    return parser
+def price_pair(text: str) -> tuple[float, float]:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?,[0-9]+(\.[0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"not two prices like 0.05,0.25: {text!a}")
+    price_in, price_out = map(float, text.split(","))
+    return price_in, price_out
+
+
+# Options by their flag, or by `COMMAND FLAG` where a command needs other words.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--in": {"dest": "input", "required": True, "type": input_path, "metavar": "JSONL",
+             "help": "request file, - for stdin"},
+    "--endpoint": {"type": text_argument, "metavar": "E",
+                   "help": "endpoint that every request must name (default: the url of the first request)"},
+    "--completion-window": {"type": text_argument, "default": "24h", "metavar": "W",
+                            "help": "how long the API may take (default: %(default)s)"},
+    "--max-requests": {"type": batch_size, "default": MAX_BATCH_REQUESTS, "metavar": "N",
+                       "help": "requests in one batch (default: %(default)s); use fewer for a small token limit"},
+    "--force": {"action": "store_true", "help": "submit what was submitted before, and pay again"},
+    "--json": {"action": "store_true", "help": "print each batch as one line of JSON, as the API gave it"},
+    "--batch-id": {"dest": "batch_ids", "nargs": "+", "required": True, "type": id_argument, "metavar": "ID",
+                   "help": "ids of batches, as create, run and list print them"},
+    "--auto-save": {"action": argparse.BooleanOptionalAction, "default": True,
+                    "help": "save the results of a batch that has ended (default: yes)"},
+    "--interval": {"type": positive_seconds, "default": 30.0, "metavar": "S",
+                   "help": "seconds between polls, fractions allowed (default: 30)"},
+    "--timeout": {"type": positive_seconds, "metavar": "S", "help": "stop waiting after S seconds, with exit code 3"},
+    "--limit": {"type": positive_int, "default": 20, "metavar": "N",
+                "help": "how many batches to show (default: %(default)s)"},
+    "--attempts": {"type": positive_int, "default": 3, "metavar": "N",
+                   "help": "rounds in all; each sends again what can be retried (default: %(default)s)"},
+    "--results": {"nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
+                  "help": "output and error files, and what run writes"},
+    "--include-rejected": {"action": "store_true",
+                           "help": "also write those that the API would refuse again as they are"},
+    "--requests": {"type": positive_int, "default": 3, "metavar": "N",
+                   "help": "how many requests to send at once (default: %(default)s)"},
+    "--prices": {"type": price_pair, "metavar": "IN,OUT",
+                 "help": "dollars per million input and output tokens, for an estimate of the cost"},
+    "--csv": {"type": input_path, "metavar": "CSV",
+              "help": "the artists' spreadsheet: write its rows and columns, and the bios behind them"},
+    "--id-column": {"type": text_argument, "metavar": "NAME",
+                    "help": "column of --csv that holds the ids (default: artist_id)"},
+    "--encoding": {"type": encoding_name, "metavar": "NAME", "help": "encoding of --csv (default: utf-8)"},
+    "--excel": {"action": "store_true", "help": "write for Excel: a byte-order mark, and no cell that is a formula"},
+    "--log-file": {"type": log_path, "metavar": "PATH",
+                   "help": "log to append to (default: logs/batch_YYYYMMDD_HHMMSS.log)"},
+    "--verbose": {"action": "store_true", "help": "show each API response on stderr"},
+    "preview --out": {"dest": "output", "type": output_path, "metavar": "JSONL",
+                      "help": "results file to add the answers to, - for stdout; run to the same file keeps them"},
+    "retrieve --out": {"dest": "output", "type": output_path, "metavar": "PATH",
+                       "help": "output file, with the error file beside it (default: results_ID.jsonl, "
+                               "errors_ID.jsonl); with one --batch-id only"},
+    "retry --out": {"dest": "output", "required": True, "type": output_path, "metavar": "JSONL",
+                    "help": "request file to write, - for stdout"},
+    "export --out": {"dest": "output", "required": True, "type": output_path, "metavar": "CSV",
+                     "help": "CSV to write, - for stdout"},
+    "run --out": {"dest": "output", "required": True, "type": output_path, "metavar": "JSONL",
+                  "help": "results file to bring up to date, - for stdout"},
+    "run --results": {"nargs": "+", "default": [], "type": input_path, "metavar": "JSONL",
+                      "help": "further results that are there already"},
+}
+ONLINE = ("--log-file", "--verbose")
+Command = Callable[[argparse.Namespace, Console, Clock], int]
 
 
 def build_parser(console: Console) -> argparse.ArgumentParser:
-    parser = Parser(console, prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(console, prog=PROG, description=__doc__)
     parser_class: Any = functools.partial(Parser, console)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=parser_class)
-    online = online_options()
-    add_validate(commands)
-    add_create(commands, online)
-    add_status(commands, online)
-    add_wait(commands, online)
-    add_retrieve(commands, online)
-    add_cancel(commands, online)
-    add_list(commands, online)
-    add_retry(commands)
-    add_export(commands)
-    add_run(commands, online)
+
+    def add(command: Command, text: str, *flags: str) -> None:
+        name = command.__name__.removeprefix("cmd_")
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.set_defaults(command=command)
+        for flag in flags:
+            subparser.add_argument(flag, **OPTIONS.get(f"{name} {flag}") or OPTIONS[flag])
+
+    add(cmd_validate, "check a request file, without uploading it", "--in", "--endpoint")
+    add(cmd_preview, "send a few requests at once, show the answers, and estimate the whole",
+        "--in", "--requests", "--out", "--prices", *ONLINE)
+    add(cmd_create, "upload a request file and create its batches",
+        "--in", "--endpoint", "--completion-window", "--max-requests", "--force", "--json", *ONLINE)
+    add(cmd_status, "show batches, and save their results once they have ended",
+        "--batch-id", "--auto-save", "--json", *ONLINE)
+    add(cmd_wait, "wait until batches have ended, then do what status does",
+        "--batch-id", "--interval", "--timeout", "--auto-save", "--json", *ONLINE)
+    add(cmd_retrieve, "download the output and error file of batches", "--batch-id", "--out", *ONLINE)
+    add(cmd_cancel, "cancel batches", "--batch-id", "--json", *ONLINE)
+    add(cmd_list, "list batches, newest first", "--limit", "--json", *ONLINE)
+    add(cmd_retry, "write the requests that have no result yet", "--in", "--results", "--out", "--include-rejected")
+    add(cmd_export, "write one CSV row per request, or the spreadsheet with the bios",
+        "--in", "--results", "--out", "--csv", "--id-column", "--encoding", "--excel")
+    add(cmd_run, "the whole job: bring a results file up to date with a request file",
+        "--in", "--out", "--results", "--endpoint", "--completion-window", "--max-requests", "--interval", "--timeout",
+        "--attempts", "--force", *ONLINE)
     return parser
+
+
+def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error where one file would be used in two ways that exclude each other."""
+    results = getattr(args, "results", [])
+    is_run = args.command is cmd_run
+    inputs = [path for path in (getattr(args, "input", None), getattr(args, "csv", None), *results) if path]
+    output, log = getattr(args, "output", None), getattr(args, "log_file", None)
+    if inputs.count(STDIN) > 1:
+        parser.error("only one input can be stdin (-)")
+    for path, destination in itertools.product(inputs, filter(None, (output, log))):
+        is_own_result = is_run and destination == output and path in results  # run keeps what its own --out has
+        if same_regular_file(path, destination) and not is_own_result:
+            parser.error(f"{shown(path)} would be read and written at once; choose another path to write")
+    if output and log and os.path.realpath(output) == os.path.realpath(log):
+        parser.error("--out and --log-file are the same file; choose another for the log")
 
 
 def parse_args(argv: Sequence[str] | None, console: Console) -> argparse.Namespace:
     parser = build_parser(console)
     args = parser.parse_args(argv)
-    inputs = [path for path in (getattr(args, "input", None), *getattr(args, "results", [])) if path]
-    outputs = [path for path in (getattr(args, "output", None), getattr(args, "log_file", None)) if path]
-    if inputs.count(STDIN) > 1:
-        parser.error("only one input can be stdin (-)")
-    for path, output in itertools.product(inputs, outputs):
-        if same_regular_file(path, output):
-            parser.error(f"{path} would be read and written at once; choose another path to write")
-    if len({*map(os.path.realpath, outputs)}) < len(outputs):
-        parser.error("--out and --log-file are the same file; choose another for the log")
+    check_paths(parser, args)
     if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
         parser.error("--out goes with one --batch-id")
+    if args.command is cmd_export:
+        if not args.csv and (args.id_column or args.encoding):
+            parser.error("--id-column and --encoding go with --csv")
+        args.id_column, args.encoding = args.id_column or "artist_id", args.encoding or "utf-8"
     args.argv = [*(sys.argv[1:] if argv is None else argv)]
     return args
 
 
-# -- main --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into Stopped; none within a second after, so that cleaning up is not cut.
-
-    Once stopped, the process ends, and they are ignored to its end.
-    """
-    stopped_at = -math.inf
-
-    def stop(number: int, _frame: object) -> None:
-        nonlocal stopped_at
-        if time.monotonic() - stopped_at > 1:  # the one before may have been lost in a callback of the interpreter
-            stopped_at = time.monotonic()
-            raise Stopped(128 + number)
-
-    before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's choice stays
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler if stopped_at == -math.inf else signal.SIG_IGN)
+# ---- main
 
 
 def main(
@@ -2270,22 +3741,25 @@ def main(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the command line; the exit code."""
-    console = Console(sys.stderr)
+    """Run the command line. The exit code."""
+    console = Console(sys.stderr, functools.partial(redact, hidden=secrets_in_environment()))
     try:
         with stopping_on_signals():
             args = parse_args(argv, console)
-            args.console, args.sleep, args.clock = console, sleep, clock
-            return int(args.run(args))
-    except Failure as failure:
-        console.say(f"{PROG}: error: {failure}")
-        return failure.exit_code
-    except OSError as error:  # of which nothing above says what it was about
-        console.say(f"{PROG}: error: {error}")
+            command: Command = args.command
+            return command(args, console, Clock(sleep, clock))
+    except CommandError as error:
+        console.error(str(error))
         return 1
-    except Stopped as stopped:
+    except OSError as error:  # nothing above says what it was about
+        console.error(str(error))
+        return 1
+    except TimedOut as timed_out:
+        console.error(timed_out.message)
+        return timed_out.exit_code
+    except Exit as stopped:
         if stopped.exit_code > 128:
-            console.say(f"{PROG}: stopped")
+            console.message(f"{PROG}: stopped")
         return stopped.exit_code
     finally:
         console.close()
