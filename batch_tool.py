@@ -1307,7 +1307,7 @@ class Retry:
         """Seconds to wait after a failure; None to give up."""
         self._failures += 1
         self._lost += isinstance(failure, OutcomeUnknown)
-        backoff = min(0.5 * 2 ** min(self._failures - 1, 10), MAX_PAUSE)
+        backoff = min(0.5 * 2.0 ** min(self._failures - 1, 10), MAX_PAUSE)
         pause = max(failure.retry_after or 0, backoff)
         if is_rate_limit(failure):
             if self._outage_budget:
@@ -1403,14 +1403,6 @@ class FileInfo(NamedTuple):
         if not is_id(content.get("id")):
             raise OutcomeUnknown(f"the response is not a file: {shorten(to_json(content))}")
         return cls(content["id"], int_field(content, "bytes") or None)
-
-
-class Answer(NamedTuple):
-    """The response to a request that was sent at once: what a results line of a batch holds."""
-
-    status: int
-    request_id: str | None
-    body: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1630,16 +1622,27 @@ class Api:
             if shutdown <= datetime.date.today() + datetime.timedelta(days=SHUTDOWN_WARNING_DAYS):
                 self.console.warn(f"the model {quoted(model)} is shut down on {shutdown}; choose a newer one soon")
 
-    def answer(self, url: str, body: Json) -> Answer:
-        """Send one request to its own endpoint. Repeated only where it was not carried out."""
+    def answer(self, url: str, body: Json) -> Json:
+        """Send one request to its own endpoint at once. The `response` of its results line.
+
+        It is repeated only where it was not carried out.
+        """
         import httpx2
+        import openai
 
         client = self.client.with_options(timeout=ANSWER_SECONDS)
 
-        def attempt() -> tuple[Answer, Json]:
-            response = client.post(url.removeprefix("/v1"), cast_to=httpx2.Response, body=body)
-            content = json_object(response.content)
-            return Answer(response.status_code, response.headers.get("x-request-id"), content), content
+        def attempt() -> tuple[Json, Json]:
+            try:
+                response = client.post(url.removeprefix("/v1"), cast_to=httpx2.Response, body=body)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:  # of this request, not of all
+                response = error.response
+            answer = {
+                "status_code": response.status_code,
+                "request_id": response.headers.get("x-request-id"),
+                "body": json_object(response.content),
+            }
+            return answer, answer
 
         return self.call_with_retries("PREVIEW", {"url": url, "body": body}, attempt, Retry(repeat_lost=False))
 
@@ -1967,7 +1970,8 @@ class Results:
     def most_common_errors(self) -> str:
         """The five commonest error codes, each with how often it occurred and an example of its message."""
         codes = Counter(line.code for line in self.best if line and line.code).most_common(5)
-        return "; ".join(f"{number} × " + ": ".join(filter(None, (code, self._examples[code]))) for code, number in codes)
+        errors = {code: ": ".join(filter(None, (code, self._examples[code]))) for code, _ in codes}
+        return "; ".join(f"{number} × {errors[code]}" for code, number in codes)
 
     def summary(self) -> str:
         """The totals, for stderr: the same words in every command."""
