@@ -3,14 +3,15 @@
 #
 #   bash samples/pipeline.sh [--local] [--prompt-id ID] [CSV [OUT]]
 #
-# CSV is samples/input.csv where not given, OUT is bios.csv. The requests and the results are kept beside OUT, as
-# bios.requests.jsonl and bios.results.jsonl. Started again, it goes on where it was and pays for nothing twice.
+# CSV is samples/input.csv by default, OUT is bios.csv. The requests and the results stay beside OUT, as
+# bios.requests.jsonl and bios.results.jsonl. Run it again after a change of the spreadsheet or after an interruption:
+# it pays only for requests that have no result yet.
 #
-# --local        use a stand-in for the API on this machine: no key, no cost, made-up bios
-# --prompt-id    a stored prompt, instead of samples/bio_prompt.md (or of PROMPT_FILE)
+# --local        use a local mock server: no key, no cost, made-up bios (kept in bios.local.results.jsonl)
+# --prompt-id    use a stored prompt, instead of samples/bio_prompt.md (or PROMPT_FILE, or PROMPT_ID)
 #
-# Without --local, OPENAI_API_KEY must be set. Other variables: MODEL (default: gpt-5-mini), INTERVAL (seconds between
-# polls, default: 30) and PYTHON (what makes .venv, default: python3).
+# Without --local, OPENAI_API_KEY must be set. Other variables: MODEL (default: gpt-6-luna), INTERVAL (seconds between
+# polls, default: 30) and PYTHON (makes .venv, default: python3).
 set -euo pipefail
 
 samples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,7 +28,7 @@ while [[ ${1:-} == --* ]]; do
     case $1 in
         --local) local_api=yes ;;
         --prompt-id) prompt=(--prompt-id "${2:?--prompt-id needs an ID}"); shift ;;
-        --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
         *) fail "unknown option $1; see --help" 2 ;;
     esac
     shift
@@ -35,9 +36,21 @@ done
 [[ $# -le 2 ]] || fail "more than a CSV and an OUT; see --help" 2
 csv=${1:-$samples/input.csv}
 out=${2:-bios.csv}
-requests=${out%.csv}.requests.jsonl
-results=${out%.csv}.results.jsonl
-[[ ${#prompt[@]} -gt 0 || -n ${PROMPT_ID:-}${PROMPT_FILE:-} ]] || prompt=(--prompt-file "$samples/bio_prompt.md")
+work=${out%.csv}
+[[ $local_api == no ]] || work=$work.local # made-up bios must not pass for paid ones later
+requests=$work.requests.jsonl
+results=$work.results.jsonl
+model=${MODEL:-gpt-6-luna}
+if [[ ${#prompt[@]} -gt 0 ]]; then
+    prompt_used="stored prompt ${prompt[1]}"
+elif [[ -n ${PROMPT_ID:-} ]]; then
+    prompt_used="stored prompt $PROMPT_ID (from PROMPT_ID)"
+elif [[ -n ${PROMPT_FILE:-} ]]; then
+    prompt_used="$PROMPT_FILE (from PROMPT_FILE)"
+else
+    prompt=(--prompt-file "$samples/bio_prompt.md")
+    prompt_used=$samples/bio_prompt.md
+fi
 [[ $local_api == yes || -n ${OPENAI_API_KEY:-} ]] || fail "OPENAI_API_KEY is not set; export it, or try --local"
 
 # the packages: those of the active virtual environment, else of .venv, which is made on first use
@@ -50,12 +63,14 @@ if ! "$python" -c 'import openai' 2>/dev/null; then
 fi
 
 if [[ $local_api == yes ]]; then
-    url=$(mktemp)
+    scratch=$(mktemp -d)
+    url=$scratch/url
+    export XDG_STATE_HOME=$scratch
     "$python" "$samples/local_batch_api.py" > "$url" &
     server=$!
-    trap 'kill "$server" 2>/dev/null || true; rm -f "$url"' EXIT
+    trap 'kill "$server" 2>/dev/null || true; rm -rf "$scratch"' EXIT
     until [[ -s $url ]]; do
-        kill -0 "$server" 2>/dev/null || fail "the stand-in for the API did not start"
+        kill -0 "$server" 2>/dev/null || fail "the local mock server did not start"
         sleep 0.05
     done
     export OPENAI_BASE_URL OPENAI_API_KEY=local
@@ -65,12 +80,12 @@ fi
 interval=${INTERVAL:-30}
 [[ $local_api == no ]] || interval=0.2
 
-"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" ${prompt[@]+"${prompt[@]}"} \
-    --model "${MODEL:-gpt-5-mini}"
+echo "pipeline.sh: prompt: $prompt_used; model: $model" >&2
+"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" ${prompt[@]+"${prompt[@]}"} --model "$model"
 "$python" "$project/batch_tool.py" validate --in "$requests"
 status=0
 "$python" "$project/batch_tool.py" run --in "$requests" --out "$results" --interval "$interval" || status=$?
-# 1 with results written: some requests have no bio, and the others are worth having
+# exit code 1 with results written means that some requests have no bio; the others are worth having
 [[ $status -eq 0 || ( $status -eq 1 && $results -nt $requests ) ]] || exit "$status"
 "$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --out "$out"
 exit "$status"
