@@ -531,6 +531,14 @@ class NotSent(OutcomeUnknown):
     """No connection was made, so the request took no effect."""
 
 
+class WrongSize(OutcomeUnknown):
+    """A file was not transferred whole. That costs time, so it is repeated a few times only, never for an hour."""
+
+
+class OutputMissing(CommandError):
+    """A completed batch counts successes, but its output file is not there."""
+
+
 class IncompleteListing(CommandError):
     """The API did not list all batches, so a batch may exist that is not in the listing."""
 
@@ -1317,7 +1325,7 @@ class Retry:
         if isinstance(failure, OutcomeUnknown):
             if failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent)):
                 return None  # a conflict stays one
-            if self._outage_budget:
+            if self._outage_budget and not isinstance(failure, WrongSize):
                 return self._spend_outage(pause)
             return min(pause, RATE_LIMIT_BUDGET) if self._lost < self._tries else None
         if failure.status in (401, 403) and self._outage_budget and self._failures < MAX_TRIES:
@@ -1474,7 +1482,7 @@ class Api:
             uploaded = FileInfo.parse(content)
             if uploaded.size not in (None, part.size):
                 self.delete_file(uploaded.id)
-                raise OutcomeUnknown(f"file {uploaded.id} has {uploaded.size} bytes, but {part.size} were uploaded")
+                raise WrongSize(f"file {uploaded.id} has {uploaded.size} bytes, but {part.size} were uploaded")
             return uploaded.id, content
 
         return self.call_with_retries("UPLOAD", logged, attempt)
@@ -1588,9 +1596,9 @@ class Api:
                 out.write(chunk)
                 received += len(chunk)
             if size is not None and received != size:
-                raise OutcomeUnknown(f"download of {file_id} was cut off ({received} of {size} bytes)")
+                raise WrongSize(f"download of {file_id} was cut off ({received} of {size} bytes)")
             if size is None and received and not ends_with_an_object(out, start):
-                raise OutcomeUnknown(f"download of {file_id} was cut off (its last line is not a JSON object)")
+                raise WrongSize(f"download of {file_id} was cut off (its last line is not a JSON object)")
             return received, {"path": name, "bytes": received}
 
         return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "path": name}, attempt)
@@ -1900,7 +1908,7 @@ class Results:
         offset = start
         with os_errors_as(f"read {name}"):
             file.seek(start)
-            for number, line in enumerate(iter(file.readline, b""), 1):
+            for number, line in enumerate(file, 1):
                 result: Json | ValueError
                 try:
                     result = read_object(line)
@@ -2366,7 +2374,7 @@ class Submitter:
     @staticmethod
     def _in_doubt(file_id: str) -> str:
         return (f"cannot tell whether a batch was created for file {file_id}; run the same command again later, and it "
-                "will pick up the batch if there is one")
+                "will pick up the batch if there is one (--force would pay again)")
 
     def _find_by_input_file(self, file_id: str, excluded: set[str], delays: Iterable[float]) -> Batch | None:
         is_answered = False
@@ -2413,6 +2421,16 @@ def first_listing(api: Api, *, force: bool) -> list[Batch]:
 # ---- watching
 
 
+def lacks_output(api: Api, batch: Batch) -> bool:
+    """Whether a batch has completed with successes that no output file has yet."""
+    if not batch.claims_successes:
+        return False
+    try:
+        return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
+    except Refused:  # the file is gone, which is another matter
+        return False
+
+
 class Polled(NamedTuple):
     """What one look at some batches found: those that have ended, and those that cannot be looked at, each with why."""
 
@@ -2442,25 +2460,27 @@ class Poller:
         polled = Polled([], {})
         for batch_id in batch_ids:
             try:
-                if (batch := self._look(batch_id)) and self._is_at_its_end(batch):
+                batch = self._look(batch_id)
+                if self._is_at_its_end(batch):
                     polled.ended.append(batch)
-            except (Refused, OutputMissing) as failure:
-                polled.lost[batch_id] = failure
+            except (OutputMissing, ApiError) as failure:
+                if self._outlives(failure):
+                    self._api.console.warn(f"{batch_id}: {failure}; still waiting")
+                elif isinstance(failure, OutcomeUnknown):
+                    raise
+                else:
+                    polled.lost[batch_id] = failure
         return polled
 
-    def _look(self, batch_id: str) -> Batch | None:
-        """The batch as it is now; None during an outage."""
+    def _outlives(self, failure: CommandError) -> bool:
+        """Whether the failure is an outage that may pass."""
+        is_outage = isinstance(failure, OutcomeUnknown) or (isinstance(failure, ApiError) and is_rate_limit(failure))
+        return is_outage and self._is_answered and self._clock.now() - self._answered_at <= self._outage_budget
+
+    def _look(self, batch_id: str) -> Batch:
+        """The batch as it is now."""
         retry = Retry(1, 0, repeat_lost=False) if self._is_answered else None
-        try:
-            batch = self._api.batch(batch_id, retry)
-        except ApiError as failure:
-            is_outage = isinstance(failure, OutcomeUnknown) or is_rate_limit(failure)
-            if not (self._is_answered and is_outage):
-                raise
-            if self._clock.now() - self._answered_at > self._outage_budget:
-                raise
-            self._api.console.warn(f"{batch_id}: {failure}; still waiting")
-            return None
+        batch = self._api.batch(batch_id, retry)
         self._is_answered = True
         self._answered_at = self._clock.now()
         self.latest[batch_id] = batch
@@ -2484,6 +2504,8 @@ class Poller:
     def report(self) -> None:
         """Print the progress over all batches: on a terminal each time, elsewhere when it has changed."""
         batches = self.latest.values()
+        if not batches:
+            return
         failed = sum(batch.counts.failed or 0 for batch in batches)
         total = sum(batch.counts.total or 0 for batch in batches)
         done = sum(batch.counts.completed or 0 for batch in batches) + failed
@@ -2497,20 +2519,6 @@ class Poller:
             elapsed = datetime.timedelta(seconds=int(self._clock.now() - self._started))
             self._api.console.progress(f"{text}; {elapsed} elapsed")
         self._last_report = text
-
-
-class OutputMissing(CommandError):
-    """A completed batch counts successes, but its output file is not there."""
-
-
-def lacks_output(api: Api, batch: Batch) -> bool:
-    """Whether a batch has completed with successes that no output file has yet."""
-    if not batch.claims_successes:
-        return False
-    try:
-        return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
-    except Refused:  # the file is gone, which is another matter
-        return False
 
 
 # ---- saving the files of a batch
@@ -3308,7 +3316,10 @@ class Run:
         pending.difference_update(*(flight.positions or () for flight in flights))
         for batch, positions in self._gone:
             if left := len(pending if positions is None else pending & positions):
-                raise CommandError(f"{gone_output(batch)}: {plural(left, 'request')} of it")
+                raise CommandError(
+                    f"the output file of batch {batch.id} is gone at the server, and {plural(left, 'request')} of it "
+                    "would have to be paid for again; name an earlier download with --results, or use --force to pay again"
+                )
         return pending
 
     def _divide(self, pending: set[int], parts: Sequence[Part], copy: BinaryIO) -> list[QueuedPart]:
@@ -3525,13 +3536,11 @@ class Run:
             self._results.read(self._spool, name, start, flight.answered)
 
 
-def run_rounds(
-    args: argparse.Namespace, run: Callable[[], None], console: Console, clock: Clock
-) -> None:
+def within_timeout(send: Callable[[], None], timeout: float | None, console: Console, clock: Clock) -> None:
     resume = "no output was written; batches still running will be picked up by the next run of the same command"
     try:
-        with clock.limit(args.timeout):
-            run()
+        with clock.limit(timeout):
+            send()
     except TimedOut:
         raise TimedOut(f"--timeout passed; {resume}") from None
     except Exit:
@@ -3563,11 +3572,14 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         if to_send:
             spool = stack.enter_context(temporary_file())
             api = stack.enter_context(connect(args, console, clock))
-            listed = first_listing(api, force=args.force)
-            patient_api = dataclasses.replace(api, outage_budget=OUTAGE_BUDGET)
-            submitter = Submitter(patient_api, args, sha256, check, note)
-            run = Run(args, submitter, requests, results, spool)
-            run_rounds(args, lambda: run.rounds(parts, to_send, listed), console, clock)
+
+            def send() -> None:
+                listed = first_listing(api, force=args.force)
+                patient_api = dataclasses.replace(api, outage_budget=OUTAGE_BUDGET)
+                submitter = Submitter(patient_api, args, sha256, check, note)
+                Run(args, submitter, requests, results, spool).rounds(parts, to_send, listed)
+
+            within_timeout(send, args.timeout, console, clock)
         if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
             read_out(args.output, earlier, stack)
         if args.force:
