@@ -1623,12 +1623,14 @@ class Api:
         except ApiError as failure:
             if failure.status == 404 and "model_not_found" in failure.codes:
                 advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
-                raise CommandError(f"the model {quoted(model)} does not exist ({failure}); {advice}") from None
+                raise CommandError(f"the model {quoted(model)} does not exist at {self.url}; {advice}") from None
             return
         with contextlib.suppress(ValueError):
             shutdown = datetime.date.fromisoformat(str_field(content, "shutdown_date"))
-            if shutdown <= datetime.date.today() + datetime.timedelta(days=SHUTDOWN_WARNING_DAYS):
-                self.console.warn(f"the model {quoted(model)} is shut down on {shutdown}; choose a newer one soon")
+            today = datetime.date.today()
+            if shutdown <= today + datetime.timedelta(days=SHUTDOWN_WARNING_DAYS):
+                when = f"{'was' if shutdown < today else 'will be'} shut down on {shutdown}"
+                self.console.warn(f"the model {quoted(model)} {when}; choose a newer one")
 
     def answer(self, url: str, body: Json) -> Json:
         """Send one request to its own endpoint at once. The `response` of its results line.
@@ -2624,9 +2626,8 @@ def spread_evenly(count: int, total: int) -> set[int]:
     return {(2 * number + 1) * total // (2 * count) for number in range(count)}
 
 
-def body_size(line: bytes, request: Json) -> int:
-    """The bytes of the body in a request's line."""
-    return len(line) - len(to_json({**request, "body": None}).encode(errors="replace")) + len("null")
+def body_size(request: Json) -> int:
+    return len(to_json(request["body"]).encode(errors="replace"))
 
 
 def read_samples(requests: Input, positions: set[int]) -> tuple[list[Sample], int]:
@@ -2634,7 +2635,7 @@ def read_samples(requests: Input, positions: set[int]) -> tuple[list[Sample], in
     samples, size = [], 0
     for position, line in enumerate(requests.lines()):
         request = read_object(line)
-        size += body_size(line, request)
+        size += body_size(request)
         if position in positions:
             samples.append(Sample(position, line, request))
     return samples, size
@@ -2733,7 +2734,7 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
     for sample, result in zip(samples, shown_results, strict=True):
         input_tokens, output_tokens = token_usage(body_of(result))
         if input_tokens is not None and output_tokens is not None:
-            usages.append(Usage(body_size(sample.line, sample.request), input_tokens, output_tokens))
+            usages.append(Usage(body_size(sample.request), input_tokens, output_tokens))
     if usages:
         console.message(estimate(usages, body_bytes, total, args.prices))
     else:
@@ -3095,7 +3096,10 @@ def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple
             raise CommandError(f"{spreadsheet.name} is empty; it needs a header and at least one row")
         if header.is_malformed:
             raise CommandError(f"{spreadsheet.name} line {header.line}: malformed quoting; correct the quotes")
-        header.position(id_column)
+        try:
+            header.position(id_column)
+        except CommandError as error:
+            raise CommandError(f"{spreadsheet.name} {error}; see --id-column") from None
         yield header.line, header.names
         keys = [*map(column_key, header.names)]
         number = header.last_line
