@@ -1691,11 +1691,17 @@ def without_password(url: str) -> str:
 
 def refuse_foreign_redirect(response: httpx2.Response) -> None:
     """Make a redirect to another scheme, host or port an ordinary error: the client follows a location only."""
-    location = response.headers.get("location")
-    if location:
-        target = response.url.join(location)
-        if (target.scheme, target.host, target.port) != (response.url.scheme, response.url.host, response.url.port):
-            del response.headers["location"]
+    import httpx2
+
+    try:
+        target = response.url.join(response.headers.get("location", ""))
+        is_foreign = (target.scheme, target.host, target.port) != (
+            response.url.scheme, response.url.host, response.url.port
+        )
+    except (httpx2.InvalidURL, ValueError):
+        is_foreign = True
+    if is_foreign:
+        del response.headers["location"]
 
 
 @contextlib.contextmanager
