@@ -305,7 +305,7 @@ def counts(total: int, completed: int = 0, failed: int = 0) -> Json:
 
 @dataclass(kw_only=True)
 class LocalBatch:
-    """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the monotonic clock."""
+    """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the service's clock."""
 
     id: str = field(default_factory=lambda: new_id("batch_"))
     input_file: StoredFile
@@ -320,8 +320,7 @@ class LocalBatch:
     error_file_id: str | None = None
     request_counts: Json | None = field(default_factory=lambda: counts(0))
     usage: Json | None = None
-    born: float = field(default_factory=time.monotonic)
-    since: float = field(default_factory=time.monotonic)
+    born: float
     expire: float | None = None
     over_limit: bool = False
     done: int = 0  # requests that were run before the batch was cancelled
@@ -332,6 +331,7 @@ class LocalBatch:
     def __post_init__(self) -> None:
         self.input_file_id = self.input_file.id
         self.expires_at = self.created_at + DAY
+        self.since = self.born
         with self.input_file.path.open("rb") as lines:
             self.total = sum(1 for _ in lines)  # requests in the input file
 
@@ -510,6 +510,7 @@ class BatchService:
 
     def __init__(self, step: float = 0.0) -> None:
         self.step = step  # seconds in each status
+        self.clock: Callable[[], float] = time.monotonic  # tests may pass one that only their sleeping moves on
         self.key: str | None = None  # None: any key will do
         self.queue_limit: int | None = None  # requests in batches that have not ended
         self.max_requests = 50_000
@@ -635,7 +636,8 @@ class BatchService:
         """
         input_file = input_file or self.new_file(b"", "batch", "requests.jsonl")
         now = int(created_at or self.now())
-        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now, frozen=True)
+        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now,
+                           born=self.clock(), frozen=True)
         batch.enter(status, batch.born)
         completed, failed = len((output or b"").splitlines()), len((errors or b"").splitlines())
         batch.request_counts = counts(batch.total or completed + failed, completed, failed)
@@ -656,7 +658,8 @@ class BatchService:
             message = f"Invalid 'input_file_id': there is no file {content['input_file_id']} with purpose 'batch'."
             raise Refusal(400, message, "input_file_id")
         endpoint, metadata, now = content["endpoint"], content.get("metadata"), self.now()
-        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now)
+        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now,
+                           born=self.clock())
         answer = json_answer(self.shown(batch))
         self.enqueue(batch)
         return answer
@@ -674,7 +677,7 @@ class BatchService:
         limit, after = request.query.get("limit", "20"), request.query.get("after")
         if not limit.isdecimal() or not 1 <= int(limit) <= 100:
             raise Refusal(400, "Invalid 'limit': an integer from 1 to 100 is expected.", "limit")
-        listed = time.monotonic() - self.list_delay
+        listed = self.clock() - self.list_delay
         batches = [batch for batch in list(self.batches.values()) if batch.frozen or batch.born <= listed]
         batches = sorted(batches, key=lambda batch: batch.created_at)[::-1]  # newest first
         if after and "ignores-after" not in self.habits:
@@ -716,7 +719,7 @@ class BatchService:
             batch.total = 0  # the batch has accepted no request yet
         share = self.progress(batch) if self.cancel_done is None else self.cancel_done
         batch.done = int(batch.total * share)
-        batch.enter("cancelling", time.monotonic())
+        batch.enter("cancelling", self.clock())
 
     def look(self, batch: LocalBatch) -> Json:
         """The Batch object as it is now."""
@@ -741,12 +744,12 @@ class BatchService:
         """The share of the requests that have been run, by the clock."""
         if batch.frozen or batch.status == "validating":
             return 0.0
-        elapsed = time.monotonic() - batch.since
+        elapsed = self.clock() - batch.since
         return 1.0 if batch.status == "finalizing" or elapsed >= self.step else elapsed / self.step
 
     def advance(self, batch: LocalBatch) -> None:
         while batch.status in NEXT_STATUS and batch.status not in (self.hold, batch.hold) and not batch.frozen:
-            if time.monotonic() < batch.since + self.step:
+            if self.clock() < batch.since + self.step:
                 return
             self.leave(batch, batch.since + self.step)
 
