@@ -1303,11 +1303,13 @@ class Retry:
         outage_budget: float = 0,
         *,
         repeat_lost: bool = True,
+        repeat_denied: bool = False,
     ) -> None:
         self._tries = tries
         self._rate_limit_budget = rate_limit_budget
         self._outage_budget = outage_budget
         self._repeat_lost = repeat_lost
+        self._repeat_denied = repeat_denied or bool(outage_budget)
         self._failures = 0
         self._lost = 0
 
@@ -1328,7 +1330,7 @@ class Retry:
             if self._outage_budget and not isinstance(failure, WrongSize):
                 return self._spend_outage(pause)
             return min(pause, RATE_LIMIT_BUDGET) if self._lost < self._tries else None
-        if failure.status in (401, 403) and self._outage_budget and self._failures < MAX_TRIES:
+        if failure.status in (401, 403) and self._repeat_denied and self._failures < MAX_TRIES:
             return pause
         return None
 
@@ -1487,8 +1489,12 @@ class Api:
 
         return self.call_with_retries("UPLOAD", logged, attempt)
 
-    def create_batch(self, request: Json) -> Batch:
-        """One POST, repeated only where it was not sent: each could make a batch, and be charged."""
+    def create_batch(self, request: Json, before_post: Callable[[], None]) -> Batch:
+        """One POST, repeated only where it took no effect: each could make a batch, and be charged."""
+
+        def send(**parameters: Any) -> Any:
+            before_post()  # each time: a rate limit may have been waited out meanwhile
+            return self.client.batches.with_raw_response.create(**parameters)
 
         def parse(content: Json) -> Batch:
             batch = Batch.parse(content)
@@ -1497,7 +1503,7 @@ class Api:
             return batch
 
         retry = Retry(outage_budget=self.outage_budget, repeat_lost=False)
-        return self.call_sdk("CREATE_BATCH", request, self.client.batches.with_raw_response.create, parse, retry)
+        return self.call_sdk("CREATE_BATCH", request, send, parse, retry)
 
     def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
         timeout = max(1, min(POLL_SECONDS, self.clock.seconds_left()))
@@ -1753,17 +1759,17 @@ class Outcome(NamedTuple):
         return ": ".join(filter(None, (self.code, self.message)))
 
 
+SUCCESS = Outcome(SUCCEEDED)
+
+
 def body_of(result: Json) -> Any:
     """The body of the response, decoded where the service wrote it as a JSON string; None where there is none."""
-    body = child_object(result, "response").get("body")
+    response = result.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
     if isinstance(body, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(body)
     return body
-
-
-def text_of_type(parts: Iterable[Json], kind: str, field: str) -> str:
-    return "".join([str(part.get(field) or "") for part in parts if part.get("type") == kind])
 
 
 def chat_text(content: Any) -> str:
@@ -1774,9 +1780,14 @@ def chat_text(content: Any) -> str:
 def response_text(body: Json) -> tuple[str, str]:
     """The text and the refusal in the body of a Response or a chat completion; each may be empty."""
     if "output" in body:
-        messages = [item for item in objects(body["output"]) if item.get("type") == "message"]
-        parts = [part for item in messages for part in objects(item.get("content"))]
-        return text_of_type(parts, "output_text", "text"), text_of_type(parts, "refusal", "refusal")
+        text = refusal = ""
+        for item in objects(body["output"]):
+            for part in objects(item.get("content")) if item.get("type") == "message" else ():
+                if part.get("type") == "output_text":
+                    text += str(part.get("text") or "")
+                elif part.get("type") == "refusal":
+                    refusal += str(part.get("refusal") or "")
+        return text, refusal
     choice = next(iter(objects(body.get("choices"))), {})
     message = child_object(choice, "message")
     return chat_text(message.get("content")), str(message.get("refusal") or "")
@@ -1798,7 +1809,7 @@ def classify_body(body: Any, top_error: Any) -> Outcome:
         return Outcome(REJECTED, code or "error", message)
     if status not in (None, "completed"):
         return Outcome(REJECTED, "not_understood", f"status is {quoted(status)}")
-    return classify_text(body) if "output" in body or "choices" in body else Outcome(SUCCEEDED)
+    return classify_text(body) if "output" in body or "choices" in body else SUCCESS
 
 
 def classify_text(body: Json) -> Outcome:
@@ -1809,7 +1820,7 @@ def classify_text(body: Json) -> Outcome:
         return Outcome(REJECTED, "incomplete", finish_reason)
     if refusal:
         return Outcome(REJECTED, "refusal", refusal)
-    return Outcome(SUCCEEDED) if text.strip() else Outcome(REJECTED, "no_text")
+    return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
 
 
 def classify(result: Json) -> Outcome:
@@ -2112,20 +2123,30 @@ class Note:
     def __init__(self, file: BinaryIO | None = None) -> None:
         self._file = file
         self.sha256_of: dict[str, str] = {}  # of the part, by file id
-        self.batch_of: dict[str, str] = {}  # batch id by file id; empty where no batch can come of the file any more
+        self.batches_of: dict[str, list[str]] = {}  # ids by file id; several where the token limit refused some
+        self._posted: set[str] = set()  # files whose last POST has no outcome yet
         for line in file or ():
             with contextlib.suppress(ValueError):  # a line that was cut by a crash
                 self._apply(read_object(line))
 
     def _apply(self, entry: Json) -> None:
         file_id, batch_id = str_field(entry, "file"), entry.get("batch")
-        if is_id(file_id):
-            self.sha256_of.setdefault(file_id, str_field(entry, "sha256"))
-            if isinstance(batch_id, str):
-                self.batch_of[file_id] = batch_id if is_id(batch_id) else ""
+        if not is_id(file_id):
+            return
+        self.sha256_of.setdefault(file_id, str_field(entry, "sha256"))
+        batches = self.batches_of.setdefault(file_id, [])
+        if not isinstance(batch_id, str):
+            self._posted.add(file_id)
+            return
+        self._posted.discard(file_id)
+        if is_id(batch_id) and batch_id not in batches:
+            batches.append(batch_id)
 
     def add(self, file_id: str, **fields: str) -> None:
-        """Note the `sha256` of an uploaded file before its POST, or its `batch` afterwards. It is on disk at once."""
+        """Note the `sha256` of an uploaded file before each POST of it, or its `batch` afterwards.
+
+        The batch is empty where none can come of the file any more. It is on disk at once.
+        """
         self._apply({"file": file_id, **fields})
         if self._file:
             with contextlib.suppress(OSError):  # a full disk must not stop what is under way
@@ -2135,7 +2156,7 @@ class Note:
 
     def unresolved(self) -> list[str]:
         """Uploaded files whose POST may still be on its way."""
-        return [file_id for file_id in self.sha256_of if file_id not in self.batch_of]
+        return [file_id for file_id in self.sha256_of if file_id in self._posted]
 
 
 def remove_old_notes(directory: str) -> None:
@@ -2243,21 +2264,24 @@ class Submitter:
         found = {batch.id: batch for batch in listed}
         for file_id in self._note.unresolved():
             self.api.console.message(f"file {file_id}: checking whether its batch was created")
-            if batch := self._find_or_fence(file_id, set()):
+            if batch := self._find_or_fence(file_id, set(self._note.batches_of[file_id])):
                 found[batch.id] = batch
             self._note.add(file_id, batch=batch.id if batch else "")
-        for batch_id in filter(None, self._note.batch_of.values()):
+        for batch_id in itertools.chain.from_iterable(self._note.batches_of.values()):
             if batch_id not in found and (batch := self._batch_if_there(batch_id)):
                 found[batch_id] = batch
         return sorted(found.values(), key=lambda batch: batch.age_key)
 
     def _batch_if_there(self, batch_id: str) -> Batch | None:
-        try:
-            return self.api.batch(batch_id)
-        except Refused as failure:
-            if failure.status != 404:
-                raise
-            return None
+        """The batch; None where it is unknown (404), which may pass in the first seconds of its life."""
+        for delay in (*LOOK_UP_DELAYS, 0):
+            try:
+                return self.api.batch(batch_id)
+            except Refused as failure:
+                if failure.status != 404:
+                    raise
+            self.api.clock.sleep(delay)
+        return None
 
     def new_batches(self, parts: Iterable[Part]) -> list[Batch]:
         """Batches of this request file that are not known yet and may have a success, oldest first."""
@@ -2301,9 +2325,7 @@ class Submitter:
             if not file_id:
                 file_id = self._upload(requests, part)
                 on_upload(file_id)
-            self._refuse_new_batches(part, file_id, excluded)
-            self._note.add(file_id, sha256=part.sha256)
-            batch = self._post_once(part, file_id, set(excluded))
+            batch = self._post_once(part, file_id, excluded)
             self._note.add(file_id, batch=batch.id if batch else "")
             if batch:
                 self.known.add(batch.id)
@@ -2314,17 +2336,21 @@ class Submitter:
         raise CommandError(f"part {part.label}: {MAX_TRIES} tries to create its batch got no response (the last one of "
                            f"file {last_file_id}); run the same command again later")
 
-    def _refuse_new_batches(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
-        """Look at the listing right before a POST. A file that gets no batch is deleted."""
+    def _before_post(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
+        """Look at the listing, and note the file. A file that gets no batch is deleted."""
         try:
             if new := self.new_batches([part]):
                 raise AlreadySubmitted(new)
-        except CommandError:
+        except CommandError as error:
+            self._note.add(file_id, batch="")
             if not excluded:
                 self.api.delete_file(file_id)
+            if isinstance(error, ApiError):  # of the listing, so it must not look like one of the POST
+                raise CommandError(str(error)) from None
             raise
+        self._note.add(file_id, sha256=part.sha256)
 
-    def _post_once(self, part: Part, file_id: str, excluded: set[str]) -> Batch | None:
+    def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
         """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
         metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
         if part.sha256 != self._request_file_sha256:
@@ -2336,25 +2362,25 @@ class Submitter:
             "metadata": metadata,
         }
         try:
-            return self._post_visible_file(request)
+            return self._post_visible_file(request, lambda: self._before_post(part, file_id, excluded))
         except Refused:
             self._note.add(file_id, batch="")
             self.api.delete_file(file_id)
             raise
         except OutcomeUnknown as failure:
             self.api.console.warn(f"{failure}; checking whether the batch was created")
-        return self._find_or_fence(file_id, excluded)
+        return self._find_or_fence(file_id, set(excluded))
 
-    def _post_visible_file(self, request: Json) -> Batch:
+    def _post_visible_file(self, request: Json, before_post: Callable[[], None]) -> Batch:
         """POST. A file that was just uploaded and is not found yet is given some seconds."""
         for delay in LOOK_UP_DELAYS:
             try:
-                return self.api.create_batch(request)
+                return self.api.create_batch(request, before_post)
             except Refused as failure:
                 if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
                     raise
             self.api.clock.sleep(delay)
-        return self.api.create_batch(request)
+        return self.api.create_batch(request, before_post)
 
     def _warn_without_metadata(self, batch: Batch, part: Part) -> None:
         if not self._is_metadata_checked and batch.metadata.get("input_sha256") != part.sha256:
@@ -2456,7 +2482,8 @@ class Poller:
         self.latest: dict[str, Batch] = {}
         self._api = api
         self._clock = api.clock
-        self._started = self._answered_at = api.clock.now()
+        self._started = api.clock.now()
+        self._silent_since: float | None = None  # when an outage began
         self._is_answered = is_answered
         self._outage_budget = outage_budget
         self._lacks_output_since: dict[str, float] = {}
@@ -2483,14 +2510,17 @@ class Poller:
     def _outlives(self, failure: CommandError) -> bool:
         """Whether the failure is an outage that may pass."""
         is_outage = isinstance(failure, OutcomeUnknown) or (isinstance(failure, ApiError) and is_rate_limit(failure))
-        return is_outage and self._is_answered and self._clock.now() - self._answered_at <= self._outage_budget
+        if self._silent_since is None:
+            self._silent_since = self._clock.now()
+        return is_outage and self._is_answered and self._clock.now() - self._silent_since <= self._outage_budget
 
     def _look(self, batch_id: str) -> Batch:
         """The batch as it is now."""
-        retry = Retry(1, 0, repeat_lost=False) if self._is_answered else None
+        is_patient = self._outage_budget < math.inf
+        retry = Retry(1, 0, repeat_lost=False, repeat_denied=is_patient) if self._is_answered else None
         batch = self._api.batch(batch_id, retry)
         self._is_answered = True
-        self._answered_at = self._clock.now()
+        self._silent_since = None
         self.latest[batch_id] = batch
         if batch.status not in KNOWN_STATUSES and batch.status not in self._warned_statuses:
             self._warned_statuses.add(batch.status)
@@ -2819,9 +2849,10 @@ def create_part(
         try:
             print_batch(submitter.submit(requests, part, print_file_id))
         except AlreadySubmitted as found:
-            of_part = EarlierBatches.of(found.batches, submitter, [part]).of_part[part.sha256]
+            of_part = [batch for batch in found.batches if submitter.part_sha256(batch) == part.sha256]
             if not of_part:
                 raise
+            submitter.known.update(batch.id for batch in of_part)  # not the others: later parts must find those
             return create_part(args, submitter, requests, part, of_part)
     return True
 
@@ -3263,7 +3294,7 @@ class Flight:
 
 
 class Round(NamedTuple):
-    """What a round has done: whether it submitted a part, and whether somebody cancelled a batch meanwhile."""
+    """What a round has done: whether it submitted its parts, and whether somebody cancelled a batch meanwhile."""
 
     submitted: bool
     cancelled: bool
@@ -3290,6 +3321,7 @@ class Run:
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
         self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
+        self._is_cut_short = False  # others have submitted meanwhile, so this round submits nothing more
 
     def rounds(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
         """Take what earlier batches did, then submit the rest; --attempts bounds the rounds that submit something.
@@ -3348,13 +3380,13 @@ class Run:
 
     def _round(self, queue: Queue) -> Round:
         """Submit the parts, and take the results of every batch, until none is active."""
-        submitted = cancelled = False
+        submitted = cancelled = self._is_cut_short = False
         while True:
             while queued := queue.take():
                 submitted = self._submit(queued, queue) or submitted
             if not self.flights and not queue:
                 self._poller.report()
-                return Round(submitted, cancelled)
+                return Round(submitted and not self._is_cut_short, cancelled)
             self._poller.report()
             self._wait(self._args.interval)
             refused, ended = [], 0
@@ -3363,12 +3395,12 @@ class Run:
                     ended += 1
                     self._take(batch, flight)
                     cancelled = cancelled or (batch.status == "cancelled" and not flight.may_be_cancelled)
-                elif flight.queued and batch.is_over_token_limit:
+                elif flight.queued and batch.is_over_token_limit and self._is_still_to_send(flight):
                     refused.append(self._refused(batch, flight.queued))
                 elif not batch.is_over_token_limit and flight.answered is None:
                     raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
                                        "batches still running will be picked up by the next run")
-            if cancelled:
+            if cancelled or self._is_cut_short:
                 queue.clear()
             elif idle_refusals := queue.settle(refused, ended, is_idle=not self.flights):
                 seconds = self._args.interval * 2 ** min(idle_refusals, 5)
@@ -3388,6 +3420,10 @@ class Run:
                 self._console.warn(f"batch {batch.id} was cancelled; this run ends once the others have ended, and a "
                                    "later one does the rest")
             yield batch, self.flights.pop(batch.id)
+
+    def _is_still_to_send(self, flight: Flight) -> bool:
+        """Whether no other batch has, or will have, the result of a request of this one."""
+        return flight.positions is not None and flight.positions <= self._pending(flight.positions)
 
     def _refused(self, batch: Batch, queued: QueuedPart) -> QueuedPart:
         self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
@@ -3417,8 +3453,8 @@ class Run:
         try:
             batch = self._submitter.submit(queued.source, queued.part, on_upload, queued.file_id, queued.refused)
         except AlreadySubmitted as found:
-            if all(self._submitter.part_sha256(batch) != queued.part.sha256 for batch in found.batches):
-                queue.clear()  # the parts are others, so what is left is only known when they have ended
+            self._is_cut_short = True  # they may have requests of later parts, too; another round does what is left
+            queue.clear()
             for batch in found.batches:
                 self._adopt(batch, None)
             return False
@@ -3437,8 +3473,7 @@ class Run:
         for rival in self._submitter.new_batches([each.queued.part for each in due if each.queued]):
             flight_or_none = own.get(self._submitter.part_sha256(rival))
             if flight_or_none is None:
-                self._submitter.known.add(rival.id)
-                self._console.warn(f"batch {rival.id} may have some of the same requests")
+                self._console.warn(f"batch {rival.id} may have some of the same requests")  # found before the next POST
             else:
                 self._meet_rival(flight_or_none, rival)
 
