@@ -1871,6 +1871,16 @@ class OtherLine(NamedTuple):
     sha256: str
 
 
+def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file from the offset `start` on, each with its number and its offset."""
+    offset = start
+    with os_errors_as(f"read {name}"):
+        file.seek(start)
+        for number, line in enumerate(file, 1):
+            yield number, offset, line
+            offset += len(line)
+
+
 class UnknownRequest(ValueError):
     """The results line is of a request that the request file does not have."""
 
@@ -1899,11 +1909,10 @@ class Results:
         `answered` gives the digest of the request that each custom_id stood for, where that may differ from the
         request file.
         """
-        for number, line, result in self._lines(file, name, start):
+        for number, offset, line in lines_with_offsets(file, name, start):
             try:
-                if isinstance(result, ValueError):
-                    raise result
-                self._add(result, line, answered, keep_others=answered is not None)
+                place = file, offset, len(line)
+                self._add(read_object(line), place, answered, keep_others=answered is not None)
             except ValueError as error:
                 self.ignored += 1
                 if self.ignored <= MAX_LISTED:
@@ -1911,33 +1920,22 @@ class Results:
 
     def read_own(self, file: BinaryIO, name: str) -> None:
         """Index the file that `run` wrote before. Raises CommandError for a line that is not a results line."""
-        for number, line, result in self._lines(file, name, 0):
+        for number, offset, line in lines_with_offsets(file, name, 0):
             try:
-                if isinstance(result, ValueError):
-                    raise result
-                self._add(result, line, None, keep_others=True)
+                self._add(read_object(line), (file, offset, len(line)), None, keep_others=True)
             except UnknownRequest:
                 pass  # a success is in `others`
             except ValueError as error:
                 advice = "it holds something else than results, so it is left alone; choose another --out"
                 raise CommandError(f"{name} line {number}: {error}; {advice}") from None
 
-    @staticmethod
-    def _lines(file: BinaryIO, name: str, start: int) -> Iterator[tuple[int, BestLine, Json | ValueError]]:
-        offset = start
-        with os_errors_as(f"read {name}"):
-            file.seek(start)
-            for number, line in enumerate(file, 1):
-                result: Json | ValueError
-                try:
-                    result = read_object(line)
-                except ValueError as error:
-                    result = error
-                yield number, BestLine("", "", file, offset, len(line)), result
-                offset += len(line)
-
     def _add(
-        self, result: Json, line: BestLine, answered: Mapping[str, bytes] | None, *, keep_others: bool
+        self,
+        result: Json,
+        place: tuple[BinaryIO, int, int],
+        answered: Mapping[str, bytes] | None,
+        *,
+        keep_others: bool,
     ) -> None:
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
@@ -1948,9 +1946,9 @@ class Results:
         if not sha256 and answered is not None:
             sha256 = answered.get(custom_id, b"").hex() or "unknown"
         outcome = classify(result)
-        line = line._replace(outcome=outcome.kind, code=sys.intern(outcome.code[:80]))
+        line = BestLine(outcome.kind, sys.intern(outcome.code[:80]), *place)
         position = self.requests.line_of.get(custom_id, 0) - 1
-        if position >= 0 and sha256 in ("", self.requests.digest(custom_id).hex()):
+        if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
             self._add_current(position, line, outcome, token_usage(body_of(result)))
             return
         if outcome.kind == SUCCEEDED:
