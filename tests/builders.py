@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,31 @@ class Killed(BaseException):
     """Ends a command at once, as SIGKILL does: nothing of the program catches it."""
 
 
-class FakeTime:
-    """A clock that only sleeping moves on. Each event happens during one sleep."""
+def kill() -> None:
+    raise Killed
 
-    def __init__(self, *events: Callable[[], object]) -> None:
+
+def nothing() -> None:
+    pass
+
+
+class FakeTime:
+    """A clock that only sleeping moves on. Each event happens during one sleep, or at its moment."""
+
+    def __init__(self, *events: Callable[[], object], at: Mapping[float, Callable[[], object]] | None = None) -> None:
         self.now = 0.0
         self.naps: list[float] = []
         self.events = list(events)
+        self.at = dict(at or {})
 
     def sleep(self, seconds: float) -> None:
         assert len(self.naps) < 2000, "it waits for ever"
         self.naps.append(seconds)
-        self.now += seconds
+        end = self.now + seconds
+        while due := [moment for moment in self.at if moment <= end]:
+            self.now = max(self.now, min(due))
+            self.at.pop(min(due))()
+        self.now = max(self.now, end)
         if self.events:
             self.events.pop(0)()
 
@@ -111,6 +124,15 @@ def expired(custom_id: str = "a1") -> dict[str, Any]:
 
 def posts(api: LocalBatchAPI, path: str = "/v1/batches") -> int:
     return sum((exchange.method, exchange.path) == ("POST", path) for exchange in api.exchanges)
+
+
+def assert_paid_once(api: LocalBatchAPI, *contents: bytes) -> None:
+    """The server has charged once for each request of these files, and for none twice."""
+    for batch in api.batches.values():
+        api.look(batch)
+    assert not [sha256 for sha256, times in api.paid.items() if times > 1], "paid twice"
+    lines = {sha256_of(line) for content in contents for line in content.splitlines(keepends=True)}
+    assert {sha256 for sha256 in lines if not api.paid[sha256]} == set(), "not carried out"
 
 
 def custom_ids(lines: bytes) -> list[str]:
