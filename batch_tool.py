@@ -24,7 +24,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import csv
-import dataclasses
 import datetime
 import fcntl
 import functools
@@ -718,8 +717,7 @@ def chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
             yield chunk
 
 
-@dataclasses.dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """An open input file that can be read more than once, and its name for messages."""
 
     file: BinaryIO
@@ -1415,8 +1413,7 @@ class FileInfo(NamedTuple):
         return cls(content["id"], int_field(content, "bytes") or None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Api:
+class Api(NamedTuple):
     """The operations of the API that the commands use. Each is logged and, where that costs nothing, repeated.
 
     They raise Refused for a definite refusal, and OutcomeUnknown where no try got a usable response. With an
@@ -3208,15 +3205,15 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # ---- run
 
 
-@dataclasses.dataclass
 class QueuedPart:
     """A part on its way to a batch, and the file that it is part of."""
 
-    source: Input
-    part: Part
-    file_id: str = ""  # of its upload
-    refused: list[str] = dataclasses.field(default_factory=list)  # batches of that upload, over the token limit
-    idle_refusals: int = 0
+    def __init__(self, source: Input, part: Part) -> None:
+        self.source = source
+        self.part = part
+        self.file_id = ""  # of its upload
+        self.refused: list[str] = []  # batches of that upload, over the token limit
+        self.idle_refusals = 0
 
     def halves(self) -> list[QueuedPart]:
         return [QueuedPart(self.source, half) for half in split_part(self.part, self.source.file)]
@@ -3278,17 +3275,24 @@ class Queue:
         return [queued]
 
 
-@dataclasses.dataclass
 class Flight:
     """An active batch whose results a run waits for."""
 
-    batch: Batch  # as it was first seen
-    positions: set[int] | None = None  # of its requests in the request file; None where they are unknown
-    answered: Mapping[str, bytes] | None = None  # digests by custom_id, where they may differ from the request file
-    queued: QueuedPart | None = None  # what to submit again after a refusal
-    submitted_at: float = -math.inf
-    rival_check_at: float = math.inf
-    may_be_cancelled: bool = False  # it was being cancelled before, or this run cancels it
+    def __init__(
+        self,
+        batch: Batch,
+        positions: set[int] | None,
+        answered: Mapping[str, bytes] | None = None,
+        queued: QueuedPart | None = None,
+        submitted_at: float = -math.inf,
+    ) -> None:
+        self.batch = batch  # as it was first seen
+        self.positions = positions  # of its requests in the request file; None where they are unknown
+        self.answered = answered  # digests by custom_id, where they may differ from the request file
+        self.queued = queued  # what to submit again after a refusal
+        self.submitted_at = submitted_at
+        self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if queued else math.inf
+        self.may_be_cancelled = False  # it was being cancelled before, or this run cancels it
 
 
 class Round(NamedTuple):
@@ -3358,7 +3362,7 @@ class Run:
             if left := len(pending if positions is None else pending & positions):
                 raise CommandError(
                     f"the output file of batch {batch.id} is gone at the server, and {plural(left, 'request')} of it "
-                    "would have to be paid for again; name an earlier download with --results, or use --force to pay again"
+                    "would have to be paid for again; name an earlier download with --results, or use --force"
                 )
         return pending
 
@@ -3459,7 +3463,7 @@ class Run:
         self._console.message(f"part {label}: Batch ID: {batch.id}")
         now = self._clock.now()
         self._poller.latest[batch.id] = batch
-        self.flights[batch.id] = Flight(batch, set(), None, queued, now, now + RIVAL_CHECK_SECONDS)
+        self.flights[batch.id] = Flight(batch, set(), None, queued, now)
         return True
 
     def _look_for_rivals(self) -> None:
@@ -3618,7 +3622,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
             def send() -> None:
                 listed = first_listing(api, force=args.force)
-                patient_api = dataclasses.replace(api, outage_budget=OUTAGE_BUDGET)
+                patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
                 submitter = Submitter(patient_api, args, sha256, check, note)
                 Run(args, submitter, requests, results, spool).rounds(parts, to_send, listed)
 
