@@ -52,14 +52,14 @@ class FakeTime:
         return self.now
 
 
-def subparsers() -> dict[str, argparse.ArgumentParser]:
-    """The parser of every command, in the order of the help."""
+def subparsers() -> argparse._SubParsersAction[argparse.ArgumentParser]:
     parser = batch_tool.build_parser(batch_tool.Console(None))
     (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
-    return dict(action.choices)
+    return action
 
 
-COMMANDS = subparsers()
+COMMANDS = dict(subparsers().choices)  # the parser of every command, in the order of the help
+SENTENCES = {str(each.dest): each.help for each in subparsers()._choices_actions}  # what the help says of each
 
 
 def flags_of(command: str) -> set[str]:

@@ -1,25 +1,25 @@
-"""The README's commands are run and their outputs compared; its options are held against --help."""
+"""The README's commands are run and their outputs compared; its tables are held against --help."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders import COMMANDS, SENTENCES
 from local_batch_api import LocalBatchAPI
 
-import batch_tool
 import gen_batch_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("gen_batch_jsonl.py", "batch_tool.py", "samples", "requirements.txt")
-COMMANDS = ("validate", "create", "status", "wait", "retrieve", "cancel", "list", "retry", "export", "run")
-OFFLINE = ("validate", "retry", "export")
 # what differs from run to run
 VARYING = (
     (r"batch_[0-9a-f]{24}", "batch_ID"),
@@ -27,6 +27,7 @@ VARYING = (
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME"),
     (r"\n[^\n]*elapsed(?=\n|$)", ""),
     (r"\npipeline.sh: installing [^\n]*", ""),
+    (r"pipeline.sh: prompt: \S*/samples/", "pipeline.sh: prompt: samples/"),
 )
 
 
@@ -66,41 +67,41 @@ def test_every_command_does_what_the_readme_shows(checkout: Path, api: LocalBatc
         assert f"{command}\n{without_varying(output)}" == f"{command}\n{without_varying(shown)}"
 
 
-def section(title: str) -> str:
-    """The text under a heading, up to the next one of any level."""
-    return re.split(r"\n#+ ", README.split(f"\n{title}\n")[1])[0]
+def options_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Each option of a parser as the first cell of its row in the README, and its help text."""
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = "E" if action.choices else f"{action.metavar or ''}{'…' if action.nargs == '+' else ''}"
+        flags = [flag for flag in action.option_strings if flag.startswith("--")]
+        yield ", ".join(f"`{flag} {value}`".replace(" `", "`") for flag in flags), parser._get_formatter()._expand_help(action)
 
 
-def options_in(text: str) -> set[str]:
-    """The options in the first column of the tables."""
-    cells = re.findall(r"^\| (`--.*?) \|", text, re.MULTILINE)
-    return set(re.findall(r"--[a-z-]+", " ".join(cells)))
+def table_rows(title: str) -> list[list[str]]:
+    """The cells of the tables in a section."""
+    text = re.split(r"\n## ", README.split(f"\n## {title}\n")[1])[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
 
 
-def options_of_help(capsys: pytest.CaptureFixture[str], main: object, *args: str) -> set[str]:
-    with pytest.raises(SystemExit, match="0"):
-        main([*args, "--help"])  # type: ignore[operator]
-    listed = re.findall(r"^  -.*", capsys.readouterr().out.split("options:")[1], re.MULTILINE)
-    return set(re.findall(r"--[a-z-]+", " ".join(line.split("  ")[1] for line in listed))) - {"--help"}
+def test_the_converters_options_have_the_texts_of_its_help() -> None:
+    rows = [row for row in table_rows("Convert: `gen_batch_jsonl.py`") if row[0].startswith("`--")]
+    shown = [(row[0], row[2] + (f" [{row[1].strip('`')}]" if row[1] else "")) for row in rows]
+    assert shown == list(options_of(gen_batch_jsonl.build_parser(gen_batch_jsonl.Console(None))))
 
 
-def test_the_converters_options_are_those_of_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = options_in(section("## Convert: `gen_batch_jsonl.py`"))
-    assert shown == options_of_help(capsys, gen_batch_jsonl.main)
+def test_the_options_of_every_command_have_the_texts_of_its_help() -> None:
+    expected: dict[tuple[str, str], list[str]] = {}
+    for command, parser in COMMANDS.items():
+        for option in options_of(parser):
+            expected.setdefault(option, []).append(f"`{command}`")
+    rows = [row for row in table_rows("Manage batches: `batch_tool.py`") if row[0].startswith("`--")]
+    assert [((row[0], row[2]), row[1].split(", ")) for row in rows] == list(expected.items())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_options_of_a_command_are_those_of_its_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    common = set() if command in OFFLINE else options_in(section("## The job in one command, or step by step"))
-    assert options_in(section(f"### `{command}`")) | common == options_of_help(capsys, batch_tool.main, command)
-
-
-def test_every_command_has_its_section_in_the_order_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(re.findall(r"^### `(\w+)`$", README, re.MULTILINE)) == COMMANDS
-    with pytest.raises(SystemExit, match="0"):
-        batch_tool.main(["--help"])
-    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out.split("commands:")[1], re.MULTILINE)
-    assert tuple(listed) == COMMANDS
+def test_every_command_is_in_the_readme_with_the_text_of_its_help() -> None:
+    rows = [row for row in table_rows("Manage batches: `batch_tool.py`") if row[0].strip("`") in COMMANDS]
+    assert {row[0].strip("`"): row[1] for row in rows} == SENTENCES
 
 
 def test_the_test_command_stands_on_one_line() -> None:
