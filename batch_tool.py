@@ -3101,7 +3101,7 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         print_result(report, console)
     report_results("", results, console)
     if not args.include_rejected and results.outcomes()[REJECTED]:
-        console.message("rejected requests would be refused again, so they are not written; see --include-rejected")
+        console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
 
 
@@ -3155,21 +3155,33 @@ def last_filled(row: Sequence[str]) -> int:
     return max((position for position, field in enumerate(row, 1) if field.strip(BLANKS)), default=0)
 
 
+def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
+    """The number of columns: those of the header, or more where a row has more.
+
+    Warns of rows that are not valid in the encoding. Raises CommandError where so many are not that it must be another.
+    """
+    width = rows = 0  # the header is a row, too
+    undecodable = []  # line numbers
+    for number, row in records(spreadsheet, encoding, id_column):
+        width = max(width, last_filled(row)) if rows else len(row)
+        rows += 1
+        if any("\udc80" <= char <= "\udcff" for field in row if not field.isascii() for char in field):
+            undecodable.append(number)
+    if undecodable:
+        counted = f"{len(undecodable)} of {plural(rows - 1, 'row')}"
+        problem = f"{spreadsheet.name}: {counted} not valid in its encoding, first on line {undecodable[0]}"
+        if len(undecodable) > 1 and len(undecodable) > 0.05 * rows:  # the limits of gen_batch_jsonl.py
+            raise CommandError(f"{problem}; name the encoding with --encoding")
+        console.warn(f"{problem}; each wrong byte is written as a question mark; see --encoding")
+    return width
+
+
 def spreadsheet_rows(
     spreadsheet: Input, encoding: str, id_column: str, results: Results, console: Console
 ) -> Iterator[Sequence[str]]:
     """The rows of a spreadsheet as they are, each with the bio of its request."""
     csv.field_size_limit(sys.maxsize)
-    width = undecodable = 0
-    first_undecodable = 0
-    for number, row in records(spreadsheet, encoding, id_column):
-        width = max(width, last_filled(row)) if width else len(row)
-        if any("\udc80" <= char <= "\udcff" for field in row if not field.isascii() for char in field):
-            undecodable += 1
-            first_undecodable = first_undecodable or number
-    if undecodable:
-        console.warn(f"{spreadsheet.name} line {first_undecodable}: not valid in its encoding, as in "
-                     f"{plural(undecodable, 'row')} in all; see --encoding")
+    width = spreadsheet_width(spreadsheet, encoding, id_column, console)
     rows = (row for _, row in records(spreadsheet, encoding, id_column))
     header = next(rows)
     id_at = [*map(column_key, header)].index(column_key(id_column))
