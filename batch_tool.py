@@ -2018,7 +2018,7 @@ def report_results(prefix: str, results: Results, console: Console) -> None:
 
 def with_request_sha256(line: bytes, sha256: str) -> bytes:
     """A results line as `run` writes it: with the sha256 of its request as the last key, and a line end."""
-    if not sha256 or re.search(rb'"request_sha256":\s*"[0-9a-f]{64}"\s*\}$', line):
+    if not sha256 or re.search(rb'"request_sha256":\s*"[^"\\]+"\s*\}$', line):
         return line + b"\n"
     return line[:-1].rstrip() + f', "request_sha256": "{sha256}"}}\n'.encode()
 
@@ -2120,9 +2120,12 @@ class Note:
         self.sha256_of: dict[str, str] = {}  # of the part, by file id
         self.batches_of: dict[str, list[str]] = {}  # ids by file id; several where the token limit refused some
         self._posted: set[str] = set()  # files whose last POST has no outcome yet
+        line = b"\n"
         for line in file or ():
             with contextlib.suppress(ValueError):  # a line that was cut by a crash
                 self._apply(read_object(line))
+        if file and not line.endswith(b"\n"):
+            file.write(b"\n")
 
     def _apply(self, entry: Json) -> None:
         file_id, batch_id = str_field(entry, "file"), entry.get("batch")
@@ -2262,21 +2265,22 @@ class Submitter:
             if batch := self._find_or_fence(file_id, set(self._note.batches_of[file_id])):
                 found[batch.id] = batch
             self._note.add(file_id, batch=batch.id if batch else "")
-        for batch_id in itertools.chain.from_iterable(self._note.batches_of.values()):
-            if batch_id not in found and (batch := self._batch_if_there(batch_id)):
-                found[batch_id] = batch
+        unlisted = set(itertools.chain.from_iterable(self._note.batches_of.values())) - found.keys()
+        for delay in (0, *LOOK_UP_DELAYS):
+            if unlisted:
+                self.api.clock.sleep(delay)  # in the first seconds of its life, a batch may not be found by its id
+            for batch in filter(None, map(self._batch_if_there, sorted(unlisted))):
+                found[batch.id] = batch
+            unlisted -= found.keys()
         return sorted(found.values(), key=lambda batch: batch.age_key)
 
     def _batch_if_there(self, batch_id: str) -> Batch | None:
-        """The batch; None where it is unknown (404), which may pass in the first seconds of its life."""
-        for delay in (*LOOK_UP_DELAYS, 0):
-            try:
-                return self.api.batch(batch_id)
-            except Refused as failure:
-                if failure.status != 404:
-                    raise
-            self.api.clock.sleep(delay)
-        return None
+        try:
+            return self.api.batch(batch_id)
+        except Refused as failure:
+            if failure.status != 404:
+                raise
+            return None
 
     def new_batches(self, parts: Iterable[Part]) -> list[Batch]:
         """Batches of this request file that are not known yet and may have a success, oldest first."""

@@ -1,97 +1,77 @@
-"""`batch_tool.py run`: what it leaves in --out, and what it asks of the server."""
+"""`batch_tool.py run`: what it leaves in --out, what it asks of the server, and what that costs."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import signal
+import time as real_time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from local_batch_api import Fault, LocalBatch, LocalBatchAPI
+from builders import (
+    FakeTime,
+    Killed,
+    assert_paid_once,
+    custom_ids,
+    expired,
+    jsonl,
+    kill,
+    nothing,
+    posts,
+    refused,
+    request,
+    sent,
+    sha256_of,
+    success,
+    write_requests,
+)
+from local_batch_api import HABITS, Fault, LocalBatch, LocalBatchAPI
 
 import batch_tool
 
 pytestmark = pytest.mark.usefixtures("api")
 
 OUT = Path("results.jsonl")
+REQUESTS = Path("requests.jsonl")
+DAY = 24 * 60 * 60
 
 
-class Killed(BaseException):
-    """Ends a run at once, as SIGKILL does: nothing of the program catches it."""
-
-
-class FakeTime:
-    """A clock that only sleeping moves on; each event happens during one sleep."""
-
-    def __init__(self, *events: Callable[[], object]) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-        self.events = list(events)
-
-    def sleep(self, seconds: float) -> None:
-        assert len(self.slept) < 500, "it waits for ever"
-        self.now += seconds
-        self.slept.append(seconds)
-        if self.events:
-            self.events.pop(0)()
-
-    def clock(self) -> float:
-        return self.now
-
-
-def nothing() -> None:
-    pass
-
-
-def kill() -> None:
-    raise Killed
-
-
-def request_line(custom_id: str, **body: Any) -> bytes:
-    body = {"model": "m", "input": f"Bio of {custom_id}"} | body
-    request = {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": body}
-    return json.dumps(request).encode() + b"\n"
-
-
-def write_requests(*custom_ids: str) -> bytes:
-    content = b"".join(map(request_line, custom_ids))
-    Path("requests.jsonl").write_bytes(content)
-    return content
-
-
-def run(*options: str, time: FakeTime | None = None, out: str = str(OUT), source: str = "requests.jsonl") -> int:
+def main(*argv: str, time: FakeTime | None = None) -> int:
     time = time or FakeTime()
-    argv = ["run", "--in", source, "--out", out, "--interval", "10", *options]
     return batch_tool.main(argv, sleep=time.sleep, clock=time.clock)
 
 
-def posts(api: LocalBatchAPI, path: str = "/v1/batches") -> int:
-    return sum((exchange.method, exchange.path) == ("POST", path) for exchange in api.exchanges)
+def run(*options: str, time: FakeTime | None = None, out: str = str(OUT), source: str = str(REQUESTS)) -> int:
+    return main("run", "--in", source, "--out", out, "--interval", "10", *options, time=time)
 
 
-def sent(api: LocalBatchAPI) -> list[list[str]]:
-    """The custom_ids of every batch, in the order of their creation."""
-    return [ids_in(api.read_file(batch.input_file_id)) for batch in api.batches.values()]
+def create(*options: str, time: FakeTime | None = None) -> int:
+    return main("create", "--in", str(REQUESTS), *options, time=time)
 
 
-def ids_in(lines: bytes) -> list[str]:
-    return [json.loads(line)["custom_id"] for line in lines.splitlines()]
+def with_sha256(line: bytes, sha256: str) -> bytes:
+    return line.rstrip()[:-1] + f', "request_sha256": "{sha256}"}}\n'.encode()
 
 
 def served(api: LocalBatchAPI) -> dict[str, bytes]:
-    """The last line that the server has for each custom_id, a success before all others."""
+    """The last line that the server has for each request, by its sha256; a success before all others."""
     found: dict[str, bytes] = {}
-    for file_id, file in api.files.items():
-        for line in api.read_file(file_id).splitlines(keepends=True) if file.purpose == "batch_output" else ():
-            custom_id = json.loads(line)["custom_id"]
-            if b'"status": "completed"' not in found.get(custom_id, b""):
-                found[custom_id] = line
+    for batch in api.batches.values():
+        lines = batch.input_file.path.read_bytes().splitlines()
+        sha256s = {json.loads(line)["custom_id"]: sha256_of(line) for line in lines}
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            for line in api.read_file(file_id).splitlines() if file_id in api.files else ():
+                sha256 = sha256s[json.loads(line)["custom_id"]]
+                if b'"status": "completed"' not in found.get(sha256, b""):
+                    found[sha256] = with_sha256(line, sha256)
     return found
 
 
@@ -101,29 +81,26 @@ def missing_line(custom_id: str) -> bytes:
     return json.dumps({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
 
 
-def assert_out(api: LocalBatchAPI, *custom_ids: str) -> None:
-    """--out has the server's line for each of these, and nothing else."""
+def assert_out(api: LocalBatchAPI, *kept: bytes) -> None:
+    """--out has the server's line for each request, and then these lines."""
     lines = served(api)
-    assert OUT.read_bytes() == b"".join(lines.get(custom_id) or missing_line(custom_id) for custom_id in custom_ids)
+    expected = [
+        lines.get(sha256_of(line)) or missing_line(json.loads(line)["custom_id"])
+        for line in REQUESTS.read_bytes().splitlines()
+    ]
+    assert OUT.read_bytes() == b"".join([*expected, *kept])
 
 
 def once(*custom_ids: str) -> Counter[str]:
     return Counter(custom_ids)
 
 
-def success(custom_id: str) -> bytes:
-    body = {"status": "completed", "output": [], "usage": {"input_tokens": 7, "output_tokens": 3}}
-    response = {"status_code": 200, "request_id": "req", "body": body}
-    return json.dumps({"id": "x", "custom_id": custom_id, "response": response, "error": None}).encode() + b"\n"
+def flat(lists: Iterable[list[str]]) -> list[str]:
+    return [custom_id for each in lists for custom_id in each]
 
 
-def expired(custom_id: str) -> bytes:
-    error = {"code": "batch_expired", "message": "not run in time"}
-    return json.dumps({"id": "x", "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
-
-
-def lines(make: Callable[[str], bytes], custom_ids: Iterable[str]) -> bytes | None:
-    return b"".join(map(make, custom_ids)) or None
+def numbered(count: int) -> list[str]:
+    return [f"a{number}" for number in range(1, count + 1)]
 
 
 def earlier_batch(
@@ -132,20 +109,61 @@ def earlier_batch(
     """A batch of these requests that another run has made."""
     metadata = {"input_sha256": hashlib.sha256(requests).hexdigest(), "input_file": "requests.jsonl", "part": "1/1"}
     input_file = api.new_file(requests, "batch", "requests.jsonl")
-    output, errors = lines(success, done), lines(expired, left)
-    return api.new_batch(status, input_file=input_file, output=output, errors=errors, metadata=metadata, **more)
+    output, errors = jsonl(*map(success, done)) or None, jsonl(*map(expired, left)) or None
+    return api.new_batch(
+        status, **{"input_file": input_file, "output": output, "errors": errors, "metadata": metadata} | more
+    )
 
 
-# ---- rounds ----
+def release(api: LocalBatchAPI) -> Callable[[], None]:
+    def end_the_hold() -> None:
+        api.hold = None
+
+    return end_the_hold
+
+
+def live_in(api: LocalBatchAPI, time: FakeTime) -> FakeTime:
+    """Let the server's time pass with this clock."""
+    start = api.clock()
+    api.clock = lambda: start + time.now
+    return time
+
+
+@contextlib.contextmanager
+def another_machine(number: int = 2) -> Iterator[None]:
+    """The notes and the folder of another machine."""
+    before, folder, requests = os.environ["XDG_STATE_HOME"], os.getcwd(), REQUESTS.read_bytes()
+    os.environ["XDG_STATE_HOME"] = f"{before}-{number}"
+    Path(f"machine{number}").mkdir(exist_ok=True)
+    os.chdir(f"machine{number}")
+    REQUESTS.write_bytes(requests)
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        os.environ["XDG_STATE_HOME"] = before
+
+
+# ---- rounds
 
 
 def test_every_request_in_request_order(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    ids = [f"a{number}" for number in range(30)]
-    write_requests(*ids)
+    ids = numbered(30)
+    content = write_requests(*ids)
     assert run() == 0
-    assert_out(api, *ids)
-    assert (posts(api), api.executions) == (1, once(*ids))
+    assert_out(api)
+    assert posts(api) == 1
+    assert_paid_once(api, content)
     assert capsys.readouterr().out == ""
+
+
+def test_each_line_is_the_servers_with_the_sha256_of_its_request_at_the_end(api: LocalBatchAPI) -> None:
+    (line,) = write_requests("a1").splitlines()
+    assert run() == 0
+    (batch,) = api.batches.values()
+    assert batch.output_file_id
+    theirs = api.read_file(batch.output_file_id)
+    assert OUT.read_bytes() == theirs[:-2] + f', "request_sha256": "{hashlib.sha256(line).hexdigest()}"}}\n'.encode()
 
 
 def test_what_stderr_tells(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,22 +181,24 @@ part 1/1: File ID: file-ID
 part 1/1: Batch ID: batch_ID
 batches: 1 validating; 0:00:10 elapsed
 batches: 1 completed; requests: 1/2 (50%); 0:00:20 elapsed
-Wrote results.jsonl: 2 succeeded, 1 failed, 1 incomplete, 1 missing of 5 requests; tokens: 360 input, 135 output; \
-errors: 1 × bad_request, 1 × incomplete
+Wrote results.jsonl: 2 succeeded, 2 rejected, 0 retryable, 1 missing of 5 requests; tokens: 360 input, 135 output
+commonest errors: 1 × bad_request: Bad Request, as the local mock server was told to.; \
+1 × incomplete: max_output_tokens
 """
 
 
 RETRYABLE = ("408", "409", "429", "500", "503", "expired", "cancelled", "timeout", "failed", "missing")
-REJECTED = ("400", "401", "404", "incomplete")
+REJECTED = ("400", "401", "404", "incomplete", "content_filter", "refusal", "no_text", "error_200")
 
 
 @pytest.mark.parametrize("outcome", RETRYABLE)
 def test_what_can_be_retried_goes_into_the_next_round(api: LocalBatchAPI, outcome: str) -> None:
     api.outcomes = {"a2": [outcome, "200"]}
-    write_requests("a1", "a2", "a3")
+    content = write_requests("a1", "a2", "a3")
     assert run() == 0
     assert sent(api) == [["a1", "a2", "a3"], ["a2"]]
-    assert_out(api, "a1", "a2", "a3")
+    assert_out(api)
+    assert_paid_once(api, content)
 
 
 @pytest.mark.parametrize("outcome", REJECTED)
@@ -186,8 +206,9 @@ def test_what_would_be_refused_again_is_not_sent_again(api: LocalBatchAPI, outco
     api.outcomes = {"a2": outcome, "a3": ["500", "200"]}
     write_requests("a1", "a2", "a3")
     assert run() == 1
+    assert run() == 1
     assert sent(api) == [["a1", "a2", "a3"], ["a3"]]
-    assert_out(api, "a1", "a2", "a3")
+    assert_out(api)
 
 
 @pytest.mark.parametrize(("options", "rounds"), [((), 3), (("--attempts", "1"), 1), (("--attempts", "5"), 5)])
@@ -196,7 +217,7 @@ def test_attempts_bound_the_rounds(api: LocalBatchAPI, options: tuple[str, ...],
     write_requests("a1", "a2")
     assert run(*options) == 1
     assert sent(api) == [["a1", "a2"], *[["a2"]] * (rounds - 1)]
-    assert_out(api, "a1", "a2")
+    assert_out(api)
 
 
 def test_a_request_that_is_in_no_file_is_missing(api: LocalBatchAPI) -> None:
@@ -205,7 +226,6 @@ def test_a_request_that_is_in_no_file_is_missing(api: LocalBatchAPI) -> None:
     assert run() == 1
     assert sent(api) == [["a1", "a2"], ["a2"], ["a2"]]
     assert OUT.read_bytes().splitlines(keepends=True)[1] == missing_line("a2")
-    assert_out(api, "a1", "a2")
 
 
 @pytest.mark.parametrize("outcome", ["500", "failed"])
@@ -214,61 +234,42 @@ def test_a_round_of_the_same_bytes_is_a_new_batch(api: LocalBatchAPI, outcome: s
     write_requests("a1")
     assert run() == 0
     assert sent(api) == [["a1"], ["a1"]]
-    assert_out(api, "a1")
+    assert_out(api)
 
 
 def test_parts_are_consecutive_lines(api: LocalBatchAPI) -> None:
     api.outcomes = {"a1": ["500", "200"], "a4": ["500", "200"], "a5": ["500", "200"]}
-    content = write_requests("a1", "a2", "a3", "a4", "a5")
+    write_requests(*numbered(5))
     assert run("--max-requests", "2") == 0
     assert sent(api) == [["a1", "a2"], ["a3", "a4"], ["a5"], ["a1", "a4"], ["a5"]]
-    labels = [(batch.metadata or {})["part"] for batch in api.batches.values()]
-    assert labels == ["1/3", "2/3", "3/3", "1/2", "2/2"]
-    first = [batch.input_file_id for batch in api.batches.values()][:3]
-    assert b"".join(map(api.read_file, first)) == content
-    assert_out(api, "a1", "a2", "a3", "a4", "a5")
-
-
-def test_every_batch_says_what_it_is_of(api: LocalBatchAPI) -> None:
-    content = write_requests("a1")
-    assert run("--completion-window", "24h") == 0
-    (batch,) = api.batches.values()
-    sha256 = hashlib.sha256(content).hexdigest()
-    assert batch.metadata == {"input_sha256": sha256, "input_file": "requests.jsonl", "part": "1/1"}
-    assert (batch.endpoint, batch.completion_window) == ("/v1/responses", "24h")
-
-
-# ---- adoption ----
-
-
-def test_a_finished_run_started_again_submits_nothing(api: LocalBatchAPI) -> None:
-    api.outcomes = {"a2": ["429", "200"], "a3": "400"}
-    write_requests("a1", "a2", "a3")
-    assert run() == 1
-    first, asked = OUT.read_bytes(), posts(api)
-    assert run(time=FakeTime(kill)) == 1, "nothing to wait for"
-    assert (OUT.read_bytes(), posts(api), posts(api, "/v1/files")) == (first, asked, asked)
+    assert_out(api)
+    whole = hashlib.sha256(REQUESTS.read_bytes()).hexdigest()
+    assert {(batch.metadata or {})["request_file_sha256"] for batch in api.batches.values()} == {whole}
 
 
 def test_a_run_that_used_up_its_attempts_started_again_sends_only_what_failed(api: LocalBatchAPI) -> None:
-    api.outcomes = {"a2": ["500"] * 4}
-    write_requests("a1", "a2")
+    api.outcomes = {"a2": ["500"] * 4 + ["200"]}
+    content = write_requests("a1", "a2")
     assert run() == 1
     assert run() == 0
     assert sent(api) == [["a1", "a2"], *[["a2"]] * 4]
-    assert_out(api, "a1", "a2")
+    assert_out(api)
+    assert_paid_once(api, content)
+
+
+# ---- earlier batches
 
 
 @pytest.mark.parametrize("status", ["validating", "in_progress", "finalizing", "paused_for_maintenance"])
 def test_a_batch_under_way_is_adopted(api: LocalBatchAPI, status: str) -> None:
     batch = earlier_batch(api, status, write_requests("a1", "a2"))
-    output = api.new_file(success("a2") + success("a1"), "batch_output", "output.jsonl")
+    output = api.new_file(jsonl(success("a2"), success("a1")), "batch_output", "output.jsonl")
 
     def complete() -> None:
         batch.status, batch.output_file_id = "completed", output.id
 
     assert run(time=FakeTime(nothing, complete)) == 0
-    assert OUT.read_bytes() == success("a1") + success("a2")
+    assert_out(api)
     assert posts(api) == posts(api, "/v1/files") == 0
 
 
@@ -278,7 +279,7 @@ def test_what_an_ended_batch_finished_is_taken_and_the_rest_sent(api: LocalBatch
     assert run("--attempts", "1") == 0
     assert sent(api)[1:] == [["a1", "a2"]]
     assert api.executions == once("a1", "a2")
-    assert_out(api, "a1", "a2", "a3")
+    assert_out(api)
 
 
 @pytest.mark.parametrize("status", ["failed", "completed", "expired", "cancelled"])
@@ -292,14 +293,14 @@ def test_a_batch_without_one_success_is_submitted_again(api: LocalBatchAPI, stat
 
 def test_a_batch_that_is_being_cancelled_is_waited_for(api: LocalBatchAPI) -> None:
     batch = earlier_batch(api, "cancelling", write_requests("a1", "a2"))
-    output = api.new_file(success("a1"), "batch_output", "output.jsonl")
+    output = api.new_file(jsonl(success("a1")), "batch_output", "output.jsonl")
 
     def end() -> None:
         batch.status, batch.output_file_id = "cancelled", output.id
 
     assert run(time=FakeTime(nothing, nothing, end)) == 0
     assert (sent(api)[1:], api.executions) == ([["a2"]], once("a2"))
-    assert_out(api, "a1", "a2")
+    assert_out(api)
 
 
 def test_all_earlier_batches_of_the_same_requests_count(api: LocalBatchAPI) -> None:
@@ -310,9 +311,22 @@ def test_all_earlier_batches_of_the_same_requests_count(api: LocalBatchAPI) -> N
     assert (sent(api)[2:], api.executions) == ([["a2"]], once("a2"))
 
 
-@pytest.mark.parametrize("change", [{"endpoint": "/v1/embeddings"}, {"created_at": 1_600_000_000}])
-def test_a_batch_at_another_endpoint_or_long_ago_is_not_adopted(api: LocalBatchAPI, change: dict[str, Any]) -> None:
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], **change)
+def test_a_batch_of_long_ago_is_not_adopted(api: LocalBatchAPI) -> None:
+    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], created_at=1_600_000_000)
+    assert run() == 0
+    assert api.executions == once("a1")
+
+
+def test_the_endpoint_that_the_listing_shows_does_not_matter(api: LocalBatchAPI) -> None:
+    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], endpoint="/responses")
+    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], endpoint=None)
+    assert run() == 0
+    assert posts(api) == 0
+
+
+@pytest.mark.parametrize("metadata", [{}, {"input_sha256": "others"}, {"request_file_sha256": ""}, None])
+def test_a_batch_of_others_is_not_adopted(api: LocalBatchAPI, metadata: dict[str, str] | None) -> None:
+    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], metadata=metadata)
     assert run() == 0
     assert api.executions == once("a1")
 
@@ -324,7 +338,7 @@ def test_a_run_killed_at_any_poll_goes_on_when_started_again(
 ) -> None:
     api.hold = "in_progress"
     api.outcomes = {"a1": ["500", "200"], "a3": [outcome, "200"]}
-    write_requests("a1", "a2", "a3")
+    content = write_requests("a1", "a2", "a3")
 
     def hold_again() -> None:
         api.hold = "in_progress"
@@ -336,14 +350,8 @@ def test_a_run_killed_at_any_poll_goes_on_when_started_again(
     assert run("--max-requests", "2") == 0
     assert sent(api)[:2] == [["a1", "a2"], ["a3"]]
     assert sorted(custom_id for batch in sent(api)[2:] for custom_id in batch) == ["a1", "a3"]
-    assert_out(api, "a1", "a2", "a3")
-
-
-def release(api: LocalBatchAPI) -> Callable[[], None]:
-    def end_the_hold() -> None:
-        api.hold = None
-
-    return end_the_hold
+    assert_out(api)
+    assert_paid_once(api, content)
 
 
 def test_a_run_killed_in_its_second_round_adopts_that_round(api: LocalBatchAPI) -> None:
@@ -354,19 +362,18 @@ def test_a_run_killed_in_its_second_round_adopts_that_round(api: LocalBatchAPI) 
     assert sent(api) == [["a1", "a2"], ["a2"]]
     assert run() == 0
     assert sent(api) == [["a1", "a2"], ["a2"]]
-    assert_out(api, "a1", "a2")
+    assert_out(api)
 
 
 def test_a_run_with_other_parts_adopts_what_the_first_one_made(api: LocalBatchAPI) -> None:
     api.hold = "in_progress"
     api.outcomes = {"a2": ["500", "200"]}
-    ids = [f"a{number}" for number in range(1, 6)]
-    write_requests(*ids)
+    write_requests(*numbered(5))
     with pytest.raises(Killed):
         run("--max-requests", "3", time=FakeTime(kill))
     assert run("--max-requests", "2", time=FakeTime(nothing, release(api))) == 0
     assert sent(api) == [["a1", "a2", "a3"], ["a4", "a5"], ["a2"]]
-    assert_out(api, *ids)
+    assert_out(api)
 
 
 def test_a_run_in_parts_adopts_a_batch_of_the_whole(api: LocalBatchAPI) -> None:
@@ -376,30 +383,590 @@ def test_a_run_in_parts_adopts_a_batch_of_the_whole(api: LocalBatchAPI) -> None:
     assert api.executions == once("a1", "a3")
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+def test_of_a_batch_whose_input_file_is_gone_the_results_tell_which_requests_it_has(
+    api: LocalBatchAPI, is_running: bool
+) -> None:
+    content = write_requests("a1", "a2", "a3")
+    whole = {"request_file_sha256": hashlib.sha256(content).hexdigest()}
+    batch = earlier_batch(api, "completed", jsonl(request("a2")), done=["a2"], metadata=whole)
+    del api.files[batch.input_file_id]
+    time = FakeTime()
+    if is_running:
+        batch.status = "in_progress"
+        time = FakeTime(nothing, lambda: setattr(batch, "status", "completed"))
+    assert run(time=time) == 0
+    assert sent(api)[1:] == [["a1", "a3"]]
+
+
+# ---- when the truth is late: this machine
+
+
+def replace(content: bytes) -> None:
+    Path("new").write_bytes(content)
+    os.replace("new", REQUESTS)
+
+
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_two_at_once_of_the_same_bytes_are_one(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    content = write_requests("a1")
+    codes: list[int] = []
+
+    def again() -> None:
+        replace(content)  # as the converter does
+        Path("copy.jsonl").write_bytes(content)
+        codes.append(run(out="other.jsonl") if command == "run" else create())
+        codes.append(run(source="copy.jsonl", out="other.jsonl"))
+
+    assert run(time=FakeTime(again)) == 0
+    assert codes == [1, 1]
+    assert capsys.readouterr().err.count(".jsonl is in use by another create or run; wait for it to finish") == 2
+    assert posts(api) == 1
+    assert run() == 0
+
+
+STOPS: dict[str, Callable[[], None]] = {
+    "kill": kill,
+    "ctrl-c": lambda: signal.raise_signal(signal.SIGINT),
+}
+
+
+def stopped_run(*options: str, time: FakeTime) -> None:
+    with contextlib.suppress(Killed):
+        assert run(*options, time=time) == 130
+
+
+@pytest.mark.parametrize("habits", [(), ("no-metadata", "no-delete")])
+@pytest.mark.parametrize(("stop", "options"), [("kill", ()), ("ctrl-c", ("--max-requests", "1"))])
+def test_stopped_after_the_post_the_same_command_at_once_pays_nothing_again(
+    api: LocalBatchAPI, habits: tuple[str, ...], stop: str, options: tuple[str, ...]
+) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    time = live_in(api, FakeTime(STOPS[stop]))
+    content = write_requests("a1", "a2", "a3")
+    stopped_run("--max-requests", "2", time=time)
+    assert run(*options, time=time) == 0
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
+def test_run_at_once_after_create_takes_its_batches(api: LocalBatchAPI, habits: tuple[str, ...]) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    time = live_in(api, FakeTime())
+    content = write_requests(*numbered(5))
+    assert create("--max-requests", "2", time=time) == 0
+    assert run("--max-requests", "3", time=time) == 0
+    assert_paid_once(api, content)
+    assert posts(api) == 3
+
+
+@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
+@pytest.mark.parametrize(("options", "code"), [(("--max-requests", "2"), 0), (("--max-requests", "3"), 1), ((), 1)])
+def test_create_at_once_after_run_submits_nothing_again(
+    api: LocalBatchAPI, habits: tuple[str, ...], options: tuple[str, ...], code: int
+) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    time = live_in(api, FakeTime(kill))
+    content = write_requests(*numbered(5))
+    stopped_run("--max-requests", "2", time=time)
+    assert create(*options, time=time) == code
+    assert posts(api) == 3
+    assert run(time=time) == 0
+    assert_paid_once(api, content)
+
+
+def test_create_of_other_parts_names_the_batches_and_the_ways_on(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_requests(*numbered(3))
+    assert create("--max-requests", "2") == 0
+    assert create() == 1
+    first, second = sorted(api.batches)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"batch_tool.py: error: other batches have requests of this file: {first}, {second}; nothing more was "
+        "submitted; use the same --max-requests as they did, or run, which takes their results and sends only the rest"
+    )
+    assert posts(api) == 2
+
+
 def test_create_does_not_take_a_later_round_for_the_whole(api: LocalBatchAPI) -> None:
     api.outcomes = {"a2": ["500", "200"]}
     write_requests("a1", "a2")
     assert run() == 0
-    first = next(iter(api.batches))
-    del api.batches[first]
-    assert batch_tool.main(["create", "--in", "requests.jsonl"]) == 0
-    assert sent(api) == [["a2"], ["a1", "a2"]]
+    del api.batches[next(iter(api.batches))]
+    assert create() == 1
+    assert sent(api) == [["a2"]]
 
 
-# ---- the queue limit ----
+def test_create_and_run_adopt_each_other(api: LocalBatchAPI) -> None:
+    content = write_requests("a1", "a2", "a3")
+    assert create("--max-requests", "2") == 0
+    assert run("--max-requests", "2") == 0
+    assert create("--max-requests", "2") == 0
+    assert posts(api) == 2
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
+def test_a_note_that_is_gone_or_broken_costs_nothing_once_the_listing_is_whole(
+    api: LocalBatchAPI, habits: tuple[str, ...]
+) -> None:
+    content = write_requests("a1", "a2")
+    assert create() == 0
+    (note,) = Path(os.environ["XDG_STATE_HOME"], "batch_tool").iterdir()
+    if habits:
+        note.write_bytes(b"{cut\n" + note.read_bytes() + b'\x00\xff\n[]\n{"file": 3}\n{"file": "../x"}\n{"fi')
+    else:
+        note.unlink()
+    assert run() == 0
+    assert posts(api) == 1
+    assert_paid_once(api, content)
+
+
+def test_a_note_names_the_file_before_the_post_and_the_batch_after_it(api: LocalBatchAPI) -> None:
+    write_requests("a1")
+    assert create() == 0
+    ((file_id, batch),) = [(batch.input_file_id, batch) for batch in api.batches.values()]
+    (note,) = Path(os.environ["XDG_STATE_HOME"], "batch_tool").iterdir()
+    before, after = map(json.loads, note.read_bytes().splitlines())
+    assert before == {"file": file_id, "sha256": hashlib.sha256(REQUESTS.read_bytes()).hexdigest()}
+    assert after == {"file": file_id, "batch": batch.id}
+    assert (note.stat().st_mode & 0o777, note.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_notes_of_more_than_30_days_ago_are_removed(api: LocalBatchAPI) -> None:
+    folder = Path(os.environ["XDG_STATE_HOME"], "batch_tool")
+    folder.mkdir(parents=True)
+    old, young = folder / "old.jsonl", folder / "young.jsonl"
+    for path, days in ((old, 31), (young, 29)):
+        path.touch()
+        os.utime(path, (real_time.time() - days * DAY,) * 2)
+    write_requests("a1")
+    assert create() == 0
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_without_a_place_for_notes_it_warns_and_works(
+    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", "file")
+    content = write_requests("a1")
+    assert run() == 0
+    assert "batch_tool.py: warning: cannot lock a note in file/batch_tool: Not a directory" in capsys.readouterr().err
+    assert_paid_once(api, content)
+
+
+def test_a_service_without_metadata_is_told_of_once(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+    api.habits = {"no-metadata"}
+    write_requests("a1", "a2")
+    assert run("--max-requests", "1") == 0
+    assert capsys.readouterr().err.count("warning: this service keeps no metadata, so only a note on this machine") == 1
+
+
+def test_a_batch_of_the_note_that_is_not_found_for_some_seconds_is_looked_for_again(api: LocalBatchAPI) -> None:
+    api.list_delay = 10
+    time = live_in(api, FakeTime())
+    content = write_requests("a1")
+    assert create(time=time) == 0
+    api.faults = [Fault("GET", "/batches/batch_", times=2, status=404, message="No such batch")]
+    assert run(time=time) == 0
+    assert posts(api) == 1
+    assert_paid_once(api, content)
+
+
+def test_a_batch_of_the_note_that_is_gone_counts_for_nothing(api: LocalBatchAPI) -> None:
+    write_requests("a1")
+    assert create() == 0
+    api.batches.clear()
+    assert run() == 0
+    assert posts(api) == 2
+
+
+# ---- when the outcome of a POST is unknown
+
+LOST: dict[str, dict[str, Any]] = {
+    "reset": {"action": "reset"},
+    "504": {"status": 504},
+    "408": {"status": 408},
+    "409": {"status": 409},
+    "garbage": {"status": 200, "body": b"{"},
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", LOST)
+def test_a_lost_answer_makes_no_second_batch(api: LocalBatchAPI, kind: str, when: str) -> None:
+    api.list_delay, api.step = 10, 5
+    time = live_in(api, FakeTime())
+    api.faults = [Fault("POST", "/batches$", when=when, **LOST[kind])]
+    content = write_requests("a1", "a2")
+    assert run(time=time) == 0
+    assert_paid_once(api, content)
+    assert len(api.batches) == 1
+
+
+@pytest.mark.parametrize(("moment", "list_delay"), [(3, 0), (0.6, 10), (9, 10), (14, 0), (14, 10), (40, 10), (300, 0)])
+def test_a_post_that_is_carried_out_late_is_paid_for_once(
+    api: LocalBatchAPI, moment: float, list_delay: float
+) -> None:
+    api.list_delay, api.step = list_delay, 60
+    api.faults = [Fault("POST", "/batches$", when="later", status=504)]
+    time = live_in(api, FakeTime(at={moment: api.carry_out}))
+    content = write_requests("a1", "a2")
+    assert run(time=time) == 0
+    time.sleep(400)
+    assert_paid_once(api, content)
+
+
+def test_each_of_three_posts_has_its_fence(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+    api.faults = [Fault("POST", "/batches$", when="later", action="reset", times=3)]
+    time = live_in(api, FakeTime())
+    content = write_requests("a1")
+    assert run(time=time) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 tries to create its batch got no response" in error
+    assert (len(api.carry_out()), len(api.batches), len(api.files)) == (3, 0, 0)
+    assert run(time=time) == 0
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize("moment", [3, 14, 40])
+def test_where_files_cannot_be_deleted_a_later_run_adopts_the_batch(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], moment: float
+) -> None:
+    api.habits = {"no-delete"}
+    api.faults = [Fault("POST", "/batches$", when="later", status=504)]
+    time = live_in(api, FakeTime(at={moment: api.carry_out}))
+    content = write_requests("a1")
+    if moment > 10:
+        assert run(time=time) == 1
+        (file_id,) = api.files
+        assert f"cannot tell whether a batch was created for file {file_id}; run the same command again later" in (
+            capsys.readouterr().err.splitlines()[-1]
+        )
+        time.sleep(60)
+    assert run(time=time) == 0
+    assert_paid_once(api, content)
+    assert posts(api) == 1
+
+
+def test_a_batch_that_is_found_after_the_fence_and_runs_is_the_batch(api: LocalBatchAPI) -> None:
+    api.list_delay = 12
+    api.hold = "in_progress"
+    api.faults = [Fault("POST", "/batches$", when="after", status=504)]
+
+    def begin() -> None:
+        for batch in api.batches.values():
+            api.look(batch)
+
+    time = live_in(api, FakeTime(at={5: begin, 60: release(api)}))
+    content = write_requests("a1")
+    assert run(time=time) == 0
+    assert posts(api) == 1
+    assert_paid_once(api, content)
+
+
+def test_a_batch_that_is_found_validating_after_the_fence_may_still_fail(api: LocalBatchAPI) -> None:
+    api.list_delay, api.step = 12, 40
+    api.faults = [Fault("POST", "/batches$", when="after", status=504)]
+    time = live_in(api, FakeTime())
+    content = write_requests("a1")
+    assert run(time=time) == 0
+    assert [batch.status for batch in api.batches.values()] == ["failed", "completed"]
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize(("when", "moment"), [("before", 0.0), ("after", 0.0), ("later", 3.0), ("later", 40.0)])
+@pytest.mark.parametrize(("command", "habits"), [("create", ("no-metadata",)), ("run", ())])
+def test_killed_between_the_post_and_its_answer_the_next_one_looks_and_fences(
+    api: LocalBatchAPI, command: str, when: str, moment: float, habits: tuple[str, ...]
+) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    api.faults = [Fault("POST", "/batches$", when=when, action="reset")]
+    time = live_in(api, FakeTime(kill, at={moment or 1e6: api.carry_out}))
+    content = write_requests("a1", "a2")
+    with pytest.raises(Killed):
+        run(time=time) if command == "run" else create(time=time)
+    assert run("--max-requests", "1", time=time) == 0
+    time.sleep(100)
+    assert_paid_once(api, content)
+
+
+def test_killed_in_the_second_post_of_a_file_the_next_run_looks_for_its_batch(api: LocalBatchAPI) -> None:
+    api.queue_limit, api.list_delay, api.step = 1, 10, 1
+    write_requests("a1", "a2")
+    time = live_in(api, FakeTime())
+
+    def make_room() -> None:
+        api.queue_limit = None
+        api.faults = [Fault("POST", "/batches$", when="after", action="reset")]
+        time.events = [kill]
+
+    time.events = [nothing, make_room]  # refused, then room while it waits, then lost and killed
+    with pytest.raises(Killed):
+        run(time=time)
+    assert posts(api) == 2
+    assert run(time=time) == 0
+    assert_paid_once(api, REQUESTS.read_bytes())
+
+
+def test_of_two_batches_of_one_uploaded_file_the_older_stays(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def twice() -> None:
+        exchange = next(each for each in api.exchanges if each.path == "/v1/batches" and each.method == "POST")
+        api.create_batch(exchange)
+        api.create_batch(exchange)
+
+    api.hold = "validating"
+    api.faults = [Fault("POST", "/batches$", action="reset")]
+    content = write_requests("a1")
+    assert run(time=FakeTime(twice, nothing, nothing, release(api))) == 0
+    first, second = sorted(api.batches)
+    assert f"batch {second} has the same requests as batch {first}" in capsys.readouterr().err
+    assert [api.batches[each].status for each in (first, second)] == ["completed", "cancelled"]
+    assert_paid_once(api, content)
+
+
+def test_an_answer_that_is_the_batch_of_another_file_is_not_believed(api: LocalBatchAPI) -> None:
+    other = api.new_batch("completed", output=jsonl(success("b1")))
+    api.faults = [Fault("POST", "/batches$", status=200, body=json.dumps(other.as_json()).encode())]
+    content = write_requests("a1")
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize("seconds", [5, 900])
+def test_the_listing_is_looked_at_again_after_a_rate_limit_was_waited_out(api: LocalBatchAPI, seconds: int) -> None:
+    api.faults = [Fault("POST", "/batches$", status=429, headers={"retry-after": str(seconds)})]
+    content = write_requests("a1")
+
+    def elsewhere() -> None:
+        api.faults = []
+        with another_machine():
+            assert create() == 0
+
+    assert run(time=FakeTime(elsewhere)) == 0
+    assert_paid_once(api, content)
+
+
+# ---- when the truth is late: another machine
+
+
+@pytest.mark.parametrize("options", [("--max-requests", "1"), ("--max-requests", "3"), ()])
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_another_machine_submits_while_parts_wait_for_the_queue(
+    api: LocalBatchAPI, command: str, options: tuple[str, ...]
+) -> None:
+    api.queue_limit, api.hold = 1, "in_progress"
+    content = write_requests(*numbered(4))
+
+    def elsewhere() -> None:
+        api.queue_limit = None
+        with another_machine():
+            if command == "run":
+                assert run(*options, time=FakeTime(release(api))) == 0
+            else:
+                create(*options)
+        api.hold = None
+
+    assert run("--max-requests", "1", "--attempts", "1", time=FakeTime(nothing, elsewhere)) == 0
+    assert_paid_once(api, content)
+    assert_out(api)
+
+
+def test_another_machine_submits_before_a_later_round(api: LocalBatchAPI) -> None:
+    api.outcomes = {"a2": ["500", "200"]}
+    content = write_requests("a1", "a2")
+
+    def elsewhere() -> None:
+        api.look(next(iter(api.batches.values())))  # has ended
+        with another_machine():
+            assert run() == 0
+
+    assert run(time=FakeTime(elsewhere)) == 0
+    assert sent(api) == [["a1", "a2"], ["a2"]]
+    assert_paid_once(api, content)
+    assert_out(api)
+
+
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: LocalBatchAPI, command: str) -> None:
+    content = write_requests(*numbered(4))
+    begun: list[int] = []
+
+    def elsewhere() -> None:
+        api.faults = []
+        with another_machine():
+            begun.append(create("--max-requests", "1"))
+
+    api.faults = [Fault("POST", "/batches$", status=429, headers={"retry-after": "60"})]
+    time = FakeTime(elsewhere)
+    if command == "run":
+        assert run("--max-requests", "1", "--attempts", "1", time=time) == 0
+    else:
+        assert create("--max-requests", "1", time=time) == 0
+    assert begun == [0]
+    assert posts(api) == 5
+    assert_paid_once(api, content)
+
+
+def test_a_refused_part_is_not_submitted_again_where_another_machine_has_its_requests(api: LocalBatchAPI) -> None:
+    api.hold = "validating"
+    api.faults = [Fault("POST", "/batches$", skip=1, status=429, headers={"retry-after": "60"})]
+    content = write_requests(*numbered(4))
+
+    def elsewhere() -> None:
+        api.faults, api.hold = [], None
+        (own,) = api.batches.values()
+        own.over_limit = True
+        with another_machine():
+            assert create("--force") == 0
+
+    assert run("--max-requests", "2", "--attempts", "1", time=FakeTime(elsewhere)) == 0
+    assert sent(api) == [["a1", "a2"], numbered(4)]
+    assert_paid_once(api, content)
+    assert_out(api)
+
+
+def meet(api: LocalBatchAPI, *, own_is_older: bool) -> tuple[LocalBatch, LocalBatch]:
+    """Two machines submit the same at the same time. The batches of this one and of the other."""
+    def elsewhere() -> None:
+        api.clock_offset = 1 if own_is_older else -1
+        with another_machine():
+            assert create() == 0
+
+    api.list_delay, api.hold = 10, api.hold or "validating"
+    time = live_in(api, FakeTime(at={0.5: elsewhere, 60: release(api)}))
+    assert run("--interval", "1", time=time) == 0
+    own, other = api.batches.values()
+    return own, other
+
+
+def test_of_rivals_the_younger_one_is_cancelled_by_its_own_machine(api: LocalBatchAPI) -> None:
+    content = write_requests("a1")
+    own, other = meet(api, own_is_older=False)
+    assert (own.status, other.status) == ("cancelled", "completed")
+    assert_paid_once(api, content)
+    assert_out(api)
+
+
+def test_of_rivals_the_older_one_stays_and_that_of_another_machine_is_left_alone(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_requests("a1")
+    own, other = meet(api, own_is_older=True)
+    assert own.status == "completed"
+    assert f"batch {other.id} has the same requests as batch {own.id}, which stays" in capsys.readouterr().err
+    assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
+
+
+def test_a_rival_that_has_begun_is_not_cancelled(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+    api.hold = "in_progress"
+    write_requests("a1")
+    own, _ = meet(api, own_is_older=False)
+    assert f"batch {own.id} has begun already, so it is not cancelled" in capsys.readouterr().err
+    assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
+
+
+# ---- the listing
+
+
+def listing(*batches: LocalBatch, **fields: Any) -> bytes:
+    content = {"object": "list", "data": [batch.as_json() for batch in batches], "has_more": False}
+    return json.dumps(content | fields).encode()
+
+
+@pytest.mark.parametrize("command", ["create", "run"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"object": "list", "data": [{}], "has_more": false}',
+        b'{"object": "list", "data": [], "has_more": true}',
+        b'{"object": "list", "data": [{"id": "batch_1", "status": "completed"}], "has_more": true}',
+    ],
+)
+def test_an_incomplete_listing_is_not_an_empty_one(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], body: bytes, command: str
+) -> None:
+    api.faults = [Fault("GET", "/batches$", times=10_000, status=200, body=body)]
+    write_requests("a1")
+    assert (run() if command == "run" else create()) == 1
+    assert capsys.readouterr().err.count("error: ") == 1
+    assert posts(api) == posts(api, "/v1/files") == 0
+
+
+def test_a_server_that_ignores_after_is_an_incomplete_listing_only_where_there_is_more(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.habits = {"ignores-after"}
+    content = write_requests("a1")
+    earlier_batch(api, "completed", content, done=["a1"])
+    for _ in range(99):
+        api.new_batch("completed", created_at=api.now() + 1)
+    assert run() == 0
+    api.new_batch("completed", created_at=api.now() + 1)
+    assert run(out="other.jsonl") == 1
+    assert "error: the server repeats a page of its listing of batches" in capsys.readouterr().err
+    assert posts(api) == 0
+
+
+def test_pages_of_older_batches_and_one_old_entry_hide_nothing(api: LocalBatchAPI) -> None:
+    content = write_requests("a1")
+    old = api.new_batch("completed", created_at=1_600_000_000)
+    batch = earlier_batch(api, "completed", content, done=["a1"])
+    api.faults = [
+        Fault("GET", "/batches$", status=200, body=listing(old, has_more=True)),
+        Fault("GET", "/batches$", status=200, body=listing(old, batch)),
+    ]
+    assert run() == 0
+    assert posts(api) == 0
+
+
+def test_a_listing_ends_after_some_full_pages_of_older_batches(api: LocalBatchAPI) -> None:
+    input_file = api.new_file(b"", "batch", "requests.jsonl")
+    for number in range(500):
+        api.new_batch("completed", input_file=input_file, created_at=1_600_000_000 + number)
+    write_requests("a1")
+    assert run() == 0
+    first, *_ = (n for n, exchange in enumerate(api.exchanges) if exchange.path == "/v1/models/gpt-6-luna")
+    assert sum(exchange.path == "/v1/batches" for exchange in api.exchanges[:first]) == 3
+
+
+@pytest.mark.parametrize("days", [-31, 31])
+def test_recent_is_by_the_clock_of_the_server(api: LocalBatchAPI, days: int) -> None:
+    api.clock_offset = days * DAY
+    earlier_batch(api, "completed", write_requests("a1"), done=["a1"])
+    assert run() == 0
+    assert posts(api) == 0
+
+
+def test_batches_without_a_date_are_recent(api: LocalBatchAPI) -> None:
+    batch = earlier_batch(api, "completed", write_requests("a1"), done=["a1"])
+    body = listing(batch).replace(b'"created_at"', b'"no"')
+    api.faults = [Fault("GET", "/batches$", times=9, status=200, body=body)]
+    assert run() == 0
+    assert posts(api) == 0
+
+
+# ---- the queue limit
 
 
 def test_refused_parts_wait_until_a_batch_ends(api: LocalBatchAPI) -> None:
     api.queue_limit, api.hold = 2, "in_progress"
-    ids = [f"a{number}" for number in range(1, 7)]
-    write_requests(*ids)
-    time = FakeTime(nothing, nothing, release(api))
+    content = write_requests(*numbered(6))
+    time = FakeTime(nothing, nothing, nothing, release(api))
     assert run("--max-requests", "2", "--attempts", "1", time=time) == 0
     assert posts(api, "/v1/files") == 3
     assert Counter(map(tuple, sent(api))).keys() == {("a1", "a2"), ("a3", "a4"), ("a5", "a6")}
-    assert (api.executions, len(api.batches)) == (once(*ids), 5)
-    assert set(time.slept) == {10}
-    assert_out(api, *ids)
+    assert len(api.batches) == 5
+    assert_paid_once(api, content)
+    assert_out(api)
 
 
 def test_nothing_is_submitted_while_the_queue_is_full(api: LocalBatchAPI) -> None:
@@ -412,136 +979,189 @@ def test_nothing_is_submitted_while_the_queue_is_full(api: LocalBatchAPI) -> Non
     assert len(api.batches) == 3
 
 
-def test_with_nothing_active_it_waits_longer_each_time(
+def test_a_part_that_never_fits_is_divided_until_it_does(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.queue_limit = 2
+    content = write_requests(*numbered(7))
+    time = FakeTime()
+    assert run("--attempts", "1", time=time) == 0
+    paid = [ids for batch, ids in zip(api.batches.values(), sent(api), strict=True) if batch.status == "completed"]
+    assert sorted(flat(paid)) == numbered(7)
+    assert max(map(len, paid)) <= 2
+    assert_paid_once(api, content)
+    assert_out(api)
+    assert 'trying again in 20 s' in capsys.readouterr().err
+
+
+def test_a_request_that_never_fits_ends_the_run_after_five_refusals(
     api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.queue_limit = 1
-    write_requests("a1", "a2")
+    api.new_batch("in_progress", input_file=api.new_file(jsonl(request("b1")), "batch", "other.jsonl"))
+    write_requests("a1")
     time = FakeTime()
     assert run(time=time) == 1
-    assert time.slept == [10, 20, 10, 40, 10, 80, 10, 160, 10]
-    *told, error = capsys.readouterr().err.splitlines()
-    assert [line for line in told if "trying" in line] == [
-        f"no batch of this run is active; trying again in {seconds} s" for seconds in (20, 40, 80, 160)
-    ]
-    assert sum("was refused for the token limit of the queue" in line for line in told) == 5
-    assert error == (
-        f"batch_tool.py: error: part 1/1 (2 requests, {os.path.getsize('requests.jsonl')} bytes) was refused 5 times "
-        "for the token limit of the queue with no batch of this run active; make batches smaller with --max-requests"
-    )
+    pauses = [int(seconds) for seconds in re.findall(r"trying again in (\d+) s", capsys.readouterr().err)]
+    assert pauses == [20, 40, 80, 160]
     assert (posts(api), posts(api, "/v1/files"), OUT.exists()) == (5, 1, False)
+
+
+def test_the_error_of_a_request_that_never_fits(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+    api.queue_limit = 0
+    content = write_requests("a1")
+    assert run() == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"batch_tool.py: error: part 1/1 (1 request, {len(content)} bytes) was refused 5 times for the token limit, "
+        "with no batch of this run active; the limit of this account is too small for it"
+    )
 
 
 def test_others_may_leave_the_queue(api: LocalBatchAPI) -> None:
     api.queue_limit = 2
-    other = api.new_batch("in_progress", input_file=api.new_file(request_line("b1"), "batch", "other.jsonl"))
-    write_requests("a1", "a2")
+    other = api.new_batch("in_progress", input_file=api.new_file(jsonl(request("b1")), "batch", "other.jsonl"))
+    content = write_requests("a1", "a2")
 
     def end() -> None:
         other.status = "completed"
 
-    assert run("--attempts", "1", time=FakeTime(nothing, nothing, nothing, end)) == 0
-    assert api.executions == once("a1", "a2")
+    assert run("--attempts", "1", time=FakeTime(nothing, end)) == 0
     assert posts(api, "/v1/files") == 1
+    assert_paid_once(api, content)
 
 
 def test_a_refusal_found_after_a_lost_answer_waits_too(api: LocalBatchAPI) -> None:
     api.queue_limit = 1
     api.faults = [Fault("POST", "/batches$", skip=1, when="after", action="reset")]
-    write_requests("a1", "a2")
+    content = write_requests("a1", "a2")
 
     def hold_the_first() -> None:
         next(iter(api.batches.values())).hold = "in_progress"
 
-    hold_later = FakeTime(hold_the_first)
-    first = run("--max-requests", "1", "--attempts", "1", time=hold_later)
-    assert first == 0
-    assert api.executions == once("a1", "a2")
-    assert_out(api, "a1", "a2")
+    def let_go() -> None:
+        next(iter(api.batches.values())).hold = None
+
+    time = FakeTime(hold_the_first, *[nothing] * 8, let_go)
+    assert run("--max-requests", "1", "--attempts", "1", time=time) == 0
+    assert_paid_once(api, content)
+    assert_out(api)
 
 
-# ---- what ends a run early ----
+def test_an_adopted_batch_over_the_token_limit_is_not_sent_again_whole_where_out_has_some_of_it(
+    api: LocalBatchAPI,
+) -> None:
+    api.hold = "validating"
+    lines = write_requests("a1", "a2").splitlines(keepends=True)
+    assert create() == 0
+    (batch,) = api.batches.values()
+    batch.over_limit = True
+    OUT.write_bytes(with_sha256(jsonl(success("a1")), sha256_of(lines[0])))
+    assert run(time=FakeTime(release(api))) == 0
+    assert sent(api) == [["a1", "a2"], ["a2"]]
+
+
+# ---- what ends a run early
 
 
 def test_a_batch_that_fails_validation_ends_the_run(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    good = b"".join(map(request_line, ("a1", "a2")))
-    Path("requests.jsonl").write_bytes(good + request_line("a3", model=None))
-    OUT.write_text("old\n")
+    good = jsonl(*map(request, ("a1", "a2")))
+    bad = request("a3")
+    bad["body"] = {"input": "Bio of a3"}
+    REQUESTS.write_bytes(good + jsonl(bad))
+    old = jsonl(success("z9"))
+    OUT.write_bytes(old)
     assert run("--max-requests", "2") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     failed = next(batch for batch in api.batches.values() if batch.status == "failed")
     assert error == (
-        f"batch_tool.py: error: batch {failed.id} (part 2/2) failed: line 1: invalid_request: Model parameter is "
-        "required.; nothing is written, batches under way go on and a later run adopts them"
+        f"batch_tool.py: error: batch {failed.id} failed: line 1: invalid_request: Model parameter is required.; "
+        "no output was written; batches still running will be picked up by the next run"
     )
-    assert OUT.read_text() == "old\n"
+    assert OUT.read_bytes() == old
 
-    write_requests("a1", "a2", "a3")
+    content = write_requests("a1", "a2", "a3")
     assert run("--max-requests", "2") == 0
     assert sent(api) == [["a1", "a2"], ["a3"], ["a3"]]
-    assert api.executions == once("a1", "a2", "a3")
+    assert_paid_once(api, content)
 
 
 def test_a_batch_that_someone_cancels_ends_the_run_and_a_later_one_finishes(api: LocalBatchAPI) -> None:
     api.queue_limit, api.hold, api.cancel_done = 4, "in_progress", 0.5
     api.outcomes = {"a3": ["500", "200"]}
-    ids = [f"a{number}" for number in range(1, 7)]
-    write_requests(*ids)
+    content = write_requests(*numbered(6))
 
     def cancel() -> None:
         api.cancel(next(iter(api.batches.values())))
 
-    assert run("--max-requests", "2", time=FakeTime(nothing, cancel, nothing, release(api))) == 1
+    time = FakeTime(nothing, nothing, cancel, nothing, nothing, release(api))
+    assert run("--max-requests", "2", time=time) == 1
     assert sent(api) == [["a1", "a2"], ["a3", "a4"], ["a5", "a6"]], "the refused part is not submitted again"
     assert api.executions == once("a1", "a3", "a4")
-    assert_out(api, *ids)
+    assert_out(api)
 
     assert run("--max-requests", "2") == 0
-    assert sent(api)[3:] == [["a5", "a6"], ["a2", "a3"]]
-    assert api.executions == once("a1", "a3", "a3", "a2", "a4", "a5", "a6")
-    assert_out(api, *ids)
+    assert sent(api)[3:] == [["a2", "a3"], ["a5", "a6"]]
+    assert_paid_once(api, content)
+    assert_out(api)
 
 
 @pytest.mark.parametrize("attempts", ["1", "2"])
 def test_a_cancelled_run_can_be_finished_with_the_same_attempts(api: LocalBatchAPI, attempts: str) -> None:
     api.hold, api.cancel_done = "in_progress", 0.5
-    write_requests("a1", "a2")
+    content = write_requests("a1", "a2")
 
     def cancel() -> None:
         api.cancel(next(iter(api.batches.values())))
         api.hold = None
 
-    assert run("--attempts", attempts, time=FakeTime(nothing, cancel)) == 1
+    assert run("--attempts", attempts, time=FakeTime(nothing, nothing, cancel)) == 1
     assert run("--attempts", attempts) == 0
-    assert api.executions == once("a1", "a2")
-    assert_out(api, "a1", "a2")
+    assert_paid_once(api, content)
+    assert_out(api)
 
 
 def test_timeout_writes_nothing_and_the_next_run_goes_on(
     api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.hold = "in_progress"
-    write_requests("a1", "a2")
-    OUT.write_text("old\n")
+    content = write_requests("a1", "a2")
+    old = jsonl(success("z9"))
+    OUT.write_bytes(old)
     time = FakeTime()
     assert run("--timeout", "25", time=time) == 3
-    assert (time.slept, OUT.read_text()) == ([10, 10, 5], "old\n")
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        "nothing is written yet; the batches go on at the server; run the same command again to go on",
-        "batch_tool.py: error: --timeout passed",
-    ]
+    assert (time.now, OUT.read_bytes()) == (25, old)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "batch_tool.py: error: --timeout passed; no output was written; batches still running will be picked up by "
+        "the next run of the same command"
+    )
     api.hold = None
     assert run("--timeout", "25") == 0
-    assert api.executions == once("a1", "a2")
-    assert_out(api, "a1", "a2")
+    assert_paid_once(api, content)
+    assert_out(api, old)
 
 
 def test_timeout_also_ends_waiting_for_the_queue(api: LocalBatchAPI) -> None:
-    api.queue_limit = 1
-    write_requests("a1", "a2")
+    api.queue_limit = 0
+    write_requests("a1")
     time = FakeTime()
     assert run("--timeout", "35", time=time) == 3
-    assert time.slept == [10, 20, 5]
+    assert time.now == 35
+
+
+DRIPS = [("GET", "/batches$"), ("GET", "/batches/"), ("GET", "/content$"), ("POST", "/files$")]
+
+
+@pytest.mark.parametrize(("method", "path"), DRIPS)
+def test_timeout_holds_against_a_server_that_drips(api: LocalBatchAPI, method: str, path: str) -> None:
+    content = write_requests("a1")
+    api.faults = [Fault(method, path, action="drip", seconds=0.05)]
+    begin = real_time.monotonic()
+    argv = ["run", "--in", str(REQUESTS), "--out", str(OUT), "--interval", "0.01", "--timeout", "0.3"]
+    assert batch_tool.main(argv) == 3
+    assert real_time.monotonic() - begin < 1.5
+    api.faults = []
+    assert run() == 0
+    assert_paid_once(api, content)
 
 
 @pytest.mark.parametrize(
@@ -551,13 +1171,13 @@ def test_a_signal_writes_nothing_and_the_next_run_goes_on(
     api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], number: signal.Signals, exit_code: int
 ) -> None:
     api.hold = "in_progress"
-    write_requests("a1")
+    content = write_requests("a1")
     assert run(time=FakeTime(nothing, lambda: signal.raise_signal(number))) == exit_code
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "batches still running will be picked up by the next run of the same command" in capsys.readouterr().err
     assert sorted(os.listdir()) == ["logs", "requests.jsonl"]
     api.hold = None
     assert run() == 0
-    assert api.executions == once("a1")
+    assert_paid_once(api, content)
 
 
 def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
@@ -567,38 +1187,107 @@ def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
     write_requests("a1", "a2")
 
     def change() -> None:
-        with open("requests.jsonl", "ab") as file:
-            file.write(request_line("a3"))
+        with REQUESTS.open("ab") as file:
+            file.write(jsonl(request("a3")))
 
     assert run(time=FakeTime(change)) == 1
-    assert (
-        "batch_tool.py: warning: requests.jsonl was changed, so there is no further round; "
-        "retry --results results.jsonl writes what is left\n"
-    ) in capsys.readouterr().err
+    assert "batch_tool.py: warning: requests.jsonl was changed, so nothing more is sent; start run again\n" in (
+        capsys.readouterr().err
+    )
     assert posts(api) == 1
     assert [line["response"]["status_code"] for line in map(json.loads, OUT.open())] == [500, 200]
+    assert run() == 0
+    assert_paid_once(api, REQUESTS.read_bytes())
 
 
-# ---- polling ----
+# ---- patience
 
 
 def test_one_look_at_each_batch_an_interval(api: LocalBatchAPI) -> None:
     api.hold = "in_progress"
     write_requests("a1", "a2", "a3")
-    time = FakeTime(*[nothing] * 4, release(api))
+    time = FakeTime(at={45: release(api)})
     assert run("--max-requests", "1", time=time) == 0
-    assert time.slept == [10] * 5
+    assert time.now == 50
     looks = Counter(exchange.path for exchange in api.exchanges if exchange.path.startswith("/v1/batches/"))
     assert looks == {f"/v1/batches/{batch_id}": 5 for batch_id in api.batches}
 
 
+CALLS = {
+    "upload": ("POST", "/files$"),
+    "listing": ("GET", "/batches$"),
+    "poll": ("GET", "/batches/batch_"),
+    "size": ("GET", "/files/[^/]+$"),
+    "download": ("GET", "/content$"),
+}
+TROUBLES: dict[str, dict[str, Any]] = {
+    "503 for 1.5 s": {"status": 503, "times": 3},
+    "one 403": {"status": 403},
+    "reset": {"action": "reset", "times": 5},
+    "900 s": {"status": 429, "headers": {"retry-after": "900"}},
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_trouble_of_any_call_is_outlived(api: LocalBatchAPI, call: str, trouble: str) -> None:
+    method, path = CALLS[call]
+    api.faults = [Fault(method, path, skip=call == "listing", **TROUBLES[trouble])]
+    content = write_requests("a1")
+    assert run() == 0
+    assert_paid_once(api, content)
+    assert_out(api)
+
+
+@pytest.mark.parametrize("call", ["upload", "listing", "poll", "download"])
+def test_an_hour_without_an_answer_ends_it(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    method, path = CALLS[call]
+    api.faults = [Fault(method, path, skip=1 if call in ("listing", "poll") else 0, times=10_000, status=503)]
+    api.hold = "in_progress"
+    content = write_requests("a1")
+    time = FakeTime(at={35: release(api)})
+    assert run(time=time) == 1
+    assert 3500 < time.now < 4500
+    assert "HTTP 503" in capsys.readouterr().err.splitlines()[-1]
+    api.faults = []
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("call", ["upload", "poll", "download"])
+def test_three_denials_are_fatal(api: LocalBatchAPI, call: str, status: int) -> None:
+    api.faults = [Fault(*CALLS[call], times=3, status=status)]
+    content = write_requests("a1")
+    assert run() == 1
+    assert not OUT.exists()
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+def test_a_404_right_after_the_creation_is_outlived(api: LocalBatchAPI) -> None:
+    api.faults = [Fault("GET", "/batches/batch_", times=3, status=404, message="No such batch")]
+    content = write_requests("a1")
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+def test_a_404_of_a_batch_that_is_not_new_ends_the_run(api: LocalBatchAPI) -> None:
+    api.hold = "in_progress"
+    api.faults = [Fault("GET", "/batches/batch_", skip=15, times=100, status=404, message="No such batch")]
+    write_requests("a1")
+    assert run(time=FakeTime()) == 1
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_polls_outlive_an_outage(api: LocalBatchAPI, status: int) -> None:
+def test_polls_outlive_an_outage_of_some_minutes(api: LocalBatchAPI, status: int) -> None:
     api.hold = "in_progress"
     api.faults = [Fault("GET", "/batches/batch_", skip=1, times=20, status=status)]
-    write_requests("a1")
-    assert run(time=FakeTime(*[nothing] * 22, release(api))) == 0
-    assert api.executions == once("a1")
+    content = write_requests("a1")
+    assert run(time=FakeTime(at={235: release(api)})) == 0
+    assert_paid_once(api, content)
 
 
 def test_an_answer_about_another_batch_is_no_answer(api: LocalBatchAPI) -> None:
@@ -606,24 +1295,409 @@ def test_an_answer_about_another_batch_is_no_answer(api: LocalBatchAPI) -> None:
     api.faults = [Fault("GET", "/batches/batch_", body=json.dumps(other.as_json()).encode(), status=200)]
     write_requests("a1")
     assert run() == 0
-    assert_out(api, "a1")
+    assert_out(api)
 
 
-def test_downloads_wait_out_a_rate_limit(api: LocalBatchAPI) -> None:
-    api.faults = [Fault("GET", "/content$", status=429, times=5)]
-    write_requests("a1")
+# ---- the spreadsheet changes
+
+
+def edit(*requests: Any) -> bytes:
+    """The request file, replaced as the converter does."""
+    content = jsonl(*requests)
+    replace(content)
+    return content
+
+
+def with_prompt(custom_id: str, prompt: str) -> dict[str, Any]:
+    changed = request(custom_id)
+    changed["body"]["input"] = prompt
+    return changed
+
+
+def bios(count: int) -> list[dict[str, Any]]:
+    return [request(custom_id) for custom_id in numbered(count)]
+
+
+def exchanges_in(api: LocalBatchAPI, work: Callable[[], object]) -> int:
+    before = len(api.exchanges)
+    work()
+    return len(api.exchanges) - before
+
+
+def test_a_second_run_asks_nothing_of_the_server_and_needs_no_key(
+    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(*bios(3))
     assert run() == 0
-    assert_out(api, "a1")
+    first = OUT.read_bytes()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert exchanges_in(api, run) == 0
+    assert OUT.read_bytes() == first
+    assert "3 of 3 requests have a result already\n" in capsys.readouterr().err
 
 
-# ---- files ----
+EDITS: dict[str, tuple[Callable[[], list[Any]], set[str]]] = {
+    "rows added": (lambda: [request("new"), *bios(5), request("new2")], {"new", "new2"}),
+    "sorted": (lambda: bios(5)[::-1], set()),
+    "removed": (lambda: bios(5)[1:3], set()),
+    "one cell changed": (lambda: [*bios(3), with_prompt("a4", "x"), *bios(5)[4:]], {"a4"}),
+    "prompt changed": (lambda: [with_prompt(each, "x") for each in numbered(5)], {*numbered(5)}),
+    "another small file": (lambda: [request("z1"), request("z2")], {"z1", "z2"}),
+    "another id": (lambda: [*bios(4), {**bios(5)[4], "custom_id": "b5"}], {"b5"}),
+}
+
+
+@pytest.mark.parametrize("change", EDITS)
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_only_what_has_changed_is_sent_and_what_was_paid_stays(
+    api: LocalBatchAPI, change: str, is_listed: bool
+) -> None:
+    content = edit(*bios(5))
+    assert run() == 0
+    if not is_listed:
+        api.list_delay = 1e9
+    first = served(api)
+    requests, new = EDITS[change]
+    changed = edit(*requests())
+    assert run() == 0
+    assert {*flat(sent(api)[1:])} == new
+    still_there = {sha256_of(line) for line in changed.splitlines()}
+    gone = [first[sha256_of(line)] for line in content.splitlines() if sha256_of(line) not in still_there]
+    assert_out(api, *gone)
+    assert_paid_once(api, content, changed)
+
+    replace(content)  # and back
+    assert run() == 0
+    assert len(api.batches) == (2 if new else 1)
+    lines = [first[sha256_of(line)] for line in content.splitlines()]
+    assert OUT.read_bytes().splitlines(keepends=True)[:5] == lines
+    assert_paid_once(api, content, changed)
+
+
+def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_requests("a1")
+    good = jsonl(success())
+    others = [b"artist_id,bio\n", REQUESTS.read_bytes(), good + b"\n", good + b"{}\n", b"\xff\n"]
+    for other in others:
+        OUT.write_bytes(other)
+        assert run() == 1
+        assert re.search(
+            r"error: results.jsonl line \d: .*; it holds something else than results, so it is left alone; choose "
+            "another --out\n$",
+            capsys.readouterr().err,
+        )
+        assert OUT.read_bytes() == other
+    assert api.exchanges == []
+
+
+def test_an_empty_out_is_no_problem(api: LocalBatchAPI) -> None:
+    OUT.touch()
+    content = write_requests("a1")
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+def test_rejected_requests_keep_their_line_until_they_change(api: LocalBatchAPI) -> None:
+    api.outcomes = {"a1": ["400", "200"]}
+    edit(request("a1"), request("a2"))
+    assert run() == 1
+    line = OUT.read_bytes().splitlines(keepends=True)[0]
+    assert exchanges_in(api, run) == 0
+    assert OUT.read_bytes().splitlines(keepends=True)[0] == line
+    content = edit(with_prompt("a1", "other"), request("a2"))
+    assert run() == 0
+    assert sent(api) == [["a1", "a2"], ["a1"]]
+    assert_paid_once(api, content)
+
+
+def test_results_without_request_sha256_count_by_custom_id(api: LocalBatchAPI) -> None:
+    Path("from_retrieve.jsonl").write_bytes(jsonl(success("a1"), refused("a2"), success("gone")))
+    lines = edit(*bios(3)).splitlines()
+    assert run("--results", "from_retrieve.jsonl") == 0
+    assert sent(api) == [["a2", "a3"]]
+    assert OUT.read_bytes().splitlines(keepends=True)[0] == with_sha256(jsonl(success("a1")), sha256_of(lines[0]))
+    edit(with_prompt("a1", "changed"), *bios(3)[1:])
+    assert run() == 0, "its line has the sha256 by now"
+    assert sent(api)[1:] == [["a1"]]
+
+
+def test_an_out_without_request_sha256_counts_by_custom_id(api: LocalBatchAPI) -> None:
+    OUT.write_bytes(jsonl(success("a1"), success("z9")))
+    edit(*bios(2))
+    assert run() == 0
+    assert sent(api) == [["a2"]]
+    assert OUT.read_bytes().splitlines(keepends=True)[2:] == [jsonl(success("z9"))]
+
+
+def test_results_with_request_sha256_count_by_it(api: LocalBatchAPI) -> None:
+    lines = edit(*bios(3)).splitlines()
+    mine = with_sha256(jsonl(success("a1")), sha256_of(lines[0]))
+    others = with_sha256(jsonl(success("a2")), "0" * 64)
+    Path("elsewhere.jsonl").write_bytes(mine + others)
+    assert run("--results", "elsewhere.jsonl") == 0
+    assert sent(api) == [["a2", "a3"]]
+    assert OUT.read_bytes().startswith(mine)
+    assert others not in OUT.read_bytes()
+
+
+def test_results_may_name_out(api: LocalBatchAPI) -> None:
+    edit(*bios(2))
+    assert run() == 0
+    edit(*bios(3))
+    Path("link.jsonl").symlink_to(OUT)
+    assert run("--results", str(OUT), "link.jsonl") == 0
+    assert sent(api) == [["a1", "a2"], ["a3"]]
+    assert_out(api)
+
+
+def test_force_pays_for_all_again_and_keeps_what_the_new_ones_do_not_bring(api: LocalBatchAPI) -> None:
+    edit(*bios(2), request("z9"))
+    assert run() == 0
+    first = OUT.read_bytes().splitlines(keepends=True)
+    edit(*bios(2))
+    api.outcomes = {"a2": "500"}
+    assert run("--force") == 0
+    assert sent(api)[1:] == [["a1", "a2"], ["a2"], ["a2"]]
+    now = OUT.read_bytes().splitlines(keepends=True)
+    assert (now[0] != first[0], now[1:]) == (True, first[1:])
+
+
+def test_a_forced_run_that_was_interrupted_pays_again_only_when_it_is_forced_again(api: LocalBatchAPI) -> None:
+    content = edit(*bios(2))
+    assert run() == 0
+    with pytest.raises(Killed):
+        run("--force", time=FakeTime(kill))
+    assert exchanges_in(api, run) == 0
+    assert run("--force") == 0
+    assert {api.paid[sha256_of(line)] for line in content.splitlines()} == {3}
+
+
+EARLIER = ["validating", "in_progress", "finalizing", "completed", "expired", "cancelled"]
+
+
+@pytest.mark.parametrize("status", EARLIER)
+def test_a_batch_of_an_earlier_version_is_told_by_its_input_file(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    has_ended = status in ("completed", "expired", "cancelled")
+    earlier = jsonl(*bios(3), request("gone"))
+    batch = earlier_batch(api, status, earlier, done=["a1", "a2", "gone"], left=["a3"])
+    batch.request_counts = {"completed": 3, "failed": 1, "total": 4}
+    edit(request("new"), with_prompt("a2", "changed"), request("a1"), request("a3"))
+    time = FakeTime() if has_ended else FakeTime(nothing, nothing, lambda: setattr(batch, "status", "completed"))
+    assert run(time=time) == 0
+    assert {*flat(sent(api)[1:])} == {"new", "a2", "a3"}
+    assert f"batch {batch.id} ({status}) of an earlier version of requests.jsonl has 2 requests of this one" in (
+        capsys.readouterr().err
+    )
+    by_request = {json.loads(line)["request_sha256"] for line in OUT.read_bytes().splitlines()}
+    assert by_request == {sha256_of(line) for content in (REQUESTS.read_bytes(), jsonl(request("a2"), request("gone")))
+                          for line in content.splitlines()}
+
+
+def test_edited_while_a_batch_is_under_way_it_is_waited_for(api: LocalBatchAPI) -> None:
+    api.hold = "in_progress"
+    api.outcomes = {"a2": ["500", "200"]}
+    content = edit(*bios(3))
+    with pytest.raises(Killed):
+        run("--max-requests", "2", time=FakeTime(kill))
+    changed = edit(request("new"), *bios(2), with_prompt("a3", "changed"))
+    assert run("--max-requests", "3", time=FakeTime(nothing, release(api))) == 0
+    assert sorted(flat(sent(api)[2:])) == ["a2", "a3", "new"]
+    assert_paid_once(api, content, changed)
+
+
+def test_done_and_not_saved_an_edit_takes_it(api: LocalBatchAPI) -> None:
+    content = edit(*bios(3))
+    assert create("--max-requests", "2") == 0
+    for batch in api.batches.values():
+        api.look(batch)
+    changed = edit(*bios(4)[::-1])
+    assert run() == 0
+    assert sent(api)[2:] == [["a4"]]
+    assert_paid_once(api, content, changed)
+    assert_out(api)
+
+
+def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+    del api.files[batch.input_file_id]
+    content = edit(*bios(2))
+    assert run() == 0
+    assert (
+        f"warning: the input file of batch {batch.id}, which is of an earlier version of requests.jsonl, cannot be "
+        "had; requests that it has may be paid for again"
+    ) in capsys.readouterr().err
+    assert_paid_once(api, content)
+
+
+def test_an_earlier_version_whose_output_file_is_gone_ends_the_run(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+    assert batch.output_file_id
+    del api.files[batch.output_file_id]
+    edit(*bios(2))
+    assert run() == 1
+    assert f"error: the output file of batch {batch.id} is gone at the server, and 1 request of it" in (
+        capsys.readouterr().err
+    )
+    assert posts(api) == 0
+
+
+def test_edits_do_not_take_batches_of_other_files(api: LocalBatchAPI) -> None:
+    other = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+    assert other.metadata
+    other.metadata["input_file"] = "other.jsonl"
+    edit(*bios(2))
+    assert run() == 0
+    assert sent(api)[1:] == [["a1", "a2"]]
+
+
+def test_lines_that_somebody_adds_to_out_meanwhile_stay(api: LocalBatchAPI) -> None:
+    lines = edit(*bios(2)).splitlines()
+    theirs = with_sha256(jsonl(success("z9")), "0" * 64)
+    OUT.write_bytes(with_sha256(jsonl(success("a1")), sha256_of(lines[0])))
+
+    def preview() -> None:
+        with OUT.open("ab") as out:
+            out.write(theirs)
+
+    assert run(time=FakeTime(preview)) == 0
+    now = OUT.read_bytes().splitlines(keepends=True)
+    assert (len(now), now[2]) == (3, theirs)
+
+
+def test_out_that_is_replaced_meanwhile_is_read_again(api: LocalBatchAPI) -> None:
+    lines = edit(*bios(2)).splitlines()
+    mine = with_sha256(jsonl(success("a1")), sha256_of(lines[0]))
+    theirs = with_sha256(jsonl(success("z9")), "0" * 64)
+
+    def another_run() -> None:
+        Path("new").write_bytes(theirs)
+        os.replace("new", OUT)
+
+    OUT.write_bytes(mine)
+    assert run(time=FakeTime(another_run)) == 0
+    now = OUT.read_bytes().splitlines(keepends=True)
+    assert (now[0], now[2:]) == (mine, [theirs])
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_the_sha256_is_of_the_line_without_its_end(api: LocalBatchAPI, is_last: bool) -> None:
+    content = edit(*bios(2))
+    assert run() == 0
+    replace(content.removesuffix(b"\n") if is_last else jsonl(request("a2")) + content.splitlines()[0])
+    assert exchanges_in(api, run) == 0
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_last_line_without_its_end(api: LocalBatchAPI, rounds: int) -> None:
+    api.outcomes = {"a1": ["500", "200"], "a3": ["500", "200"]} if rounds == 2 else {}
+    content = write_requests("a1", "a2", "a3").removesuffix(b"\n")
+    REQUESTS.write_bytes(content)
+    assert run("--max-requests", "2") == 0
+    assert_out(api)
+    assert_paid_once(api, content)
+
+
+def test_rewriting_out_again_and_again_changes_nothing(api: LocalBatchAPI) -> None:
+    rest = b'"custom_id": "z", "response": {"status_code": 200, "body": {}}'
+    edit(*bios(1))
+    first, second = b"{" + rest + b', "request_sha256": "odd"}\n', b'{"request_sha256":"0", ' + rest + b"}\r\n"
+    OUT.write_bytes(first + second)
+    assert run() == 0
+    now = OUT.read_bytes()
+    assert run() == 0
+    assert OUT.read_bytes() == now
+    assert now.count(b"\n") == 3
+
+
+# ---- gone results
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_requests(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], is_complete: bool
+) -> None:
+    lines = edit(*bios(2)).splitlines()
+    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"],
+                          metadata={"request_file_sha256": hashlib.sha256(REQUESTS.read_bytes()).hexdigest()})
+    assert batch.output_file_id
+    del api.files[batch.output_file_id]
+    if is_complete:
+        OUT.write_bytes(with_sha256(jsonl(success("a1")), sha256_of(lines[0])))
+        assert run() == 0
+        assert sent(api)[1:] == [["a2"]]
+    else:
+        assert run() == 1
+        assert posts(api) == 0
+        assert "would have to be paid for again; name an earlier download with --results, or use --force" in (
+            capsys.readouterr().err
+        )
+        assert run("--force") == 0
+
+
+def test_a_deleted_error_file_withholds_no_success(api: LocalBatchAPI) -> None:
+    batch = earlier_batch(api, "completed", edit(*bios(2)), done=["a1"], left=["a2"])
+    assert batch.error_file_id
+    del api.files[batch.error_file_id]
+    assert run() == 0
+    assert sent(api)[1:] == [["a2"]]
+
+
+# ---- other services
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_job_at_a_service_with_this_habit_ends_with_all_its_bios(api: LocalBatchAPI, habit: str) -> None:
+    api.habits = {habit}
+    api.outcomes = {"a2": ["500", "200"], "a5": ["expired", "200"], "a6": ["failed", "200"]}
+    content = write_requests(*numbered(7))
+    assert run("--max-requests", "3") == 0
+    assert_paid_once(api, content)
+    assert exchanges_in(api, run) == 0
+    rows = [json.loads(line) for line in OUT.read_bytes().splitlines()]
+    assert [row["custom_id"] for row in rows] == numbered(7)
+    assert all("a made-up bio" in str(row["response"]["body"]) for row in rows)
+
+
+def test_a_job_at_a_service_with_nearly_all_habits_ends_with_all_its_bios(api: LocalBatchAPI) -> None:
+    api.habits = {*HABITS} - {"no-has-more"}
+    api.outcomes = {"a2": ["500", "200"]}
+    content = write_requests(*numbered(3))
+    assert run("--max-requests", "2") == 0
+    assert_paid_once(api, content)
+
+
+def test_results_that_stay_away_for_ten_minutes_are_an_error_and_never_missing(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.habits, api.late_output = {"late-output"}, 10_000
+    content = write_requests("a1", "a2")
+    time = FakeTime()
+    assert run(time=time) == 1
+    assert 600 <= time.now < 640
+    assert "has completed 2 requests, but has no output file after 10 minutes; run the same command again later" in (
+        capsys.readouterr().err
+    )
+    api.late_output = 0
+    assert run() == 0
+    assert_paid_once(api, content)
+
+
+# ---- files
 
 
 def test_out_to_stdout(api: LocalBatchAPI, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    write_requests("a1", "a2")
+    first, second = write_requests("a1", "a2").splitlines()
     assert run(out="-") == 0
     out, err = capfdbinary.readouterr()
-    assert out == served(api)["a1"] + served(api)["a2"]
+    assert out == served(api)[sha256_of(first)] + served(api)[sha256_of(second)]
     assert b"Batch ID: batch_" in err
 
 
@@ -643,12 +1717,12 @@ def test_an_out_that_cannot_be_written_is_known_before_anything_is_paid_for(
 def test_folders_are_made_for_out(api: LocalBatchAPI) -> None:
     write_requests("a1")
     assert run(out="new/folder/results.jsonl") == 0
-    assert Path("new/folder/results.jsonl").read_bytes() == served(api)["a1"]
+    assert [Path("new/folder/results.jsonl").read_bytes()] == [*served(api).values()]
 
 
 def test_requests_from_stdin(api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     api.outcomes = {"a2": ["500", "200"]}
-    content = b"".join(map(request_line, ("a1", "a2")))
+    content = write_requests("a1", "a2")
     read, write = os.pipe()
     os.write(write, content)
     os.close(write)
@@ -657,34 +1731,29 @@ def test_requests_from_stdin(api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch
         assert run(source="-") == 0
     assert sent(api) == [["a1", "a2"], ["a2"]]
     assert {(batch.metadata or {})["input_file"] for batch in api.batches.values()} == {"stdin"}
-    assert_out(api, "a1", "a2")
-
-
-def test_a_last_line_without_its_end(api: LocalBatchAPI) -> None:
-    api.outcomes = {"a1": ["500", "200"], "a3": ["500", "200"]}
-    content = write_requests("a1", "a2", "a3").removesuffix(b"\n")
-    Path("requests.jsonl").write_bytes(content)
-    assert run() == 0
-    assert sent(api) == [["a1", "a2", "a3"], ["a1", "a3"]]
-    assert_out(api, "a1", "a2", "a3")
+    assert_out(api)
 
 
 def test_bytes_of_results_are_kept(api: LocalBatchAPI) -> None:
-    line = success("a1").replace(b"[]", '["\u2028\x85 é \\u00e9", 1.50, 1e400]'.encode())
-    batch = earlier_batch(api, "completed", write_requests("a1"))
+    line = jsonl(success("a1")).replace(b'"output"', '"x": ["\u2028\x85 é \\u00e9", 1.50, 1e400], "output"'.encode())
+    content = write_requests("a1")
+    batch = earlier_batch(api, "completed", content)
     batch.output_file_id = api.new_file(line, "batch_output", "output.jsonl").id
+    batch.request_counts = {"completed": 1, "failed": 0, "total": 1}
     assert run() == 0
-    assert OUT.read_bytes() == line
+    assert OUT.read_bytes() == with_sha256(line, sha256_of(content))
 
 
 def test_lines_of_a_results_file_that_are_not_ours_are_told(
     api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batch = earlier_batch(api, "completed", write_requests("a1"))
-    output = b"not json\n" + success("b1") + success("a1")
+    content = write_requests("a1")
+    batch = earlier_batch(api, "completed", content)
+    output = b"not json\n" + jsonl(success("b1"), success("a1"))
     batch.output_file_id = api.new_file(output, "batch_output", "output.jsonl").id
+    batch.request_counts = {"completed": 1, "failed": 0, "total": 1}
     assert run() == 0
-    assert OUT.read_bytes() == success("a1")
+    assert OUT.read_bytes() == with_sha256(jsonl(success("a1")), sha256_of(content))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     where = f"batch_tool.py: warning: results of {batch.id}"
     assert warnings == [
@@ -693,18 +1762,193 @@ def test_lines_of_a_results_file_that_are_not_ours_are_told(
     ]
 
 
-def test_two_runs_of_a_file_at_once_are_one(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    write_requests("a1")
-    codes: list[int] = []
-    assert run(time=FakeTime(lambda: codes.append(run(out="other.jsonl")))) == 0
-    assert codes == [1]
-    assert "another create or run of requests.jsonl is at work; wait for it to end" in capsys.readouterr().err
-    assert posts(api) == 1
+# ---- the queue, as a table
 
 
-def test_create_and_run_adopt_each_other(api: LocalBatchAPI) -> None:
-    write_requests("a1", "a2", "a3")
-    assert batch_tool.main(["create", "--in", "requests.jsonl", "--max-requests", "2"]) == 0
-    assert run("--max-requests", "2") == 0
-    assert batch_tool.main(["create", "--in", "requests.jsonl", "--max-requests", "2"]) == 0
-    assert (posts(api), api.executions) == (2, once("a1", "a2", "a3"))
+def queued(*sizes: int) -> list[batch_tool.QueuedPart]:
+    """Parts of so many requests of a file."""
+    lines = [jsonl(request(f"q{number}")) for number in range(sum(sizes))]
+    Path("queue.jsonl").write_bytes(b"".join(lines))
+    source = batch_tool.Input.of(Path("queue.jsonl").open("rb"), "queue.jsonl")
+    parts, first = [], 0
+    for number, size in enumerate(sizes, 1):
+        content = b"".join(lines[first : first + size])
+        offset = sum(map(len, lines[:first]))
+        part = batch_tool.Part(f"{number}/{len(sizes)}", offset, len(content), first, size, sha256_of(content))
+        parts.append(batch_tool.QueuedPart(source, part))
+        first += size
+    return parts
+
+
+def taken(queue: batch_tool.Queue) -> list[batch_tool.QueuedPart]:
+    return list(iter(queue.take, None))
+
+
+def labels(parts: Iterable[batch_tool.QueuedPart]) -> list[str]:
+    return [each.part.label for each in parts]
+
+
+# each step: (numbers of the taken parts that are refused, how many ended, idle) -> (idle refusals, what may go next)
+Step = tuple[tuple[int, ...], int, bool, int, list[str]]
+QUEUE_TABLE: dict[str, tuple[tuple[int, ...], list[Step]]] = {
+    "no limit": ((1, 1, 1), [((), 3, True, 0, [])]),
+    "one refused while others run waits for an end": (
+        (1, 1), [((1,), 0, False, 0, []), ((), 0, False, 0, []), ((), 1, True, 0, ["2/2"])],
+    ),
+    "an end in the same look makes room at once": ((1, 1), [((1,), 1, True, 0, ["2/2"])]),
+    "two refused come back in order one by one": (
+        (1, 1, 1), [((1, 2), 0, False, 0, []), ((), 1, False, 0, ["2/3"]), ((), 1, True, 0, ["3/3"])],
+    ),
+    "with nothing active one of them is tried": ((1, 1), [((0, 1), 0, True, 1, ["1/2"]), ((0,), 0, True, 2, ["1/2"])]),
+    "refused twice with nothing active it is halved": (
+        (4,), [((0,), 0, True, 1, ["1/1"]), ((0,), 0, True, 2, ["1/1.1"]), ((0,), 0, True, 3, ["1/1.1"])],
+    ),
+    "an end begins the count anew": (
+        (1, 1), [((0, 1), 0, True, 1, ["1/2"]), ((), 1, True, 0, ["2/2"]), ((0,), 0, True, 1, ["2/2"])],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUEUE_TABLE)
+def test_the_queue_by_a_table(case: str) -> None:
+    sizes, steps = QUEUE_TABLE[case]
+    queue = batch_tool.Queue(queued(*sizes))
+    under_way = taken(queue)
+    assert labels(under_way) == [f"{number}/{len(sizes)}" for number in range(1, len(sizes) + 1)]
+    for refusals, ended, is_idle, idle_refusals, next_labels in steps:
+        back = [under_way[number] for number in refusals]
+        assert queue.settle(back, ended, is_idle=is_idle) == idle_refusals
+        under_way = taken(queue) if next_labels else under_way
+        assert labels(under_way if next_labels else taken(queue)) == next_labels
+
+
+def test_the_halves_of_a_part_are_its_lines() -> None:
+    (whole,) = queued(5)
+    halves = whole.halves()
+    content = Path("queue.jsonl").read_bytes()
+    assert [(half.part.label, half.part.first, half.part.requests) for half in halves] == [
+        ("1/1.1", 0, 2), ("1/1.2", 2, 3),
+    ]
+    pieces = [content[half.part.offset : half.part.offset + half.part.size] for half in halves]
+    assert b"".join(pieces) == content
+    assert [half.part.sha256 for half in halves] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+
+
+def test_a_part_of_one_request_is_given_up_after_five_refusals() -> None:
+    (part,) = queued(1)
+    queue = batch_tool.Queue([part])
+    for number in range(1, 5):
+        assert taken(queue) == [part]
+        assert queue.settle([part], 0, is_idle=True) == number
+    assert taken(queue) == [part]
+    with pytest.raises(batch_tool.CommandError, match="was refused 5 times for the token limit"):
+        queue.settle([part], 0, is_idle=True)
+
+
+# ---- retries, as a table
+
+Failure = batch_tool.ApiError
+LIMITED = batch_tool.Refused("", 429)
+DENIED = batch_tool.Refused("", 403)
+RETRY_TABLE: dict[str, tuple[Mapping[str, Any], Failure, list[float | None]]] = {
+    "lost": ({}, batch_tool.OutcomeUnknown("", 503), [0.5, 1, None]),
+    "lost, once": ({"tries": 1}, batch_tool.OutcomeUnknown("", 503), [None]),
+    "lost, not to be repeated": ({"repeat_lost": False}, batch_tool.OutcomeUnknown("", 503), [None]),
+    "never sent": ({"repeat_lost": False}, batch_tool.NotSent(""), [0.5, 1, None]),
+    "a conflict": ({"outage_budget": 3600}, batch_tool.OutcomeUnknown("", 409), [None]),
+    "an outage": (
+        {"outage_budget": 180}, batch_tool.OutcomeUnknown(""), [0.5, 1, 2, 4, 8, 16, 32, 60, None],
+    ),
+    "a wrong size in an outage": ({"outage_budget": 3600}, batch_tool.WrongSize(""), [0.5, 1, None]),
+    "a refusal": ({"outage_budget": 3600}, batch_tool.Refused("", 404), [None]),
+    "denied": ({}, DENIED, [None]),
+    "denied in a run": ({"outage_budget": 3600}, DENIED, [0.5, 1, None]),
+    "denied at a poll of a run": ({"tries": 1, "repeat_lost": False, "repeat_denied": True}, DENIED, [0.5, 1, None]),
+    "rate limit": ({"rate_limit_budget": 6}, LIMITED, [0.5, 1, 2, None]),
+    "rate limit with a long pause": ({}, batch_tool.Refused("", 429, (), 400), [400, None]),
+    "rate limit with too long a pause": ({}, batch_tool.Refused("", 429, (), 900), [None]),
+    "rate limit in a run": ({"outage_budget": 3600}, batch_tool.Refused("", 429, (), 900), [900, 900, 900, None]),
+    "rate limit that says next to nothing": ({}, batch_tool.Refused("", 429, (), 0.001), [0.5, 1, 2, 4, 8, 16, 32, 60]),
+    "quota used up": ({"outage_budget": 3600}, batch_tool.Refused("", 429, ("insufficient_quota",)), [None]),
+}
+
+
+@pytest.mark.parametrize("case", RETRY_TABLE)
+def test_pauses_by_a_table(case: str) -> None:
+    options, failure, pauses = RETRY_TABLE[case]
+    retry = batch_tool.Retry(**options)
+    assert [retry.pause_after(failure) for _ in pauses] == pauses
+
+
+# ---- any sequence
+
+SEEDS = range(40)
+
+
+def random_edit(chance: random.Random, requests: list[Any], number: int) -> None:
+    """Add, change, remove or sort rows."""
+    kind = chance.randrange(5)
+    if kind == 0:
+        requests.insert(chance.randrange(len(requests) + 1), request(f"b{number}"))
+    elif kind == 1:
+        at = chance.randrange(len(requests))
+        requests[at] = with_prompt(requests[at]["custom_id"], f"Prompt {chance.randrange(2)}")
+    elif kind == 2 and len(requests) > 3:
+        requests.pop(chance.randrange(len(requests)))
+    elif kind == 3:
+        chance.shuffle(requests)
+
+
+def fault_or_kill(chance: random.Random) -> list[Fault]:
+    kinds = [
+        Fault("POST", "/batches$", skip=chance.randrange(3), when=chance.choice(["before", "after"]), action="reset"),
+        Fault("POST", "/batches$", skip=chance.randrange(3), when="later", status=504),
+        Fault("POST", "/files$", skip=chance.randrange(3), status=503, times=3),
+        Fault("GET", "/content$", skip=chance.randrange(3), action="cut"),
+        Fault("GET", "/batches$", skip=chance.randrange(5), status=500, times=2),
+    ]
+    return chance.sample(kinds, chance.randrange(3))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
+    chance = random.Random(seed)
+    api.list_delay, api.step = chance.choice([0, 5, 10]), chance.choice([1, 20, 200])
+    api.queue_limit = chance.choice([None, 3, 6])
+    api.habits = set(chance.sample(["short-endpoint", "both-files", "no-bytes", "late-output"], 1))
+    requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
+    api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
+    time = live_in(api, FakeTime())
+    contents = [edit(*requests)]
+    for number in range(chance.randrange(2, 6)):
+        api.faults = fault_or_kill(chance)
+        time.at = {time.now + chance.uniform(0, 60): api.carry_out, time.now + chance.uniform(0, 500): kill}
+        options = ("--max-requests", str(chance.randrange(1, 6)))
+        with contextlib.suppress(Killed):
+            if len(contents) == 1 and chance.random() < 0.4:  # it does not look at earlier versions
+                create(*options, time=time)
+            else:
+                run(*options, time=time)
+        time.at = {moment: action for moment, action in time.at.items() if action != kill}
+        time.naps.clear()
+        if chance.random() < 0.5:
+            time.sleep(15)  # an edit takes longer than the listing is late
+            random_edit(chance, requests, number)
+            contents.append(edit(*requests))
+    api.faults, time.at, api.queue_limit = [], {}, api.queue_limit and 3
+    for _ in range(3):
+        time.naps.clear()
+        if run("--max-requests", "3", time=time) == 0:
+            break
+    api.carry_out()
+    time.sleep(1000)
+    assert_out_is_complete(api)
+    assert_paid_once(api, contents[-1])
+
+
+def assert_out_is_complete(api: LocalBatchAPI) -> None:
+    rows = [json.loads(line) for line in OUT.read_bytes().splitlines()]
+    wanted = [sha256_of(line) for line in REQUESTS.read_bytes().splitlines()]
+    assert [row["request_sha256"] for row in rows][: len(wanted)] == wanted
+    assert {row["response"]["status_code"] for row in rows} == {200}
+    assert custom_ids(OUT.read_bytes())[: len(wanted)] == custom_ids(REQUESTS.read_bytes())
