@@ -1,10 +1,9 @@
-"""batch_tool.py, every command but `run`: the SDK talks HTTP to the stand-in, and sleeping is what makes time pass."""
+"""batch_tool.py, every command but `run`: the SDK talks HTTP to the local mock server; only sleeping moves time on."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -17,65 +16,63 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import (
+    COMMANDS,
+    MODEL,
+    OFFLINE,
+    ONLINE,
+    WITH_JSON,
+    FakeTime,
+    Killed,
+    custom_ids,
+    expired,
+    flags_of,
+    jsonl,
+    message,
+    posts,
+    refused,
+    request,
+    response,
+    result,
+    sent,
+    sha256_of,
+    success,
+    text,
+)
 from conftest import KEY, ROOT, run
-from local_batch_api import Fault, LocalBatch, LocalBatchAPI
+from local_batch_api import HABITS, Fault, LocalBatch, LocalBatchAPI
 
 import batch_tool
 
 Tool = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("validate", "create", "status", "wait", "retrieve", "cancel", "list", "retry", "export", "run")
-OFFLINE = ("validate", "retry", "export")
-WITH_JSON = ("create", "status", "wait", "cancel", "list")
-USAGE = {
-    "validate": ["--in", "r"],
-    "create": ["--in", "r"],
-    "status": ["--batch-id", "b"],
-    "wait": ["--batch-id", "b"],
-    "retrieve": ["--batch-id", "b"],
-    "cancel": ["--batch-id", "b"],
-    "list": [],
-    "retry": ["--in", "r", "--results", "s", "--out", "o"],
-    "export": ["--in", "r", "--results", "s", "--out", "o"],
-    "run": ["--in", "r", "--out", "o"],
-}
+Environment = pytest.MonkeyPatch
+Json = dict[str, Any]
 DAY = 24 * 60 * 60
 NOT_SECONDS = "not a number of seconds above 0 and at most 100000000: "
-
-
-class Time:
-    """A clock that only sleeping moves on; what is in `then` happens during the naps, one each."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.naps: list[float] = []
-        self.then: list[Callable[[], object]] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.naps.append(seconds)
-        self.now += seconds
-        if self.then:
-            self.then.pop(0)()
+SAMPLE_VALUES = {"--in": "r", "--out": "o", "--results": "s", "--batch-id": "b"}
+USAGE = {name: [word for flag in sorted(flags_of(name) & {*SAMPLE_VALUES}) for word in (flag, SAMPLE_VALUES[flag])]
+         for name in COMMANDS}
 
 
 @pytest.fixture
-def clock() -> Time:
-    return Time()
+def clock() -> FakeTime:
+    return FakeTime()
 
 
 @pytest.fixture
-def tool(work: Path, clock: Time) -> Tool:
+def tool(work: Path, clock: FakeTime) -> Tool:
     """Run a command line in this process."""
-    return lambda *args: batch_tool.main([str(arg) for arg in args], sleep=clock.sleep, clock=lambda: clock.now)
+    return lambda *args: batch_tool.main([str(arg) for arg in args], sleep=clock.sleep, clock=clock.clock)
 
 
 @pytest.fixture
-def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def utc(monkeypatch: Environment) -> Iterator[None]:
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     yield
@@ -88,15 +85,6 @@ def in_short(value: object) -> str:
     return re.sub(r"[^a-zA-Z0-9]+", " ", str(value))[:40].strip()
 
 
-def request(custom_id: Any = "a1", **changes: Any) -> dict[str, Any]:
-    body = {"model": "gpt-5-mini", "input": "Who?", "metadata": {"artist_name": f"Artist {custom_id}"}}
-    return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": body} | changes
-
-
-def jsonl(*lines: Any) -> bytes:
-    return b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
-
-
 def requests_file(*lines: Any, path: str = "requests.jsonl") -> Path:
     """A request file in the work folder; of two requests where none are given."""
     file = Path(path)
@@ -104,44 +92,55 @@ def requests_file(*lines: Any, path: str = "requests.jsonl") -> Path:
     return file
 
 
-def response(body: Any, status: Any = 200) -> dict[str, Any]:
-    return {"status_code": status, "request_id": "req_1", "body": body}
-
-
-def result(custom_id: str = "a1", **fields: Any) -> dict[str, Any]:
-    return {"id": "batch_req_1", "custom_id": custom_id, "response": None, "error": None} | fields
-
-
-def message(*parts: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "message", "content": list(parts)}
-
-
-def text(words: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": words}
-
-
-def success(custom_id: str = "a1", bio: str = "A bio.") -> dict[str, Any]:
-    body = {"status": "completed", "output": [message(text(bio))], "usage": {"input_tokens": 12, "output_tokens": 4}}
-    return result(custom_id, response=response(body))
-
-
-def refused(custom_id: str = "a1", status: int = 500, code: str = "server_error") -> dict[str, Any]:
-    return result(custom_id, response=response({"error": {"code": code, "message": "Sorry."}}, status))
-
-
 def only_batch(api: LocalBatchAPI) -> LocalBatch:
-    """The one batch there is."""
     (batch,) = api.batches.values()
     return batch
 
 
+def last_batch(api: LocalBatchAPI) -> LocalBatch:
+    return [*api.batches.values()][-1]
+
+
 def ids(batch: LocalBatch) -> str:
+    """What `create` prints for a batch."""
     return f"File ID: {batch.input_file_id}\nBatch ID: {batch.id}\n"
 
 
-def sent(api: LocalBatchAPI, method: str, path: str = "") -> int:
+def asked(api: LocalBatchAPI, method: str, path: str = "") -> int:
     """How many such requests arrived."""
     return sum(each.method == method and re.search(path, each.path) is not None for each in api.exchanges)
+
+
+def error(reason: str) -> str:
+    return f"batch_tool.py: error: {reason}\n"
+
+
+def warning(reason: str) -> str:
+    return f"batch_tool.py: warning: {reason}\n"
+
+
+def popen(*args: object, **options: Any) -> subprocess.Popen[str]:
+    """Start the program in a process of its own."""
+    command = [sys.executable, str(ROOT / "batch_tool.py"), *map(str, args)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **streams | options, text=True)
+
+
+@contextlib.contextmanager
+def started(*args: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The same for the time of the block."""
+    with popen(*args, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def log_text() -> str:
@@ -180,7 +179,7 @@ def test_a_control_character_is_escaped_so_that_json_stays_json(char: str) -> No
     ],
 )
 def test_what_looks_like_a_key_is_hidden(text: str, shown: str) -> None:
-    assert batch_tool.Console(None).scrub(text) == shown
+    assert batch_tool.redact(text) == shown
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -207,9 +206,9 @@ def test_a_new_output_file_has_ordinary_permissions_and_its_parent_directories_a
 
 def test_an_output_file_is_as_it_was_after_a_failure(work: Path) -> None:
     Path("out").write_text("old")
-    with pytest.raises(batch_tool.Failure), batch_tool.open_output("out") as file:
+    with pytest.raises(batch_tool.CommandError), batch_tool.open_output("out") as file:
         file.write(b"new")
-        raise batch_tool.Failure
+        raise batch_tool.CommandError("no")
     assert (Path("out").read_text(), leftovers()) == ("old", [])
 
 
@@ -222,12 +221,12 @@ def test_a_symlink_is_followed(work: Path) -> None:
 
 def test_a_symlink_to_itself_is_an_error(work: Path) -> None:
     Path("link").symlink_to("link")
-    with pytest.raises(batch_tool.Failure, match="link: Too many levels"), batch_tool.open_output("link") as file:
+    with pytest.raises(batch_tool.CommandError, match="link: Too many levels"), batch_tool.open_output("link") as file:
         file.write(b"new")
     assert (Path("link").is_symlink(), leftovers()) == (True, [])
 
 
-def test_a_pause_of_whoever_writes_to_stdin_is_not_the_end(work: Path) -> None:
+def test_a_pause_of_the_program_that_writes_to_stdin_is_not_the_end(work: Path) -> None:
     lines = [jsonl(request("a1")), jsonl(request("a2"))]
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
@@ -248,14 +247,13 @@ def test_an_error_of_reading_names_the_file(tool: Tool, capsys: Capture) -> None
     for arguments in (["validate", "--in", unreadable],
                       ["export", "--in", "requests.jsonl", "--results", "/dev/null", unreadable, "--out", "out"]):
         assert tool(*arguments) == 1
-        error = f"batch_tool.py: error: cannot read {unreadable}: Input/output error\n"
-        assert capsys.readouterr() == ("", error)
+        assert capsys.readouterr() == ("", error(f"cannot read {unreadable}: Input/output error"))
 
 
 def test_a_part_of_a_file_reads_as_a_file_of_its_own(work: Path) -> None:
     path = requests_file(b"0123456789")
     with path.open("rb") as file:
-        part = batch_tool.FilePart(file, batch_tool.Part("1/1", 2, 5, 1, ""))
+        part = batch_tool.FilePart(file, 2, 5)
         assert (part.read(2), part.read(), part.read(), part.tell()) == (b"23", b"456", b"", 5)
         assert (part.seek(-1, os.SEEK_END), part.read(9), part.seek(0), part.read(1)) == (4, b"6", 0, b"2")
 
@@ -294,8 +292,8 @@ INVALID = pytest.mark.parametrize(
         (request("b", url="/v1/embeddings"), 'url_mismatch: url is "/v1/embeddings", not /v1/responses'),
         (request("b", url=None), "url_mismatch: url is null, not /v1/responses"),
         (request("b", body=[]), "invalid_request: body is not a JSON object"),
-        (request("b", body={"model": "gpt-5-mini", "stream": True}), "invalid_request: body.stream is true"),
-        (request("b", body={"model": "x"}), 'model_mismatch: model is "x", not "gpt-5-mini"; a batch has one model'),
+        (request("b", body={"model": MODEL, "stream": True}), "invalid_request: body.stream is true"),
+        (request("b", body={"model": "x"}), f'model_mismatch: model is "x", not "{MODEL}"; a batch has one model'),
     ],
     ids=in_short,
 )
@@ -314,44 +312,61 @@ def test_an_invalid_file_is_exit_1(line: Any, problem: str, tool: Tool, capsys: 
     assert tool("validate", "--in", "requests.jsonl") == 1
     out, err = capsys.readouterr()
     first, last = err.splitlines()
-    assert (out, last) == ("", "batch_tool.py: error: requests.jsonl: 1 error; correct the file; nothing was uploaded")
+    assert (out, last + "\n") == ("", error("requests.jsonl: 1 error; correct the file; nothing was uploaded"))
     assert first.startswith(f"line 2: {problem}")
 
 
-def test_a_file_that_would_be_refused_is_never_uploaded(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file(request("a1"), request("a1"))
-    assert tool("create", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr().err.startswith(f"line 2: duplicate_custom_id: {DUPLICATE}\n")
-    assert api.exchanges == []
-
-
 def test_an_empty_file_is_an_error(tool: Tool, capsys: Capture) -> None:
-    requests_file(b"")
-    assert tool("validate", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr().err.splitlines()[0] == "line 1: empty_file: the file has no requests"
+    assert tool("validate", "--in", "/dev/null") == 1
+    last = error("/dev/null: 1 error; correct the file; nothing was uploaded")
+    assert capsys.readouterr() == ("", f"line 1: empty_file: the file has no requests\n{last}")
 
 
 def test_a_line_longer_than_a_batch_may_be_is_an_error() -> None:
-    line = b" " * (batch_tool.MAX_BYTES + 1)
-    (first, *_) = batch_tool.InputCheck().problems([line])
-    assert str(first) == "line 1: invalid_request: 200000001 bytes; a batch takes 200000000 at most"
+    line = jsonl(request())
+    (problem,) = batch_tool.InputCheck(max_bytes=len(line) - 1).problems([line])
+    assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; a batch takes {len(line) - 1} at most"
 
 
 def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: Capture) -> None:
-    requests_file(*[b"x\n"] * 23)
+    requests_file(*[b"{\n"] * 23)
     assert tool("validate", "--in", "requests.jsonl") == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[19].startswith("line 20: ")
-    assert lines[20:] == [
-        "… and 3 more", "batch_tool.py: error: requests.jsonl: 23 errors; correct the file; nothing was uploaded"
-    ]
+    assert lines[20] == "… and 3 more"
+    assert lines[21:] == error("requests.jsonl: 23 errors; correct the file; nothing was uploaded").splitlines()
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"artist_id,artist_name\r\na1,NewJeans\r\n" * 20,
+         "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
+        (b"\xef\xbb\xbfid;name\n" * 9, "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
+        (b"\xff\xfea\0,\0\n\0" * 9,
+         "not JSONL in UTF-8 but a file in UTF-16; if it is a CSV, convert it with gen_batch_jsonl.py first"),
+        (b"PK\x03\x04\x14\n\n\n",
+         "not JSONL but an Excel workbook or a zip file; save it as CSV, and convert that with gen_batch_jsonl.py"),
+        (b"\x1f\x8b\x08\n\n", "not JSONL but a gzip file; decompress it first"),
+        (b"NewJeans\n" * 9, "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
+    ],
+    ids=in_short,
+)
+@pytest.mark.parametrize("command", ["validate", "create"])
+def test_a_file_of_another_kind_is_one_error_that_says_what_to_do(
+    content: bytes, problem: str, command: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    Path("artists").write_bytes(content)
+    assert tool(command, "--in", "artists") == 1
+    last = error("artists: 1 error; correct the file; nothing was uploaded")
+    assert capsys.readouterr() == ("", f"line 1: invalid_json_line: {problem}\n{last}")
+    assert api.exchanges == []
 
 
 def test_requests_without_a_model_draw_one_warning(tool: Tool, capsys: Capture) -> None:
     requests_file(request("a1", body={}), request("a2", body={}))
     assert tool("validate", "--in", "requests.jsonl") == 0
-    warning = "batch_tool.py: warning: 2 requests without body.model, which the Batch API refuses\n"
-    assert capsys.readouterr().err == warning
+    assert capsys.readouterr().err == warning("2 requests without body.model, which the Batch API refuses")
 
 
 def test_the_endpoint_is_what_the_first_request_names_or_the_option(tool: Tool, capsys: Capture) -> None:
@@ -373,7 +388,7 @@ def test_separators_inside_values_do_not_cut_a_line(tool: Tool, capsys: Capture)
     assert capsys.readouterr().out.startswith("OK: 1 request, ")
 
 
-def test_stdin_is_validated(tool: Tool, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_validated(tool: Tool, capsys: Capture, monkeypatch: Environment) -> None:
     with requests_file().open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert tool("validate", "--in", "-") == 0
@@ -383,40 +398,43 @@ def test_stdin_is_validated(tool: Tool, capsys: Capture, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("path, reason", [("nope", "No such file or directory"), (".", "Is a directory")])
 def test_an_input_that_cannot_be_read_is_one_line(path: str, reason: str, tool: Tool, capsys: Capture) -> None:
     assert tool("validate", "--in", path) == 1
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: cannot read {path}: {reason}\n")
+    assert capsys.readouterr() == ("", error(f"cannot read {path}: {reason}"))
 
 
 def test_parts_are_consecutive_lines_within_the_most_requests() -> None:
     lines = [jsonl(request(str(number))) for number in range(5)]
     check = batch_tool.InputCheck(max_requests=2)
     assert list(check.problems(lines)) == []
-    first, second, third = check.parts()
+    first, second, third = check.divider.parts()
     assert (first.label, second.label, third.label) == ("1/3", "2/3", "3/3")
-    assert (second.offset, second.size, second.requests) == (first.size, len(lines[2] + lines[3]), 2)
+    assert (second.offset, second.size, second.first, second.requests) == (first.size, len(lines[2] + lines[3]), 2, 2)
     assert second.sha256 == hashlib.sha256(lines[2] + lines[3]).hexdigest()
 
 
 def test_parts_stay_within_the_most_bytes() -> None:
-    half = batch_tool.MAX_BYTES // 2
-    lines = [jsonl(request("a1")).rjust(half), jsonl(request("a2")).rjust(half), jsonl(request("a3"))]
-    check = batch_tool.InputCheck()
+    lines = [jsonl(request(custom_id)) for custom_id in ("a1", "a2", "a3")]
+    check = batch_tool.InputCheck(max_bytes=2 * len(lines[0]))
     assert list(check.problems(lines)) == []
-    assert [(part.requests, part.size) for part in check.parts()] == [(2, 200_000_000), (1, len(lines[2]))]
+    assert [(part.requests, part.size) for part in check.divider.parts()] == [
+        (2, 2 * len(lines[0])), (1, len(lines[2]))
+    ]
 
 
 # -- the API ------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_key_nothing_is_asked(api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any) -> None:
+def test_without_a_key_nothing_is_asked(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", " ")
     monkeypatch.setenv("OPENAI_ADMIN_KEY", "sk-admin-0123456789abcdef")  # which the SDK would take in its place
     assert tool("list") == 1
-    error = "batch_tool.py: error: OPENAI_API_KEY is not set; export it with the key of your OpenAI project\n"
-    assert capsys.readouterr() == ("", error)
+    reason = "OPENAI_API_KEY is not set; export it with the key of your OpenAI project"
+    assert capsys.readouterr() == ("", error(reason))
     assert api.exchanges == []
 
 
-def test_a_key_with_blanks_around_it_is_trimmed(api: LocalBatchAPI, tool: Tool, monkeypatch: Any) -> None:
+def test_a_key_with_blanks_around_it_is_trimmed(api: LocalBatchAPI, tool: Tool, monkeypatch: Environment) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\r\n")
     assert tool("list") == 0
     assert api.exchanges[0].headers["authorization"] == f"Bearer {KEY}"
@@ -424,16 +442,15 @@ def test_a_key_with_blanks_around_it_is_trimmed(api: LocalBatchAPI, tool: Tool, 
 
 @pytest.mark.parametrize("char", ["\n", "\x1b", "\x7f", "é", "\u200b"])
 def test_a_key_that_no_header_can_carry_is_refused_unseen(
-    char: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any
+    char: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY[:9]}{char}{KEY[9:]}")
     assert tool("list") == 1
-    error = "batch_tool.py: error: OPENAI_API_KEY has control or non-ASCII characters in it; set it again\n"
-    assert capsys.readouterr() == ("", error)
+    assert capsys.readouterr() == ("", error("OPENAI_API_KEY has control or non-ASCII characters in it; set it again"))
     assert api.exchanges == []
 
 
-def test_organization_and_project_are_sent(api: LocalBatchAPI, tool: Tool, monkeypatch: Any) -> None:
+def test_organization_and_project_are_sent(api: LocalBatchAPI, tool: Tool, monkeypatch: Environment) -> None:
     monkeypatch.setenv("OPENAI_ORG_ID", "org-1\n")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
     assert tool("list") == 0
@@ -442,12 +459,11 @@ def test_organization_and_project_are_sent(api: LocalBatchAPI, tool: Tool, monke
 
 
 def test_an_organization_that_no_header_can_carry_is_one_line(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     monkeypatch.setenv("OPENAI_ORG_ID", "é")
     assert tool("list") == 1
-    error = "batch_tool.py: error: OPENAI_ORG_ID has control or non-ASCII characters in it; set it again\n"
-    assert capsys.readouterr().err == error
+    assert capsys.readouterr().err == error("OPENAI_ORG_ID has control or non-ASCII characters in it; set it again")
 
 
 @pytest.mark.parametrize(
@@ -455,21 +471,21 @@ def test_an_organization_that_no_header_can_carry_is_one_line(
             "http://.../v1", "http://h/\x1b", "http://" + "a" * 70 + "/v1"]
 )
 def test_a_malformed_base_url_is_one_line(
-    url: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any
+    url: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     assert tool("list") == 1
     reason = "OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it"
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: {reason}\n")
+    assert capsys.readouterr() == ("", error(reason))
 
 
 def test_an_unreachable_server_is_named_without_its_password(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:pass%40word@127.0.0.1:1/v1")
     assert tool("list") == 1
     _, err = capsys.readouterr()
-    assert err == "batch_tool.py: error: cannot reach http://127.0.0.1:1/v1/: [Errno 111] Connection refused\n"
+    assert err == error("cannot reach http://127.0.0.1:1/v1/: [Errno 111] Connection refused")
     assert "pass%40word" not in log_text()
     assert "pass@word" not in log_text()
 
@@ -483,13 +499,14 @@ def test_an_unreachable_server_is_named_without_its_password(
     ],
 )
 def test_an_environment_that_makes_no_client_is_one_line(
-    name: str, value: str, words: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Any
+    name: str, value: str, words: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     monkeypatch.setenv(name, value)
     assert tool("list") == 1
     _, err = capsys.readouterr()
-    assert err.startswith("batch_tool.py: error: no client can be made: ")
+    assert err.startswith("batch_tool.py: error: the API client cannot be made: ")
     assert words in err
+    assert err.endswith("; check the proxy and certificate variables\n")
     assert err.count("\n") == 1
     assert "password" not in err
 
@@ -497,9 +514,9 @@ def test_an_environment_that_makes_no_client_is_one_line(
 def test_a_refused_key_is_named_and_hidden(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.key = "another"
     assert tool("list") == 1
-    error = "batch_tool.py: error: HTTP 401: Incorrect API key provided. (invalid_api_key); check OPENAI_API_KEY\n"
-    assert capsys.readouterr() == ("", error)
-    assert sent(api, "GET") == 1
+    reason = "LIST_BATCHES: HTTP 401: Incorrect API key provided. (invalid_api_key); check OPENAI_API_KEY"
+    assert capsys.readouterr() == ("", error(reason))
+    assert asked(api, "GET") == 1
 
 
 @pytest.mark.parametrize(
@@ -520,7 +537,7 @@ def test_a_refused_key_is_named_and_hidden(api: LocalBatchAPI, tool: Tool, capsy
     ids=in_short,
 )
 def test_a_request_without_a_usable_answer_is_made_again_and_three_times_at_most(
-    fault: dict[str, Any], api: LocalBatchAPI, tool: Tool, capsys: Capture
+    fault: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", "/batches$", times=2, **fault))
     assert tool("list") == 0
@@ -530,27 +547,27 @@ def test_a_request_without_a_usable_answer_is_made_again_and_three_times_at_most
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"batch_tool.py: error: .*\w.*\n", err)
-    assert sent(api, "GET") == 6
+    assert asked(api, "GET") == 6
 
 
 def test_a_server_that_dies_while_answering_is_named(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.faults.append(Fault("GET", times=9, action="reset"))
     assert tool("list") == 1
-    error = f"batch_tool.py: error: cannot reach {api.base_url}/: [Errno 104] Connection reset by peer\n"
-    assert capsys.readouterr().err == error
+    reason = f"LIST_BATCHES: no response from {api.base_url}/: [Errno 104] Connection reset by peer"
+    assert capsys.readouterr().err == error(reason)
 
 
 def test_a_rate_limit_is_waited_out_as_the_server_says(
-    api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", status=429, times=2, headers={"Retry-After": "200"}, message="Slow down"))
     assert tool("list") == 0
     assert clock.naps == [200, 200]
-    warning = "batch_tool.py: warning: HTTP 429: Slow down (rate_limit_exceeded); trying again in 200 s\n"
-    assert capsys.readouterr().err == warning * 2
+    reason = "LIST_BATCHES: HTTP 429: Slow down (rate_limit_exceeded); trying again in 200 s"
+    assert capsys.readouterr().err == warning(reason) * 2
 
 
-def test_a_rate_limit_with_a_date_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+def test_a_rate_limit_with_a_date_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
     api.faults.append(Fault("GET", status=429, headers={"Retry-After": date}))
     assert tool("list") == 0
@@ -559,7 +576,7 @@ def test_a_rate_limit_with_a_date_is_waited_out(api: LocalBatchAPI, tool: Tool, 
 
 
 @pytest.mark.parametrize("header", ["nan", "inf", "-5", "soon", "0", "", f"Mon, 01 Jan 2024 00:00:00 +{'9' * 20}"])
-def test_a_senseless_retry_after_is_not_obeyed(header: str, api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+def test_a_senseless_retry_after_is_not_obeyed(header: str, api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     api.faults.append(Fault("GET", status=429, headers={"Retry-After": header}))
     assert tool("list") == 0
     assert clock.naps == [0.5]
@@ -573,14 +590,15 @@ def test_an_answer_in_a_charset_that_it_is_not_in_is_no_answer(
     headers = {"content-type": f"text/html; charset={charset}"}
     api.faults.append(Fault("GET", times=3, status=status, body=b"<html>Bad gateway", headers=headers))
     assert tool("status", "--batch-id", "batch_1") == 1
-    assert capsys.readouterr().err.startswith("batch_tool.py: error: batch_1: the answer ")
+    words = "GET_STATUS: " if status == 404 else "the response is not a JSON object: "
+    assert capsys.readouterr().err.startswith(f"batch_tool.py: error: batch_1: {words}")
 
 
-def test_fields_that_no_batch_has_do_no_harm(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    body = {"id": "b1", "status": "in_progress", "_fields_set": 5, "_BaseModel__cls": 1, "new": [1]}
+def test_fields_that_no_batch_has_are_kept_and_do_no_harm(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    body = {"id": "b1", "status": "in_progress", "_fields_set": 5, "self": 1, "new": {"deep": [None]}}
     api.faults.append(Fault("GET", status=200, body=json.dumps(body).encode()))
     assert tool("status", "--batch-id", "b1", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"id": "b1", "status": "in_progress", "new": [1]}
+    assert json.loads(capsys.readouterr().out) == body
 
 
 def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
@@ -590,33 +608,104 @@ def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
     assert batch_tool.quoted(value) == '"nested too deeply"'
 
 
-@pytest.mark.parametrize("seconds, naps", [("250", [250, 250]), ("601", [])])
+@pytest.mark.parametrize("seconds, naps", [("250", [250, 250]), ("601", []), ("1", [1, 1, 2, 4, 8, 16, 32, *[60] * 8])])
 def test_a_rate_limit_is_waited_out_ten_minutes_at_most(
-    seconds: str, naps: list[float], api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    seconds: str, naps: list[float], api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", status=429, times=99, headers={"Retry-After": seconds}, message="Slow down"))
     assert tool("list") == 1
     assert clock.naps == naps
-    assert capsys.readouterr().err.endswith("error: HTTP 429: Slow down (rate_limit_exceeded)\n")
+    *warnings, last = capsys.readouterr().err.splitlines(keepends=True)
+    reason = "LIST_BATCHES: HTTP 429: Slow down (rate_limit_exceeded)"
+    assert warnings == [warning(f"{reason}; trying again in {nap} s") for nap in naps]
+    assert last == error(reason)
 
 
-def test_an_empty_purse_is_not_a_rate_limit(api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture) -> None:
+def test_a_used_up_quota_is_not_a_rate_limit(api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture) -> None:
     api.faults.append(Fault("GET", status=429, times=9, code="insufficient_quota", message="Pay first."))
     assert tool("list") == 1
     assert clock.naps == []
-    assert capsys.readouterr().err == "batch_tool.py: error: HTTP 429: Pay first. (insufficient_quota)\n"
+    assert capsys.readouterr().err == error("LIST_BATCHES: HTTP 429: Pay first. (insufficient_quota)")
 
 
+@pytest.mark.parametrize("size", [100, 1_000_000], ids=["short", "5 MB"])
 def test_an_answer_that_is_a_page_is_shown_in_part_and_on_one_line(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture
+    size: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
-    page = b"<html>\n<body>\x1b[31m Not  here\n" + b"word " * 100
+    page = b"<html>\n<body>\x1b[31m Not  here\n" + b"word " * size
     api.faults.append(Fault("GET", status=403, body=page, headers={"Content-Type": "text/html"}))
     assert tool("list") == 1
     _, err = capsys.readouterr()
-    assert err.startswith(r"batch_tool.py: error: HTTP 403: <html> <body>\u001b[31m Not here word word ")
+    assert err.startswith(r"batch_tool.py: error: LIST_BATCHES: HTTP 403: <html> <body>\u001b[31m Not here word word ")
     assert err.endswith("word …\n")
-    assert err.count("\n") == 1
+    assert (err.count("\n"), len(err) < 300) == (1, True)
+
+
+def test_a_message_of_3_mb_is_shortened(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.faults.append(Fault("GET", status=403, message="No way. " * 400_000))
+    assert tool("list") == 1
+    _, err = capsys.readouterr()
+    assert err.startswith("batch_tool.py: error: LIST_BATCHES: HTTP 403: No way. No way. ")
+    assert err.endswith(" … (forbidden)\n")
+    assert len(err) < 300
+
+
+@pytest.mark.parametrize("base", ["", "/v2", "/v1/v1"])
+def test_an_endpoint_that_is_missing_names_the_base_url(
+    base: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    url = f"http://127.0.0.1:{api.port}{base}" + ("/" if base else "")
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    invalid = f"Invalid URL (GET {base}/batches)"
+    assert tool("list") == 1
+    assert capsys.readouterr() == ("", error(
+        f"LIST_BATCHES: HTTP 404: {invalid}; is {url} the base URL of the API?"
+    ))
+
+
+@pytest.mark.parametrize("status, body", [(404, b'{"detail": "Not Found"}'), (405, b'{"detail": "Method Not Allowed"}'),
+                                          (404, b"")], ids=in_short)
+def test_an_endpoint_that_a_service_lacks_is_told_with_the_base_url(
+    status: int, body: bytes, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults.append(Fault("GET", status=status, body=body))
+    assert tool("status", "--batch-id", "b") == 1
+    words = "Method Not Allowed" if status == 405 else "Not Found"
+    reason = f"b: GET_STATUS: HTTP {status}: {words}; is {api.base_url}/ the base URL of the API?"
+    assert capsys.readouterr() == ("", error(reason))
+
+
+@pytest.mark.parametrize("location", ["http://localhost:{port}/v1/batches", "http://127.0.0.1:{other}/v1/batches",
+                                      "https://127.0.0.1:{port}/v1/batches", "//localhost:{port}/v1/batches"])
+def test_a_redirect_to_another_server_is_not_followed(
+    location: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    with LocalBatchAPI() as other:
+        other.new_batch("completed")
+        headers = {"Location": location.format(port=api.port, other=other.port)}
+        api.faults.append(Fault("GET", status=307, headers=headers, body=b""))
+        assert tool("list") == 1
+        assert (len(api.exchanges), other.exchanges) == (1, [])
+    reason = "LIST_BATCHES: HTTP 307: a redirect to another server is not followed"
+    assert capsys.readouterr() == ("", error(f"{reason}; is {api.base_url}/ the base URL of the API?"))
+
+
+@pytest.mark.parametrize("location", ["/v1/batches", "?limit=20", "http://127.0.0.1:{port}/v1/batches"])
+def test_a_redirect_to_the_same_server_is_followed(
+    location: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults.append(Fault("GET", status=308, headers={"Location": location.format(port=api.port)}))
+    assert tool("list") == 0
+    assert capsys.readouterr() == ("No batches found.\n", "")
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://h:x/", "\x7f"], ids=ascii)
+def test_a_redirect_to_nowhere_is_one_line(location: str, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.faults.append(Fault("GET", status=302, headers={"Location": location}, times=9))
+    assert tool("list") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("batch_tool.py: error: LIST_BATCHES: ")) == ("", 1, True)
 
 
 def test_verbose_shows_each_response(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -625,48 +714,329 @@ def test_verbose_shows_each_response(api: LocalBatchAPI, tool: Tool, capsys: Cap
     assert (name, json.loads(shown)) == ("LIST_BATCHES", api.exchanges[0].answer_json)
 
 
+# -- preview ------------------------------------------------------------------------------------------------------
+
+
+def bio_of(name: str) -> str:
+    """The bio that the mock server makes up for the artist of a request."""
+    return f"Artist {name}: a made-up bio from the local mock server; no model was asked."
+
+
+def nine_requests(**changes: Any) -> list[Json]:
+    """A request file whose requests have bodies of the same size."""
+    requests = [request(f"a{number}", **changes) for number in range(1, 10)]
+    requests_file(*requests)
+    return requests
+
+
+def sending(number: int) -> str:
+    return f"sending {number} request{'' if number == 1 else 's'} at once, at the ordinary price, not as a batch\n"
+
+
+NO_ESTIMATE = "no answer says how many tokens it used, so there is no estimate\n"
+
+
+def test_preview_shows_the_answers_and_estimates_the_whole(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests = nine_requests()
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    input_tokens = 9 * (api.exchanges[-1].size // 4)
+    assert capsys.readouterr() == (
+        f"a2 Artist a2\n{bio_of('a2')}\n\na5 Artist a5\n{bio_of('a5')}\n\na8 Artist a8\n{bio_of('a8')}\n",
+        f"{sending(3)}9 requests: about {input_tokens} input and 405 (405 to 405) output tokens, by 3 answers\n",
+    )
+    assert api.answered == [requests[number]["body"] for number in (1, 4, 7)]
+    assert (posts(api, "/v1/responses"), api.files, api.batches) == (3, {}, {})
+
+
+@pytest.mark.parametrize(
+    "count, total, positions",
+    [(1, 9, {4}), (3, 9, {1, 4, 7}), (3, 4, {0, 2, 3}), (3, 3, {0, 1, 2}), (9, 2, {0, 1}), (2, 1000, {250, 750})],
+)
+def test_the_requests_are_spread_evenly(count: int, total: int, positions: set[int]) -> None:
+    assert batch_tool.spread_evenly(count, total) == positions
+
+
+def test_more_requests_than_there_are_are_all(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file()
+    assert tool("preview", "--in", "requests.jsonl", "--requests", 9) == 0
+    assert capsys.readouterr().err.startswith(sending(2))
+    assert len(api.answered) == 2
+
+
+USAGES = [batch_tool.Usage(100, 40, 100), batch_tool.Usage(300, 120, 149), batch_tool.Usage(200, 80, 99)]
+
+
+@pytest.mark.parametrize(
+    "prices, cost",
+    [
+        (None, ""),
+        ((0.05, 0.25), "; about $0.17"),
+        ((500.0, 2500.0), "; about $1,749.28"),
+        ((0.0, 0.0), "; less than $0.01"),
+    ],
+)
+def test_the_estimate_is_in_proportion_to_bytes_and_by_the_mean(prices: Any, cost: str) -> None:
+    text = "3,532 requests: about 1,450,000 input and 410,000 (350,000 to 526,000) output tokens, by 3 answers"
+    assert batch_tool.estimate(USAGES, 3_625_000, 3532, prices) == text + cost
+
+
+def test_the_prices_are_dollars_for_a_million_tokens(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    nine_requests()
+    assert tool("preview", "--in", "requests.jsonl", "--prices", "0,10000") == 0
+    assert capsys.readouterr().err.endswith("(405 to 405) output tokens, by 3 answers; about $4.05\n")
+
+
+@pytest.mark.parametrize(
+    "answer, shown, code",
+    [
+        ("400", "error: bad_request: Bad Request, as the local mock server was told to.", 1),
+        ("422", "error: unprocessable_entity: Unprocessable Entity, as the local mock server was told to.", 1),
+        ("refusal", "error: refusal: Refused, as the local mock server was told to.", 1),
+        ("no_text", "error: no_text", 1),
+        ("error_200", "error: server_error: Internal Server Error, as the local mock server was told to.", 1),
+        ("incomplete", "Artist a1: a made-up bio from the\nerror: incomplete: max_output_tokens", 1),
+        ("content_filter", "Artist a1: a made-up\nerror: incomplete: content_filter", 1),
+        ("200", bio_of("a1"), 0),
+    ],
+)
+def test_an_answer_without_a_bio_shows_its_error_and_is_exit_1_if_it_is_the_only_one(
+    answer: str, shown: str, code: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request())
+    api.answers = [answer]
+    assert tool("preview", "--in", "requests.jsonl") == code
+    assert capsys.readouterr().out == f"a1 Artist a1\n{shown}\n"
+    assert len(api.answered) == 1
+
+
+def test_one_success_is_enough(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file()
+    api.answers = ["400"]
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    out, err = capsys.readouterr()
+    assert out.endswith(f"\n\na2 Artist a2\n{bio_of('a2')}\n")
+    assert err.endswith(" output tokens, by 1 answer\n")
+
+
+def test_an_answer_is_shown_on_lines_of_its_own_without_control_characters(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request("a\n1", body={"model": MODEL, "metadata": {"artist_name": "\x1b[31m"}}))
+    body = json.dumps({"output": [message(text(f"\n뉴진스\r\nand \x1b[0m{KEY}\n\n"))]}).encode()
+    api.faults.append(Fault("POST", "/responses$", status=200, body=body))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr() == (
+        "a\\n1 \\u001b[31m\n뉴진스\nand \\u001b[0m[secret]\n", f"{sending(1)}{NO_ESTIMATE}"
+    )
+
+
+def test_a_rate_limit_is_waited_out_before_an_answer(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    requests_file(request())
+    api.faults.append(Fault("POST", status=429, headers={"Retry-After": "9"}))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert clock.naps == [9]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [{"status": 500}, {"status": 503}, {"status": 408}, {"status": 409}, {"action": "reset"}, {"action": "cut"},
+     {"status": 200, "body": b"<html>"}],
+    ids=in_short,
+)
+def test_an_answer_that_is_lost_is_not_asked_for_again(
+    lost: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    requests_file()
+    api.faults.append(Fault("POST", "/responses$", when="after", **lost))
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert re.fullmatch(r"a1 Artist a1\nerror: outcome_unknown: .*", first)
+    assert second == f"a2 Artist a2\n{bio_of('a2')}\n"
+    assert (posts(api, "/v1/responses"), clock.naps) == (2, [])
+    assert custom_ids(Path("results.jsonl").read_bytes()) == ["a2"]
+
+
+@pytest.mark.parametrize("status, reason", [
+    (401, "PREVIEW: HTTP 401: No (no); check OPENAI_API_KEY"),
+    (403, "PREVIEW: HTTP 403: No (no)"),
+    (404, "PREVIEW: HTTP 404: No (no)"),
+])
+def test_a_refusal_that_is_not_of_one_request_ends_the_command(
+    status: int, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file()
+    api.faults.append(Fault("POST", "/responses$", status=status, message="No", code="no"))
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr() == ("", sending(2) + error(reason))
+    assert posts(api, "/v1/responses") == 1
+
+
+def test_a_base_url_without_its_version_is_named(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    url = f"http://127.0.0.1:{api.port}"
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    requests_file()
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    reason = f"PREVIEW: HTTP 404: Invalid URL (POST /responses); is {url} the base URL of the API?"
+    assert capsys.readouterr() == ("", sending(2) + error(reason))
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_chat_completions_are_previewed(
+    slash: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", api.base_url + slash)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Artist a1"}]}
+    requests_file(request(url="/v1/chat/completions", body=body))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    out, err = capsys.readouterr()
+    assert out == f"a1\n{bio_of('a1')}\n"
+    assert re.search(r"\n1 request: about \d+ input and 45 \(45 to 45\) output tokens, by 1 answer\n", err)
+    assert (posts(api, "/v1/chat/completions"), api.answered) == (1, [body])
+
+
+def test_a_dead_model_is_an_error_before_anything_is_sent(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    nine_requests(body={"model": "local-dead", "input": "Who?"})
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f'batch_tool.py: error: the model "local-dead" does not exist at {api.base_url}/; ')
+    assert asked(api, "POST") == 0
+
+
+def test_a_dying_model_draws_a_warning(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    nine_requests(body={"model": "local-dying", "input": "Who?"})
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    reason = f'the model "local-dying" will be shut down on {api.models["local-dying"]}; choose a newer one'
+    assert capsys.readouterr().err.startswith(warning(reason) + sending(3))
+
+
+def test_the_answers_are_kept_and_not_paid_for_again(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests = nine_requests()
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    lines = [json.loads(line) for line in Path("results.jsonl").read_bytes().splitlines()]
+    assert [(line["custom_id"], list(line)[-1], line["request_sha256"]) for line in lines] == [
+        (f"a{number}", "request_sha256", sha256_of(jsonl(requests[number - 1]))) for number in (2, 5, 8)
+    ]
+    first = capsys.readouterr()
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    assert capsys.readouterr() == (first.out, first.err.removeprefix(sending(3)))
+    assert tool("run", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    assert (sent(api), len(api.answered)) == ([["a1", "a3", "a4", "a6", "a7", "a9"]], 3)
+    assert custom_ids(Path("results.jsonl").read_bytes()) == [f"a{number}" for number in range(1, 10)]
+
+
+def test_what_out_has_stays_in_it_and_a_changed_request_is_sent(api: LocalBatchAPI, tool: Tool) -> None:
+    requests_file(request())
+    old = jsonl(success(request_sha256="0" * 64)).rstrip()
+    Path("results.jsonl").write_bytes(old)
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    before, after = Path("results.jsonl").read_bytes().splitlines()
+    assert (before, json.loads(after)["request_sha256"]) == (old, sha256_of(jsonl(request())))
+
+
+def test_a_rejected_answer_is_kept_and_a_failed_one_is_sent_again(api: LocalBatchAPI, tool: Tool) -> None:
+    requests_file()
+    api.answers = ["incomplete", "failed"]
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 1
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    assert [body["metadata"]["artist_name"][-2:] for body in api.answered] == ["a1", "a2", "a2"]
+
+
+def test_the_answers_before_ctrl_c_are_kept(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    nine_requests()
+    api.faults.append(Fault("POST", skip=1, status=429, headers={"Retry-After": "9"}, message="Slow"))
+    clock.events = [lambda: os.kill(os.getpid(), signal.SIGINT)]
+    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 130
+    slow = warning("PREVIEW: HTTP 429: Slow (rate_limit_exceeded); trying again in 9 s")
+    assert capsys.readouterr() == (f"a2 Artist a2\n{bio_of('a2')}\n", f"{sending(3)}{slow}batch_tool.py: stopped\n")
+    assert custom_ids(Path("results.jsonl").read_bytes()) == ["a2"]
+
+
+def test_out_on_stdout_has_the_results_and_stderr_the_texts(
+    api: LocalBatchAPI, tool: Tool, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    requests_file(request())
+    assert tool("preview", "--in", "requests.jsonl", "--out", "-") == 0
+    out, err = capfdbinary.readouterr()
+    assert custom_ids(out) == ["a1"]
+    assert err.decode().startswith(f"{sending(1)}a1 Artist a1\n{bio_of('a1')}\n1 request: about ")
+
+
+def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file()
+    Path("artists.csv").write_text("artist_id\n")
+    assert tool("preview", "--in", "requests.jsonl", "--out", "artists.csv") == 1
+    assert capsys.readouterr() == ("", error(
+        "artists.csv line 1: not valid JSON: Expecting value (character 1 of the line); it holds something else than "
+        "results, so it is left alone; choose another --out"
+    ))
+    assert (api.exchanges, Path("artists.csv").read_text()) == ([], "artist_id\n")
+
+
+def test_an_invalid_file_is_not_previewed(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(request(), request())
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr().err.startswith(f"line 2: duplicate_custom_id: {DUPLICATE}\n")
+    assert api.exchanges == []
+
+
 # -- create -------------------------------------------------------------------------------------------------------
 
 
-def test_create_prints_the_ids_and_uploads_the_file_as_it_is(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture
-) -> None:
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def times_paid(api: LocalBatchAPI) -> list[int]:
+    """How often each request was paid for, once every batch has ended."""
+    for batch in api.batches.values():
+        api.look(batch)
+    return sorted(api.paid.values())
+
+
+def nothing() -> None:
+    """An event."""
+
+
+def test_create_prints_the_ids_and_uploads_the_file_as_it_is(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     path = requests_file()
     assert tool("create", "--in", path) == 0
     batch = only_batch(api)
     assert capsys.readouterr() == (ids(batch), "")
     assert (batch.endpoint, batch.completion_window) == ("/v1/responses", "24h")
-    assert batch.metadata == {
-        "input_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "input_file": "requests.jsonl",
-        "part": "1/1",
-    }
+    assert batch.metadata == {"input_sha256": sha256(path.read_bytes()), "input_file": path.name, "part": "1/1"}
     assert api.read_file(batch.input_file_id) == path.read_bytes()
     assert (api.files[batch.input_file_id].purpose, api.files[batch.input_file_id].filename) == ("batch", path.name)
 
 
 def test_create_as_json_is_the_batch_as_the_api_gave_it(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
-    assert tool("create", "--in", "requests.jsonl", "--json") == 0
+    assert tool("create", "--in", requests_file(), "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == api.exchanges[-1].answer_json
 
 
 def test_the_endpoint_and_the_completion_window_can_be_chosen(api: LocalBatchAPI, tool: Tool) -> None:
-    requests_file(request(url="/v1/chat/completions"))
-    options = ("--endpoint", "/v1/chat/completions", "--completion-window", "24h")
-    assert tool("create", "--in", "requests.jsonl", *options) == 0
+    path = requests_file(request(url="/v1/chat/completions"))
+    assert tool("create", "--in", path, "--endpoint", "/v1/chat/completions", "--completion-window", "24h") == 0
     assert only_batch(api).endpoint == "/v1/chat/completions"
 
 
-def test_a_completion_window_that_the_api_refuses_is_said_and_the_file_deleted(
+def test_a_completion_window_that_the_api_refuses_is_an_error_and_the_file_is_deleted(
     api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
-    requests_file()
-    assert tool("create", "--in", "requests.jsonl", "--completion-window", "1h") == 1
+    assert tool("create", "--in", requests_file(), "--completion-window", "1h") == 1
     out, err = capsys.readouterr()
-    assert out.startswith("File ID: file-")
-    assert "error: HTTP 400: Invalid value for 'completion_window': only '24h' is supported." in err
+    assert re.fullmatch(r"File ID: file-\w+\n", out)
+    words = "Invalid value for 'completion_window': only '24h' is supported."
+    assert err == error(f"CREATE_BATCH: HTTP 400: {words}")
     assert (api.files, api.batches) == ({}, {})
 
 
@@ -674,18 +1044,24 @@ def test_a_file_beyond_the_most_requests_becomes_several_batches(
     api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     lines = [request(str(number)) for number in range(5)]
-    requests_file(*lines)
-    assert tool("create", "--in", "requests.jsonl", "--max-requests", 2) == 0
+    path = requests_file(*lines)
+    assert tool("create", "--in", path, "--max-requests", 2) == 0
     batches = list(api.batches.values())
-    assert capsys.readouterr().out == "".join(map(ids, batches))
-    assert [batch.metadata and batch.metadata["part"] for batch in batches] == ["1/3", "2/3", "3/3"]
+    assert capsys.readouterr() == ("".join(map(ids, batches)), "")
     parts = [jsonl(*lines[:2]), jsonl(*lines[2:4]), jsonl(*lines[4:])]
     assert [api.read_file(batch.input_file_id) for batch in batches] == parts
-    for batch, part in zip(batches, parts, strict=True):
-        assert batch.metadata and batch.metadata["input_sha256"] == hashlib.sha256(part).hexdigest()
+    assert [batch.metadata for batch in batches] == [
+        {
+            "input_sha256": sha256(part),
+            "input_file": "requests.jsonl",
+            "part": f"{number}/3",
+            "request_file_sha256": sha256(path.read_bytes()),
+        }
+        for number, part in enumerate(parts, 1)
+    ]
 
 
-def test_stdin_is_submitted(api: LocalBatchAPI, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_submitted(api: LocalBatchAPI, tool: Tool, monkeypatch: Environment) -> None:
     with requests_file().open() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert tool("create", "--in", "-") == 0
@@ -696,116 +1072,51 @@ def test_stdin_is_submitted(api: LocalBatchAPI, tool: Tool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", [b"\xff.jsonl", b"a\nb.jsonl", '뉴진스 "x".jsonl'.encode()], ids=in_short)
 def test_a_file_of_any_name_is_submitted(name: bytes, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    path = requests_file(path=os.fsdecode(name))
-    assert tool("create", "--in", path) == 0
+    assert tool("create", "--in", requests_file(path=os.fsdecode(name))) == 0
     assert capsys.readouterr().out == ids(only_batch(api))
 
 
-def test_an_input_file_that_another_create_holds_is_left_to_it(
+# the model
+
+
+def test_a_model_that_does_not_exist_is_an_error_before_the_upload(
     api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
-    with requests_file().open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert tool("create", "--in", "requests.jsonl") == 1
-    error = "another create or run of requests.jsonl is at work; wait for it to end"
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: {error}\n")
-    assert api.exchanges == []
-    assert tool("create", "--in", "requests.jsonl") == 0
+    path = requests_file(request(body={"model": "local-dead", "input": "Who?"}))
+    assert tool("create", "--in", path) == 1
+    advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
+    reason = f'the model "local-dead" does not exist at {api.base_url}/; {advice}'
+    assert capsys.readouterr() == ("", error(reason))
+    assert (asked(api, "POST"), asked(api, "GET", "/v1/models/local-dead$")) == (0, 1)
 
 
-def test_two_creates_at_the_same_time_make_one_batch(api: LocalBatchAPI) -> None:
-    requests_file()
-    command = [sys.executable, str(ROOT / "batch_tool.py"), "create", "--in", "requests.jsonl"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
-    assert ids(only_batch(api)) in outputs
-    assert {process.returncode for process in both} <= {0, 1}
+@pytest.mark.parametrize("days, words", [(-1, "was"), (0, "will be"), (29, "will be"), (32, "")])
+def test_a_model_that_is_soon_shut_down_draws_a_warning(
+    days: int, words: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    date = time.strftime("%Y-%m-%d", time.localtime(time.time() + days * DAY))
+    api.models[MODEL] = date
+    assert tool("create", "--in", requests_file()) == 0
+    reason = f'the model "{MODEL}" {words} shut down on {date}; choose a newer one'
+    assert capsys.readouterr() == (ids(only_batch(api)), warning(reason) if words else "")
 
 
-LOST = pytest.mark.parametrize(
-    "lost",
-    [
-        {"action": "reset"},
-        {"action": "cut"},
-        {"action": "shorten"},
-        {"action": "delay", "seconds": 0.2},
-        {"status": 408},
-        {"status": 409},
-        {"status": 500},
-        {"status": 504},
-        {"status": 200, "body": b"\xff\x00"},
-        {"status": 200, "body": b"<html></html>", "headers": {"Content-Type": "text/html"}},
-        {"status": 200, "body": b"{}"},
-        {"status": 200, "body": b""},
-        {"status": 200, "body": b'{"id": null, "status": null}'},
-        {"status": 200, "body": b'{"id": "../x", "status": "validating"}'},
-    ],
+@pytest.mark.parametrize(
+    "answer",
+    [{"status": 404}, {"status": 403}, {"status": 500}, {"action": "reset"}, {"status": 200, "body": b"<html>"},
+     {"status": 200, "body": b'{"shutdown_date": "soon"}'}, {"status": 200, "body": b'{"shutdown_date": 5}'}],
     ids=in_short,
 )
-
-
-@LOST
-def test_one_batch_is_made_whatever_happens_to_the_answer(
-    lost: dict[str, Any], api: LocalBatchAPI, tool: Tool, capsys: Capture
+def test_any_other_answer_about_the_model_changes_nothing(
+    answer: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
-    requests_file()
-    api.faults.append(Fault("POST", "/batches$", when="after", **lost))
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert capsys.readouterr().out == ids(only_batch(api))
-    assert sent(api, "POST", "/files$") == 1
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert capsys.readouterr().out == ids(only_batch(api))
+    api.faults.append(Fault("GET", "/models/", times=9, **answer))
+    assert tool("create", "--in", requests_file()) == 0
+    assert capsys.readouterr() == (ids(only_batch(api)), "")
+    assert asked(api, "GET", "/models/") == 1
 
 
-@pytest.mark.parametrize("lost", [{"action": "reset"}, {"status": 409}, {"status": 502}], ids=in_short)
-def test_a_post_that_was_lost_is_repeated_after_looking_for_ten_seconds(
-    lost: dict[str, Any], api: LocalBatchAPI, tool: Tool, clock: Time
-) -> None:
-    requests_file()
-    api.faults.append(Fault("POST", "/batches$", **lost))
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert (len(api.batches), clock.naps) == (1, [0.5, 1.5, 3, 5])
-    assert (sent(api, "POST", "/batches$"), sent(api, "GET", "/batches$")) == (2, 5)
-
-
-def test_a_post_is_made_three_times_at_most(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
-    api.faults.append(Fault("POST", "/batches$", times=9))
-    assert tool("create", "--in", "requests.jsonl") == 1
-    (file_id,) = api.files
-    out, err = capsys.readouterr()
-    assert out == f"File ID: {file_id}\n"
-    advice = f"no answer whether the batch of file {file_id} was created; run the same command again: "
-    assert err.endswith(f"batch_tool.py: error: {advice}it adopts the batch if it exists\n")
-    assert sent(api, "POST", "/batches$") == 3
-
-
-def test_a_batch_that_the_listing_shows_late_is_found(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
-    requests_file()
-    api.list_delay = 60
-    api.faults.append(Fault("POST", "/batches$", when="after"))
-    clock.then = [lambda: None, lambda: None, lambda: setattr(api, "list_delay", 0)]
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert len(api.batches) == 1
-    assert clock.naps == [0.5, 1.5, 3]
-
-
-@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}, {"action": "reset"}], ids=in_short)
-def test_a_batch_that_cannot_be_looked_for_is_adopted_by_the_next_create(
-    fault: dict[str, Any], api: LocalBatchAPI, tool: Tool, capsys: Capture
-) -> None:
-    requests_file()
-    api.faults += [Fault("POST", "/batches$", when="after"), Fault("GET", "/batches$", skip=1, times=99, **fault)]
-    assert tool("create", "--in", "requests.jsonl") == 1
-    batch = only_batch(api)
-    out, err = capsys.readouterr()
-    assert out == f"File ID: {batch.input_file_id}\n"
-    assert err.endswith(f"batch_tool.py: error: no answer whether the batch of file {batch.input_file_id} was created; "
-                        "run the same command again: it adopts the batch if it exists\n")
-    assert batch.input_file_id in api.files
-    api.faults.clear()
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert capsys.readouterr().out == ids(only_batch(api))
+# uploads and refusals
 
 
 def test_an_upload_whose_answer_is_lost_is_made_again(api: LocalBatchAPI, tool: Tool) -> None:
@@ -816,232 +1127,744 @@ def test_an_upload_whose_answer_is_lost_is_made_again(api: LocalBatchAPI, tool: 
 
 
 def test_an_upload_that_is_refused_ends_the_command(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
     api.faults.append(Fault("POST", "/files$", status=413, message="Too large", code="too_large"))
-    assert tool("create", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr() == ("", "batch_tool.py: error: HTTP 413: Too large (too_large)\n")
-    assert (sent(api, "POST"), api.batches) == (1, {})
+    assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr() == ("", error("UPLOAD: HTTP 413: Too large (too_large)"))
+    assert (asked(api, "POST"), api.batches) == (1, {})
+
+
+def truncate_uploads(api: LocalBatchAPI, times: int) -> list[Fault]:
+    """Faults that answer to uploads with a file that has only the first 10 bytes."""
+    files = [api.new_file(b"0123456789", "batch", "x") for _ in range(times)]
+    bodies = [json.dumps({"id": file.id, "object": "file", "bytes": 10}).encode() for file in files]
+    return [Fault("POST", "/files$", status=200, body=body) for body in bodies]
+
+
+def test_an_upload_that_arrived_in_part_is_deleted_and_made_again(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults += truncate_uploads(api, 2)
+    assert tool("create", "--in", requests_file()) == 0
+    assert capsys.readouterr() == (ids(only_batch(api)), "")
+    assert ([*api.files], posts(api, "/v1/files")) == ([only_batch(api).input_file_id], 3)
+
+
+def test_an_upload_is_made_three_times_at_most(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.faults += truncate_uploads(api, 4)
+    last = [*api.files][2]
+    path = requests_file()
+    assert tool("create", "--in", path) == 1
+    size = path.stat().st_size
+    assert capsys.readouterr() == ("", error(f"file {last} has 10 bytes, but {size} were uploaded"))
+    assert (len(api.files), posts(api, "/v1/files"), api.batches) == (1, 3, {})
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 def test_a_refused_batch_deletes_its_file(status: int, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
     api.faults.append(Fault("POST", "/batches$", status=status, times=9, message="No", code="no"))
-    assert tool("create", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr().err == f"batch_tool.py: error: HTTP {status}: No (no)\n"
-    assert (sent(api, "POST", "/batches$"), api.files) == (1, {})
+    assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr().err == error(f"CREATE_BATCH: HTTP {status}: No (no)")
+    assert (posts(api), api.files) == (1, {})
 
 
-def test_a_file_that_cannot_be_deleted_is_said(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
+def test_a_file_that_cannot_be_deleted_is_told(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.faults += [Fault("POST", "/batches$", status=422, message="No"), Fault("DELETE", status=403, message="Never")]
-    assert tool("create", "--in", "requests.jsonl") == 1
+    assert tool("create", "--in", requests_file()) == 1
     (file_id,) = api.files
-    warning = f"batch_tool.py: warning: file {file_id} was not deleted: HTTP 403: Never (forbidden)\n"
-    assert warning in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        warning(f"file {file_id} was not deleted: DELETE_FILE: HTTP 403: Never (forbidden)")
+        + error("CREATE_BATCH: HTTP 422: No (unprocessable_entity)")
+    )
 
 
 @pytest.mark.parametrize("status", [400, 404])
 def test_a_file_that_is_not_known_yet_is_given_some_seconds(
-    status: int, api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    status: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
-    requests_file()
-
     def deny_the_file() -> None:
         (file_id,) = api.files
         api.faults.append(Fault("POST", "/batches$", times=3, status=status, message=f"There is no {file_id}"))
 
     api.faults.append(Fault("POST", "/batches$", status=429, headers={"Retry-After": "7"}))
-    clock.then = [deny_the_file]
-    assert tool("create", "--in", "requests.jsonl") == 0
+    clock.events = [deny_the_file]
+    assert tool("create", "--in", requests_file()) == 0
     assert clock.naps == [7, 0.5, 1.5, 3]
     assert capsys.readouterr().out == ids(only_batch(api))
 
 
-def test_a_file_that_stays_unknown_ends_the_command(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
-    requests_file()
+def test_a_file_that_stays_unknown_ends_the_command(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     api.faults.append(Fault("POST", "/batches$", status=429, headers={"Retry-After": "7"}))
-    clock.then = [api.files.clear]
-    assert tool("create", "--in", "requests.jsonl") == 1
+    clock.events = [api.files.clear]
+    assert tool("create", "--in", requests_file()) == 1
     assert clock.naps == [7, 0.5, 1.5, 3, 5]
     assert api.batches == {}
 
 
-def test_a_rate_limit_on_the_post_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
-    requests_file()
+def test_a_rate_limit_on_the_post_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     api.faults.append(Fault("POST", "/batches$", status=429, times=3, headers={"Retry-After": "100"}))
-    assert tool("create", "--in", "requests.jsonl") == 0
+    assert tool("create", "--in", requests_file()) == 0
     assert (clock.naps, len(api.batches)) == ([100, 100, 100], 1)
 
 
+def test_a_used_up_quota_is_known_by_its_type_too(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
+    body = json.dumps({"error": {"message": "Pay first.", "type": "insufficient_quota", "code": None}}).encode()
+    api.faults.append(Fault("POST", "/batches$", status=429, times=9, body=body))
+    assert tool("create", "--in", requests_file()) == 1
+    assert (posts(api), clock.naps) == (1, [])
+
+
 def test_a_file_that_changes_during_the_upload_is_not_submitted(
-    api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     path = requests_file()
     api.faults.append(Fault("POST", "/files$", status=429, headers={"Retry-After": "1"}))
-    clock.then = [lambda: path.write_bytes(path.read_bytes() + jsonl(request("a3")))]
+    clock.events = [lambda: path.write_bytes(path.read_bytes() + jsonl(request("a3")))]
     assert tool("create", "--in", path) == 1
-    error = "batch_tool.py: error: requests.jsonl was changed while it was in use; run the same command again\n"
-    assert capsys.readouterr().err.endswith(error)
+    assert capsys.readouterr().err.endswith(
+        error("requests.jsonl was changed while it was in use; run the same command again")
+    )
     assert (api.files, api.batches) == ({}, {})
 
 
+# a POST whose outcome is unknown
+
+LOOKS = [0.5, 1.5, 3, 5]
+FENCED_LOOKS = [2, 3, 5, 10]
+LOST = pytest.mark.parametrize(
+    "lost",
+    [
+        {"action": "reset"},
+        {"action": "cut"},
+        {"action": "shorten"},
+        {"status": 408},
+        {"status": 409},
+        {"status": 500},
+        {"status": 504},
+        {"status": 200, "body": b"\xff\x00"},
+        {"status": 200, "body": b"<html></html>", "headers": {"Content-Type": "text/html"}},
+        {"status": 200, "body": b"{}"},
+        {"status": 200, "body": b""},
+        {"status": 200, "body": b'{"id": null, "status": null}'},
+        {"status": 200, "body": b'{"id": "../x", "status": "validating"}'},
+        {"status": 200, "body": b'{"id": "batch_other", "status": "validating", "input_file_id": "file-other"}'},
+    ],
+    ids=in_short,
+)
+
+
+def in_doubt(file_id: str) -> str:
+    return error(f"cannot tell whether a batch was created for file {file_id}; run the same command again later, and "
+                 "it will pick up the batch if there is one (--force would pay again)")
+
+
+@LOST
+def test_one_batch_is_made_whatever_happens_to_the_answer(
+    lost: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults.append(Fault("POST", "/batches$", when="after", **lost))
+    assert tool("create", "--in", requests_file()) == 0
+    out, err = capsys.readouterr()
+    assert out == ids(only_batch(api))
+    assert re.fullmatch(r"batch_tool.py: warning: .*; checking whether the batch was created\n", err)
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == ids(only_batch(api))
+    assert (posts(api, "/v1/files"), posts(api), times_paid(api)) == (1, 1, [1, 1])
+
+
+def test_a_post_that_was_lost_is_fenced_and_made_again_with_another_file(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    api.faults.append(Fault("POST", "/batches$", action="reset"))
+    assert tool("create", "--in", requests_file()) == 0
+    out, err = capsys.readouterr()
+    lost, *_ = out.splitlines()
+    lost_id = lost.removeprefix("File ID: ")
+    assert out == f"File ID: {lost_id}\n{ids(only_batch(api))}"
+    assert err == (
+        warning(f"CREATE_BATCH: no response from {api.base_url}/: [Errno 104] Connection reset by peer; checking "
+                "whether the batch was created")
+        + f"part 1/1: no batch was made of file {lost_id}, which is deleted\n"
+    )
+    assert clock.naps == [*LOOKS, *FENCED_LOOKS]
+    assert ([*api.files], posts(api)) == ([only_batch(api).input_file_id], 2)
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_a_post_that_is_carried_out_late_makes_nothing_paid_twice(
+    moment: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
+    api.faults.append(Fault("POST", "/batches$", when="later", action="reset"))
+    clock.events = [*[nothing] * moment, api.carry_out]
+    assert tool("create", "--in", requests_file()) == 0
+    api.carry_out()
+    assert (times_paid(api), len(api.batches)) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize("moment", range(3, 9))
+def test_a_post_that_is_carried_out_late_and_listed_late_makes_nothing_paid_twice(
+    moment: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
+    def carry_out_unlisted() -> None:
+        api.list_delay = 3600
+        api.carry_out()
+
+    api.faults.append(Fault("POST", "/batches$", when="later", action="reset"))
+    clock.events = [*[nothing] * moment, carry_out_unlisted, nothing, lambda: setattr(api, "list_delay", 0)]
+    assert tool("create", "--in", requests_file()) == 0
+    assert times_paid(api) == [1, 1]
+
+
+def held_at_the_fence(api: LocalBatchAPI, clock: FakeTime, *events: Callable[[], object]) -> None:
+    """A POST is carried out, its answer is lost, and the batch is listed, `validating`, after its file is deleted."""
+    api.hold, api.list_delay = "validating", 3600
+    api.faults.append(Fault("POST", "/batches$", when="after", action="reset"))
+    clock.events = [*[nothing] * 4, lambda: setattr(api, "list_delay", 0), nothing, *events]
+
+
+def test_a_batch_that_fails_for_its_deleted_file_is_made_again(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
+    held_at_the_fence(api, clock, lambda: setattr(api, "hold", None))
+    assert tool("create", "--in", requests_file()) == 0
+    assert [api.look(batch)["status"] for batch in api.batches.values()] == ["failed", "completed"]
+    assert (clock.naps, times_paid(api)) == ([*LOOKS, 2, 5, 5], [1, 1])
+
+
+def test_a_batch_that_runs_although_its_file_is_deleted_is_the_batch(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    held_at_the_fence(api, clock, lambda: only_batch(api).enter("in_progress", time.monotonic()))
+    assert tool("create", "--in", requests_file()) == 0
+    assert capsys.readouterr().out == ids(only_batch(api))
+    assert times_paid(api) == [1, 1]
+
+
+def test_a_post_is_made_three_times_at_most_and_the_last_one_is_fenced_too(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    api.faults.append(Fault("POST", "/batches$", times=9))
+    assert tool("create", "--in", requests_file()) == 1
+    out, err = capsys.readouterr()
+    *_, last = out.splitlines()
+    reason = f"3 tries to create its batch got no response (the last one of file {last.removeprefix('File ID: ')})"
+    assert err.endswith(error(f"part 1/1: {reason}; run the same command again later"))
+    assert clock.naps == [*LOOKS, *FENCED_LOOKS] * 3
+    assert (posts(api), asked(api, "DELETE"), api.files) == (3, 3, {})
+
+
+@pytest.mark.parametrize("when, batches", [("after", 1), ("before", 0), ("later", 0)])
+def test_a_file_that_cannot_be_deleted_is_no_fence(
+    when: str, batches: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.habits.add("no-delete")
+    api.list_delay = 3600
+    api.faults.append(Fault("POST", "/batches$", when=when, action="reset"))
+    assert tool("create", "--in", requests_file()) == 1
+    (file_id,) = api.files
+    assert capsys.readouterr().err.endswith(in_doubt(file_id))
+    assert (len(api.batches), posts(api)) == (batches, 1)
+    api.carry_out()
+    api.list_delay = 0
+    assert tool("create", "--in", "requests.jsonl") == (1 if when == "before" else 0)
+    assert posts(api) == 1
+    assert times_paid(api) == ([] if when == "before" else [1, 1])
+
+
+def test_a_batch_that_the_listing_shows_late_is_found(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
+    api.list_delay = 3600
+    api.faults.append(Fault("POST", "/batches$", when="after"))
+    clock.events = [nothing, nothing, lambda: setattr(api, "list_delay", 0)]
+    assert tool("create", "--in", requests_file()) == 0
+    assert (clock.naps, times_paid(api)) == ([0.5, 1.5, 3], [1, 1])
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}, {"action": "reset"}], ids=in_short)
+def test_a_batch_that_cannot_be_looked_for_is_picked_up_by_the_next_create(
+    fault: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults += [Fault("POST", "/batches$", when="after"), Fault("GET", "/batches$", skip=2, times=99, **fault)]
+    assert tool("create", "--in", requests_file()) == 1
+    batch = only_batch(api)
+    out, err = capsys.readouterr()
+    assert out == f"File ID: {batch.input_file_id}\n"
+    assert err.endswith(in_doubt(batch.input_file_id))
+    assert batch.input_file_id in api.files
+    api.faults.clear()
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == ids(only_batch(api))
+
+
+def test_a_second_batch_of_one_file_is_told_and_cancelled(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    def post_twice() -> None:
+        batch = only_batch(api)
+        api.new_batch("validating", input_file=batch.input_file, metadata=batch.metadata, id="batch_twin",
+                      created_at=batch.created_at + 1)
+
+    api.hold = "validating"
+    api.faults.append(Fault("POST", "/batches$", when="after"))
+    clock.events = [post_twice]
+    assert tool("create", "--in", requests_file()) == 0
+    first, twin = api.batches.values()
+    out, err = capsys.readouterr()
+    assert out == ids(first)
+    assert err.endswith(
+        warning(f"batch batch_twin has the same requests as batch {first.id}")
+        + "batch batch_twin is being cancelled\n"
+    )
+    assert (first.status, twin.status) == ("validating", "cancelling")
+
+
+# the lock and the note
+
+
+def note_path() -> Path:
+    (path,) = Path(os.environ["XDG_STATE_HOME"], "batch_tool").iterdir()
+    return path
+
+
+def test_the_note_names_the_file_before_the_post_and_the_batch_after_it(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
+    path = requests_file()
+    notes: list[bytes] = []
+    api.faults.append(Fault("POST", "/batches$", status=429, headers={"Retry-After": "1"}))
+    clock.events = [lambda: notes.append(note_path().read_bytes())]
+    assert tool("create", "--in", path) == 0
+    batch = only_batch(api)
+    before = {"file": batch.input_file_id, "sha256": sha256(path.read_bytes())}
+    assert notes == [jsonl(before)]
+    assert note_path().read_bytes() == jsonl(before, before, {"file": batch.input_file_id, "batch": batch.id})
+    assert stat.S_IMODE(note_path().stat().st_mode) == 0o600
+    assert stat.S_IMODE(note_path().parent.stat().st_mode) == 0o700
+
+
+def test_a_second_create_of_the_same_bytes_ends_at_once_whatever_its_path(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    Path("copy.jsonl").write_bytes(requests_file().read_bytes())
+    codes: list[int] = []
+    api.faults.append(Fault("POST", "/files$", status=429, headers={"Retry-After": "1"}, message="Slow"))
+    clock.events = [lambda: codes.append(tool("create", "--in", "copy.jsonl", "--max-requests", 1, "--force"))]
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert codes == [1]
+    assert capsys.readouterr() == (ids(only_batch(api)), (
+        warning("UPLOAD: HTTP 429: Slow (rate_limit_exceeded); trying again in 1 s")
+        + error("copy.jsonl is in use by another create or run; wait for it to finish")
+    ))
+
+
+def test_two_creates_at_the_same_time_make_one_batch(api: LocalBatchAPI) -> None:
+    requests_file()
+    both = [popen("create", "--in", "requests.jsonl") for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert ids(only_batch(api)) in outputs
+    assert {process.returncode for process in both} <= {0, 1}
+
+
+def test_another_service_has_a_note_of_its_own(api: LocalBatchAPI, tool: Tool, monkeypatch: Environment) -> None:
+    path = requests_file()
+    assert tool("create", "--in", path) == 0
+    with LocalBatchAPI() as other:
+        monkeypatch.setenv("OPENAI_BASE_URL", other.base_url)
+        assert tool("create", "--in", path) == 0
+        assert (len(other.batches), asked(other, "GET", "/batches/")) == (1, 0)
+
+
+@pytest.mark.parametrize("habits", [set(), {"no-metadata"}], ids=["metadata", "no metadata"])
+def test_a_batch_that_the_listing_does_not_show_yet_is_known_by_the_note(
+    habits: set[str], api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.habits, api.list_delay = habits, 3600
+    assert tool("create", "--in", requests_file()) == 0
+    assert capsys.readouterr().out == ids(only_batch(api))
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == ids(only_batch(api))
+
+
+def test_a_noted_batch_that_is_unknown_at_the_server_counts_for_nothing(api: LocalBatchAPI, tool: Tool) -> None:
+    assert tool("create", "--in", requests_file()) == 0
+    api.batches.clear()
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert len(api.batches) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after", "later"])
+@pytest.mark.parametrize("list_delay", [0, 3600])
+@pytest.mark.parametrize("nap", [0, 4])
+def test_a_create_that_was_killed_before_its_answer_is_run_again(
+    when: str, list_delay: int, nap: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
+    def die() -> None:
+        raise Killed
+
+    api.list_delay = 3600
+    api.faults.append(Fault("POST", "/batches$", when=when, action="reset"))
+    clock.events = [*[nothing] * nap, die]
+    with pytest.raises(Killed):
+        tool("create", "--in", requests_file())
+    api.list_delay = list_delay
+    clock.events = [nothing, api.carry_out, *[nothing] * 4, lambda: setattr(api, "list_delay", 0)]
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert times_paid(api) == [1, 1]
+
+
 @pytest.mark.parametrize("path, when", [("/files$", "after"), ("/batches$", "after")])
-def test_a_create_that_was_killed_is_run_again(
+def test_a_create_that_was_killed_by_the_system_is_run_again(
     path: str, when: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     requests_file()
     api.faults.append(Fault("POST", path, when=when, action="reset", seconds=0.2))
-    command = [sys.executable, str(ROOT / "batch_tool.py"), "create", "--in", "requests.jsonl"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not sent(api, "POST", path):
-            time.sleep(0.001)
+    with started("create", "--in", "requests.jsonl") as process:
+        until(lambda: asked(api, "POST", path))
         process.kill()
     time.sleep(0.3)  # the server goes on with what it has received
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(only_batch(api))
 
 
+def test_a_note_that_is_cut_or_deleted_is_no_error(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    assert tool("create", "--in", requests_file()) == 0
+    note_path().write_bytes(b'{"file": 7}\n[]\n{"file": "../x", "batch": "b"}\n{"fil')
+    assert tool("create", "--in", "requests.jsonl") == 0
+    note_path().unlink()
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == ids(only_batch(api)) * 3
+
+
+def test_notes_older_than_thirty_days_are_removed(api: LocalBatchAPI, tool: Tool) -> None:
+    assert tool("create", "--in", requests_file()) == 0
+    old = note_path()
+    os.utime(old, (time.time() - 31 * DAY,) * 2)
+    assert tool("create", "--in", requests_file(request("b1"))) == 0
+    assert note_path() != old
+
+
+def test_a_note_that_cannot_be_written_draws_a_warning(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/x")
+    assert tool("create", "--in", requests_file()) == 0
+    words = "do not start another create or run of requests.jsonl meanwhile"
+    reason = f"cannot lock a note in /dev/null/x/batch_tool: Not a directory; {words}"
+    assert capsys.readouterr() == (ids(only_batch(api)), warning(reason))
+
+
+def test_a_service_that_keeps_no_metadata_draws_one_warning(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.habits.add("no-metadata")
+    assert tool("create", "--in", requests_file(), "--max-requests", 1) == 0
+    reason = ("this service keeps no metadata, so only a note on this machine protects the same requests from being "
+              "submitted, and paid for, again")
+    assert capsys.readouterr() == ("".join(map(ids, api.batches.values())), warning(reason))
+
+
+# earlier batches
+
 EARLIER = pytest.mark.parametrize(
-    "status, output, fate",
+    "status, output, fields, fate",
     [
-        ("validating", None, "adopted"),
-        ("in_progress", None, "adopted"),
-        ("finalizing", None, "adopted"),
-        ("queued", None, "adopted"),
-        ("completed", b"{}\n", "adopted"),
-        ("completed", None, "submitted"),
-        ("completed", b"", "submitted"),
-        ("failed", None, "submitted"),
-        ("expired", None, "submitted"),
-        ("expired", b"{}\n", "left out"),
-        ("cancelled", None, "submitted"),
-        ("cancelled", b"{}\n", "left out"),
-        ("cancelling", None, "left out"),
+        ("validating", None, {}, "reused"),
+        ("in_progress", None, {}, "reused"),
+        ("finalizing", None, {}, "reused"),
+        ("queued", None, {}, "reused"),
+        ("IN_PROGRESS", None, {}, "reused"),
+        ("completed", b"{}\n", {}, "reused"),
+        ("COMPLETED", b"{}\n", {}, "reused"),
+        ("completed", b"{}\n", {"request_counts": None}, "reused"),
+        ("completed", None, {}, "submitted"),
+        ("completed", None, {"output_file_id": ""}, "submitted"),
+        ("completed", b"", {}, "submitted"),
+        ("failed", None, {}, "submitted"),
+        ("FAILED", b"", {}, "submitted"),
+        ("expired", None, {}, "submitted"),
+        ("expired", b"", {}, "submitted"),
+        ("expired", b"{}\n", {}, "left out"),
+        ("expired", b"{}\n", {"request_counts": None}, "left out"),
+        ("cancelled", None, {}, "submitted"),
+        ("cancelled", b"", {}, "submitted"),
+        ("cancelled", b"{}\n", {}, "left out"),
+        ("canceled", b"{}\n", {}, "left out"),
+        ("Cancelled", b"{}\n", {}, "left out"),
+        ("cancelling", None, {}, "left out"),
     ],
 )
 
 
 def earlier_batch(api: LocalBatchAPI, path: Path, status: str = "in_progress", **fields: Any) -> LocalBatch:
-    """A batch that an earlier create made of the file."""
-    metadata = {"input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    """A batch that an earlier create made of the file, on another machine."""
+    metadata = {"input_sha256": sha256(path.read_bytes())}
     input_file = api.new_file(path.read_bytes(), "batch", path.name)
-    return api.new_batch(status, **{"input_file": input_file, "metadata": metadata} | fields)
+    return api.new_batch(status, **{"input_file": input_file, "metadata": metadata, "id": "batch_1"} | fields)
 
 
 @EARLIER
 def test_nothing_is_paid_for_twice(
-    status: str, output: bytes | None, fate: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+    status: str, output: bytes | None, fields: Json, fate: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     path = requests_file()
-    empty = {"output_file_id": ""} if output == b"" else {}
-    batch = earlier_batch(api, path, status, output=output, id="batch_1", **empty)
-    expected = {"adopted": (0, 1), "submitted": (0, 2), "left out": (1, 1)}[fate]
+    batch = earlier_batch(api, path, status, output=output, **fields)
+    expected = {"reused": (0, 1), "submitted": (0, 2), "left out": (1, 1)}[fate]
     assert (tool("create", "--in", path), len(api.batches)) == expected
-    out, err = capsys.readouterr()
-    if fate == "adopted":
-        assert (out, err) == (ids(batch), f"part 1/1 is batch batch_1 ({status}) already; not submitted again\n")
+    name = "cancelled" if status == "canceled" else status.lower()
+    if fate == "reused":
+        said = f"part 1/1 was already submitted as batch batch_1 ({name}); skipping\n"
+        assert capsys.readouterr() == (ids(batch), said)
+        assert asked(api, "GET", "/models/") == 0
     elif fate == "left out":
-        done = f"{1 if output else 0} of its 2 requests"
+        done = f"{1 if output and not fields else 0} of its 2 requests"
         when = "once it has ended, " if status == "cancelling" else ""
-        assert (out, err) == ("", (
-            f"batch_tool.py: warning: part 1/1 not submitted: batch batch_1 ({status}) has finished {done}; "
-            f"{when}get them with retrieve --batch-id batch_1, and the rest with retry, without paying for all of it "
-            "again\n"
+        assert capsys.readouterr() == ("", warning(
+            f"part 1/1 not submitted: batch batch_1 ({name}) has finished {done}; {when}run on the same file takes "
+            "those and sends only the rest"
         ))
     else:
-        assert (out, err) == (ids([*api.batches.values()][-1]), "")
+        assert capsys.readouterr() == (ids(last_batch(api)), "")
 
 
-def test_an_adopted_batch_is_printed_as_json(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    earlier_batch(api, requests_file(), id="batch_1")
+LATE = pytest.mark.parametrize(
+    "late", [{"output_file_id": None}, {"output_file_id": ""}, {"output": b""}], ids=["null", "no id", "empty"]
+)
+
+
+def late_batch(api: LocalBatchAPI, late: Json) -> LocalBatch:
+    """A completed batch of requests.jsonl with two successes, whose output file does not show yet."""
+    counts = {"total": 2, "completed": 2, "failed": 0}
+    return earlier_batch(api, requests_file(), "completed", request_counts=counts, **late)
+
+
+def bring_output(api: LocalBatchAPI, batch: LocalBatch) -> None:
+    batch.output_file_id = api.new_file(jsonl(success("a1"), success("a2")), "batch_output", "x").id
+
+
+@LATE
+def test_create_waits_for_an_output_file_that_is_late(
+    late: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    batch = late_batch(api, late)
+    clock.events = [nothing, nothing, lambda: bring_output(api, batch)]
+    assert tool("create", "--in", "requests.jsonl") == 0
+    said = "part 1/1 was already submitted as batch batch_1 (completed); skipping\n"
+    assert capsys.readouterr() == (ids(batch), said)
+    assert (clock.naps, len(api.batches)) == ([5, 5, 5], 1)
+
+
+def output_missing() -> str:
+    return ("batch batch_1 has completed 2 requests, but has no output file after 10 minutes; run the same command "
+            "again later")
+
+
+@LATE
+def test_create_gives_up_after_ten_minutes_without_an_output_file(
+    late: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    late_batch(api, late)
+    assert tool("create", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr().err.endswith(error(output_missing()))
+    assert (clock.now, posts(api)) == (600, 0)
+
+
+def test_a_reused_batch_is_printed_as_json(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    earlier_batch(api, requests_file())
     assert tool("create", "--in", "requests.jsonl", "--json") == 0
     assert json.loads(capsys.readouterr().out)["id"] == "batch_1"
 
 
 def test_only_the_parts_that_were_not_submitted_are(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file(request("a1"))
-    earlier_batch(api, Path("requests.jsonl"), "expired", output=b"{}\n")
+    api.faults.append(Fault("POST", "/batches$", skip=1, status=403))
+    assert tool("create", "--in", requests_file(), "--max-requests", 1) == 1
+    capsys.readouterr()
+    assert tool("create", "--in", "requests.jsonl", "--max-requests", 1) == 0
+    first, second = api.batches.values()
+    said = f"part 1/2 was already submitted as batch {first.id} (completed); skipping\n"
+    assert capsys.readouterr() == (ids(first) + ids(second), said)
+    assert (sent(api), times_paid(api)) == ([["a1"], ["a2"]], [1, 1])
+
+
+def test_a_part_that_is_left_out_does_not_keep_the_others_from_being_submitted(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    earlier_batch(api, requests_file(request("a1")), "expired", output=b"{}\n")
     requests_file(request("a1"), request("a2"))
     assert tool("create", "--in", "requests.jsonl", "--max-requests", 1) == 1
-    assert capsys.readouterr().out == ids([*api.batches.values()][-1])
-    assert len(api.batches) == 2
+    assert capsys.readouterr().out == ids(last_batch(api))
+    assert sent(api) == [["a1"], ["a2"]]
+
+
+@pytest.mark.parametrize("first, second", [([], ["--max-requests", 1]), (["--max-requests", 1], [])], ids=in_short)
+@pytest.mark.parametrize("known_by", ["metadata", "note"])
+def test_another_division_of_the_same_file_is_refused_with_both_ways_on(
+    first: list[Any], second: list[Any], known_by: str, api: LocalBatchAPI, tool: Tool, capsys: Capture,
+    monkeypatch: Environment,
+) -> None:
+    if known_by == "note":
+        api.habits.add("no-metadata")
+    assert tool("create", "--in", requests_file(), *first) == 0
+    if known_by == "metadata":
+        monkeypatch.setenv("XDG_STATE_HOME", os.environ["XDG_STATE_HOME"] + "-of-another-machine")
+    capsys.readouterr()
+    assert tool("create", "--in", "requests.jsonl", *second) == 1
+    names = ", ".join(sorted(api.batches, key=lambda batch_id: (api.batches[batch_id].created_at, batch_id)))
+    assert capsys.readouterr() == ("", error(
+        f"other batches have requests of this file: {names}; nothing more was submitted; use the same --max-requests "
+        "as they did, or run, which takes their results and sends only the rest"
+    ))
+    assert times_paid(api) == [1, 1]
+
+
+@pytest.mark.parametrize("same_part", [True, False])
+def test_the_listing_is_looked_at_again_right_before_the_post(
+    same_part: bool, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    path = requests_file()
+    metadata = {"input_sha256": "0" * 64, "request_file_sha256": sha256(path.read_bytes())}
+    api.faults.append(Fault("POST", "/files$", status=429, headers={"Retry-After": "60"}))
+    clock.events = [lambda: earlier_batch(api, path, **({} if same_part else {"metadata": metadata}))]
+    assert tool("create", "--in", path) == int(not same_part)
+    batch = only_batch(api)
+    out, err = capsys.readouterr()
+    assert out.endswith(ids(batch)) == same_part
+    assert ("other batches have requests of this file: batch_1; nothing more was submitted; " in err) != same_part
+    assert ([*api.files], posts(api)) == ([batch.input_file_id], 0)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"endpoint": "/v1/embeddings"}, {"metadata": None}, {"metadata": {}}, {"metadata": "odd"}], ids=str
+    "metadata",
+    [None, {}, "odd", {"input_sha256": "others"}, {"input_sha256": "others", "input_file": "requests.jsonl"}],
+    ids=str,
 )
-def test_a_batch_of_other_input_is_not_adopted(changes: dict[str, Any], api: LocalBatchAPI, tool: Tool) -> None:
-    earlier_batch(api, requests_file(), **changes)
+def test_a_batch_of_other_input_is_not_reused(metadata: Any, api: LocalBatchAPI, tool: Tool) -> None:
+    earlier_batch(api, requests_file(), metadata=metadata)
     assert tool("create", "--in", "requests.jsonl") == 0
     assert len(api.batches) == 2
-
-
-@pytest.mark.parametrize("age, batches", [(29 * DAY, 1), (31 * DAY, 2)])
-def test_a_batch_is_adopted_for_thirty_days(age: int, batches: int, api: LocalBatchAPI, tool: Tool) -> None:
-    earlier_batch(api, requests_file(), created_at=int(time.time()) - age)
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert len(api.batches) == batches
 
 
 def test_force_submits_again(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     earlier_batch(api, requests_file())
+    api.faults.append(Fault("GET", "/batches$", status=404, times=9))
     assert tool("create", "--in", "requests.jsonl", "--force") == 0
-    assert capsys.readouterr() == (ids([*api.batches.values()][-1]), "")
-    assert (len(api.batches), sent(api, "GET")) == (2, 0)
+    assert capsys.readouterr() == (ids(last_batch(api)), "")
+    assert len(api.batches) == 2
 
 
-def test_an_earlier_batch_is_found_behind_many_pages(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+# the listing
+
+
+@pytest.mark.parametrize("age, batches", [(29 * DAY, 1), (31 * DAY, 2)])
+@pytest.mark.parametrize("offset", [0, -31 * DAY, 31 * DAY])
+def test_a_batch_is_reused_for_thirty_days_by_the_clock_of_the_server(
+    age: int, batches: int, offset: int, api: LocalBatchAPI, tool: Tool
+) -> None:
+    api.clock_offset = offset
+    earlier_batch(api, requests_file(), created_at=api.now() - age)
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert len(api.batches) == batches
+
+
+@pytest.mark.parametrize("habits", [set(), {"no-has-more"}, {"short-endpoint"}], ids=in_short)
+def test_an_earlier_batch_is_found_behind_many_pages(
+    habits: set[str], api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.habits = habits
     batch = earlier_batch(api, requests_file(), created_at=int(time.time()) - 60)
     for _ in range(250):
-        api.new_batch("completed", input_file=api.files[batch.input_file_id])
+        api.new_batch("completed", input_file=batch.input_file)
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(batch)
-    assert sent(api, "GET") == 3
+    assert asked(api, "GET", "/batches$") == 3 + ("no-has-more" in habits)
 
 
-def test_pages_that_repeat_come_to_an_end(api: LocalBatchAPI, tool: Tool) -> None:
-    page = {"data": [{"id": "b1", "status": "completed"}], "has_more": True}
-    api.faults.append(Fault("GET", "/batches$", status=200, body=json.dumps(page).encode(), times=9))
-    requests_file()
-    assert tool("create", "--in", "requests.jsonl") == 0
-    assert sent(api, "GET") == 2
-
-
-def test_a_listing_without_has_more_is_read_to_its_end(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    path = requests_file()
-    metadata = {"input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    known = {"id": "b2", "status": "in_progress", "endpoint": "/v1/responses", "metadata": metadata}
-    pages = {"data": [{"id": "b1", "status": "failed"}]}, {"data": [known]}, {"data": []}
+def serve_pages(api: LocalBatchAPI, *pages: Any) -> None:
+    """Let the listing be these pages, for the first requests of it."""
     api.faults += [Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()) for page in pages]
-    assert tool("create", "--in", path) == 0
-    assert capsys.readouterr().out == "Batch ID: b2\n"
-    assert sent(api, "POST") == 0
 
 
-def test_an_earlier_batch_with_few_fields_is_adopted(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+def listed(batch_id: str, content: bytes = b"", created_at: Any = None, **fields: Any) -> Json:
+    metadata = {"input_sha256": sha256(content)}
+    return {"id": batch_id, "status": "in_progress", "metadata": metadata, "created_at": created_at} | fields
+
+
+@pytest.mark.parametrize("old", [1, 100, 250])
+def test_old_entries_before_a_recent_one_do_not_hide_it(
+    old: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    content = requests_file().read_bytes()
+    entries = [listed(f"old_{number}", created_at=1) for number in range(old)]
+    entries.append(listed("batch_1", content, created_at=int(time.time()), endpoint="/responses"))
+    pages = [entries[first : first + 100] for first in range(0, len(entries), 100)]
+    serve_pages(api, *({"data": page, "has_more": page is not pages[-1]} for page in pages))
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == "Batch ID: batch_1\n"
+    assert asked(api, "POST") == 0
+
+
+def test_three_full_pages_of_old_batches_end_the_search(api: LocalBatchAPI, tool: Tool) -> None:
     path = requests_file()
-    metadata = {"input_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    known = {"id": "b1", "status": "validating", "endpoint": "/v1/responses", "metadata": metadata, "created_at": "?"}
-    page = {"data": [{"id": "b2", "status": "validating", "metadata": metadata}, known], "has_more": False}
-    api.faults.append(Fault("GET", "/batches$", status=200, body=json.dumps(page).encode()))
+    file = api.new_file(b"", "batch", "x")
+    for _ in range(420):
+        api.new_batch("completed", input_file=file, created_at=1)
     assert tool("create", "--in", path) == 0
+    assert asked(api, "GET", "/batches$") == 2 * 3  # at the start, and right before the POST
+
+
+@pytest.mark.parametrize("created_at", [None, "?", 0])
+def test_an_earlier_batch_with_few_fields_is_reused(
+    created_at: Any, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    serve_pages(api, {"data": [listed("b1", requests_file().read_bytes(), created_at)], "has_more": False})
+    assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == "Batch ID: b1\n"
 
 
-def test_a_used_up_quota_is_known_by_its_type_too(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
-    error = {"error": {"message": "Pay first.", "type": "insufficient_quota", "code": None}}
-    api.faults.append(Fault("POST", "/batches$", status=429, times=9, body=json.dumps(error).encode()))
+REPEATED = "the server repeats a page of its listing of batches"
+
+
+def test_a_listing_that_ignores_after_is_not_whole(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.habits.add("ignores-after")
+    file = api.new_file(b"", "batch", "x")
+    for _ in range(101):
+        api.new_batch("completed", input_file=file)
     assert tool("create", "--in", requests_file()) == 1
-    assert (sent(api, "POST", "/batches$"), clock.now) == (1, 0)
+    assert capsys.readouterr() == ("", error(REPEATED))
+    assert asked(api, "POST") == 0
 
 
-@pytest.mark.parametrize("cut", [{"action": "cut"}, {"status": 500}], ids=in_short)
-def test_without_a_listing_nothing_is_uploaded(cut: dict[str, Any], api: LocalBatchAPI, tool: Tool) -> None:
-    requests_file()
+@pytest.mark.parametrize("page", [{"data": [listed("b1")], "has_more": True}, {"data": [], "has_more": True},
+                                  {"data": [listed(f"b{number}") for number in range(100)]}], ids=in_short)
+def test_a_page_that_brings_nothing_new_while_there_is_more_is_an_error(
+    page: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    serve_pages(api, page, page)
+    assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr() == ("", error(REPEATED))
+    assert asked(api, "POST") == 0
+
+
+def test_a_listing_that_ignores_after_is_whole_where_it_has_one_page(api: LocalBatchAPI, tool: Tool) -> None:
+    api.habits |= {"ignores-after", "no-has-more"}
+    for _ in range(3):
+        api.new_batch("completed")
+    assert tool("create", "--in", requests_file()) == 0
+    assert len(api.batches) == 4
+
+
+def test_a_listing_without_an_end_is_an_error() -> None:
+    class Endless(batch_tool.Api):
+        def page(self, query: Json) -> batch_tool.Page:
+            number = query.get("after", "b0")[1:]
+            batch = batch_tool.Batch.parse(listed(f"b{int(number) + 1}"))
+            return batch_tool.Page([batch], True, time.time())
+
+    nobody: Any = None
+    with pytest.raises(batch_tool.IncompleteListing, match=r"has more than 500 pages$"):
+        Endless(nobody, "", nobody, nobody, nobody, False).recent_batches()
+
+
+@pytest.mark.parametrize("cut", [{"action": "cut"}, {"status": 500}, {"status": 404}], ids=in_short)
+def test_without_a_listing_nothing_is_uploaded(cut: Json, api: LocalBatchAPI, tool: Tool) -> None:
     api.faults.append(Fault("GET", "/batches$", times=9, **cut))
-    assert tool("create", "--in", "requests.jsonl") == 1
-    assert sent(api, "POST") == 0
+    assert tool("create", "--in", requests_file()) == 1
+    assert asked(api, "POST") == 0
 
 
 # -- status -------------------------------------------------------------------------------------------------------
@@ -1078,7 +1901,7 @@ def test_status_shows_and_saves_a_completed_batch(
     assert Path("errors_batch-def456.jsonl").read_bytes() == errors
 
 
-def test_times_are_local(api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capture, monkeypatch: Any) -> None:
+def test_times_are_local(api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capture, monkeypatch: Environment) -> None:
     monkeypatch.setenv("TZ", "EST5")
     time.tzset()
     api.new_batch("validating", id="batch_1", created_at=MORNING)
@@ -1092,6 +1915,8 @@ def test_times_are_local(api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capt
         ("failed", "Failed: 2024-01-15T10:31:00\n"),
         ("expired", "Expired: 2024-01-15T10:31:00\n"),
         ("cancelled", "Cancelled: 2024-01-15T10:31:00\n"),
+        ("FAILED", "Failed: 2024-01-15T10:31:00\n"),
+        ("canceled", "Cancelled: 2024-01-15T10:31:00\n"),
         ("in_progress", "Expires: 2024-01-16T10:30:00\n"),
         ("paused", "Expires: 2024-01-16T10:30:00\n"),
     ],
@@ -1099,9 +1924,11 @@ def test_times_are_local(api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capt
 def test_each_status_shows_its_own_time(
     status: str, line: str, api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capture
 ) -> None:
-    api.new_batch(status, id="batch_1", created_at=MORNING, **{f"{status}_at": MORNING + 60})
+    ended = line.split(":")[0].lower()
+    moment = {} if ended == "expires" else {f"{ended}_at": MORNING + 60}
+    api.new_batch(status, id="batch_1", created_at=MORNING, **moment)
     assert tool("status", "--batch-id", "batch_1") == 0
-    assert capsys.readouterr().out == f"Status: {status}\nCreated: 2024-01-15T10:30:00\n{line}"
+    assert capsys.readouterr() == (f"Status: {status}\nCreated: 2024-01-15T10:30:00\n{line}", "")
 
 
 def test_a_failed_batch_shows_its_errors(api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capture) -> None:
@@ -1119,7 +1946,7 @@ def test_a_failed_batch_shows_its_errors(api: LocalBatchAPI, tool: Tool, utc: No
         "Created: 2024-01-15T10:30:00\n"
         "line 3: duplicate_custom_id: Used twice.\n"
         "token_limit_exceeded: Too many.\n"
-        "Only words\\nand more.\n"
+        "Only words and more.\n"
     )
 
 
@@ -1129,17 +1956,6 @@ def test_fields_that_are_null_or_odd_are_left_out(odd: Any, api: LocalBatchAPI, 
     api.new_batch("in_progress", id="batch_1").__dict__.update(dict.fromkeys(names, odd))
     assert tool("status", "--batch-id", "batch_1") == 0
     assert re.fullmatch(r"Status: in_progress\nCreated: .*\n", capsys.readouterr().out)
-
-
-def test_fields_that_are_absent_are_left_out_and_unknown_ones_kept(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture
-) -> None:
-    answer = {"id": "batch_1", "status": "dreaming", "self": 1, "new": {"deep": [None]}}
-    api.faults.append(Fault("GET", status=200, body=json.dumps(answer).encode(), times=2))
-    assert tool("status", "--batch-id", "batch_1") == 0
-    assert capsys.readouterr().out == "Status: dreaming\n"
-    assert tool("status", "--batch-id", "batch_1", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == answer
 
 
 def test_status_as_json_is_the_batch_and_where_its_files_are(
@@ -1161,8 +1977,8 @@ def test_no_auto_save_leaves_the_files_at_the_server(api: LocalBatchAPI, tool: T
     assert not list(Path().glob("*.jsonl"))
 
 
-@pytest.mark.parametrize("status", ["expired", "cancelled"])
-def test_what_a_batch_that_ended_early_left_is_saved(status: str, api: LocalBatchAPI, tool: Tool) -> None:
+@pytest.mark.parametrize("status", ["expired", "cancelled", "canceled", "EXPIRED", "Completed"])
+def test_what_a_batch_that_has_ended_left_is_saved(status: str, api: LocalBatchAPI, tool: Tool) -> None:
     done_batch(api, status)
     assert tool("status", "--batch-id", "batch_1") == 0
     assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success("a1"))
@@ -1183,7 +1999,7 @@ def test_a_file_that_is_complete_is_not_downloaded_again(api: LocalBatchAPI, too
     first = capsys.readouterr().out
     assert tool("status", "--batch-id", "batch_1") == 0
     assert capsys.readouterr().out == first
-    assert sent(api, "GET", "/content$") == 1
+    assert asked(api, "GET", "/content$") == 1
 
 
 def test_a_file_that_is_not_complete_is_replaced_and_the_log_says_so(api: LocalBatchAPI, tool: Tool) -> None:
@@ -1209,7 +2025,8 @@ def test_a_batch_that_fails_does_not_keep_the_others_from_it(
     api.new_batch("in_progress" if command == "cancel" else "completed", id="batch_2", output=jsonl(success()))
     assert tool(command, "--batch-id", "batch_1", "batch_2") == 1
     out, err = capsys.readouterr()
-    assert err == "batch_tool.py: error: batch_1: HTTP 404: No such batch: batch_1\n"
+    operation = "CANCEL_BATCH" if command == "cancel" else "GET_STATUS"
+    assert err == error(f"batch_1: {operation}: HTTP 404: No such batch: batch_1")
     assert out
 
 
@@ -1217,8 +2034,7 @@ def test_saving_that_fails_is_exit_1(api: LocalBatchAPI, tool: Tool, capsys: Cap
     done_batch(api)
     Path("results_batch_1.jsonl").mkdir()
     assert tool("status", "--batch-id", "batch_1") == 1
-    error = "batch_tool.py: error: batch_1: cannot write results_batch_1.jsonl: Is a directory\n"
-    assert capsys.readouterr().err == error
+    assert capsys.readouterr().err == error("batch_1: cannot write results_batch_1.jsonl: Is a directory")
 
 
 @pytest.mark.parametrize("answer", [{"id": "../../x"}, {"id": "x/y"}, {"id": ".x"}, {"id": "another"}], ids=str)
@@ -1230,7 +2046,7 @@ def test_an_id_of_the_server_chooses_no_directory(
     api.faults.append(Fault("GET", "/batches/", status=200, body=body, times=9))
     assert tool("status", "--batch-id", "batch_1") == 1
     assert not list(Path().rglob("results_*"))
-    assert "error: batch_1: the answer is " in capsys.readouterr().err
+    assert "error: batch_1: the response is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file_id", ["../batches", "a/b", 7, ["x"]], ids=str)
@@ -1239,15 +2055,66 @@ def test_a_file_id_that_can_be_none_is_not_asked_for(
 ) -> None:
     done_batch(api, output_file_id=file_id)
     assert tool("status", "--batch-id", "batch_1") == 1
-    reason = f"output_file_id of batch batch_1 is no file id: {json.dumps(file_id)}"
-    assert capsys.readouterr().err == f"batch_tool.py: error: batch_1: {reason}\n"
+    reason = f"output_file_id of batch batch_1 is not a file id: {json.dumps(file_id)}"
+    assert capsys.readouterr().err == error(f"batch_1: {reason}")
+
+
+@pytest.mark.parametrize("answer", [{"status": 0}, {"status": ""}, {"status": None}, {}, {"id": 7}], ids=str)
+def test_an_answer_that_is_no_batch_is_one_line(answer: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    body = json.dumps({"id": "batch_1"} | answer)
+    api.faults.append(Fault("GET", "/batches/", status=200, body=body.encode(), times=9))
+    assert tool("status", "--batch-id", "batch_1") == 1
+    assert capsys.readouterr() == ("", error(f"batch_1: the response is not a batch: {body}"))
+
+
+def test_metadata_that_is_nested_deeply_is_printed_as_it_is(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    deep: Any = "end"
+    for _ in range(300):
+        deep = {"a": [deep]}
+    done_batch(api, metadata=deep)
+    assert tool("status", "--batch-id", "batch_1", "--json", "--verbose") == 0
+    assert json.loads(capsys.readouterr().out)["metadata"] == deep
+
+
+@pytest.mark.parametrize("depth", [3_000, 100_000])
+def test_metadata_that_is_nested_too_deeply_is_one_line(
+    depth: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    body = b'{"id": "batch_1", "status": "in_progress", "metadata": ' + b'[' * depth + b"]" * depth + b"}"
+    api.faults.append(Fault("GET", status=200, body=body, times=9))
+    code = tool("status", "--batch-id", "batch_1", "--json")
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1) or (code, err, out.count("\n")) == (0, "", 1)
+
+
+@LATE
+def test_status_shows_a_batch_whose_output_file_is_late_as_it_is(
+    late: Json, api: LocalBatchAPI, tool: Tool, utc: None, capsys: Capture
+) -> None:
+    late_batch(api, late).__dict__.update(created_at=MORNING, completed_at=MORNING)
+    assert tool("status", "--batch-id", "batch_1") == 0
+    assert capsys.readouterr() == (
+        "Status: completed\n"
+        "Created: 2024-01-15T10:30:00\n"
+        "Completed: 2024-01-15T10:30:00\n"
+        "Requests: 2 completed, 0 failed of 2\n",
+        "",
+    )
+    assert [path.name for path in Path().glob("*.jsonl")] == ["requests.jsonl"]
+
+
+def test_empty_files_are_neither_saved_nor_told(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    done_batch(api, output=b"", errors=b"", request_counts=None)
+    assert tool("status", "--batch-id", "batch_1") == 0
+    assert "saved" not in capsys.readouterr().out
+    assert not list(Path().glob("*.jsonl"))
 
 
 # -- wait ---------------------------------------------------------------------------------------------------------
 
 
 def test_wait_shows_each_change_and_then_the_status(
-    api: LocalBatchAPI, tool: Tool, clock: Time, utc: None, capsys: Capture
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, utc: None, capsys: Capture
 ) -> None:
     counts = {"total": 3, "completed": 0, "failed": 0}
     batch = done_batch(api, "validating", request_counts=None, errors=None, expires_at=None)
@@ -1255,7 +2122,7 @@ def test_wait_shows_each_change_and_then_the_status(
     def change(status: str, **fields: int) -> Callable[[], None]:
         return lambda: batch.__dict__.update(status=status, request_counts=counts | fields)
 
-    clock.then = [
+    clock.events = [
         change("in_progress"), change("in_progress"), change("in_progress", completed=1, failed=1),
         lambda: batch.__dict__.update(status="completed", completed_at=MORNING, request_counts=counts),
     ]
@@ -1274,9 +2141,11 @@ def test_wait_shows_each_change_and_then_the_status(
     )
 
 
-def test_on_a_terminal_progress_is_one_line(api: LocalBatchAPI, tool: Tool, clock: Time, monkeypatch: Any) -> None:
+def test_on_a_terminal_progress_is_one_line(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, monkeypatch: Environment
+) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
-    clock.then = [lambda: None, lambda: batch.enter("completed", batch.born)]
+    clock.events = [nothing, lambda: batch.enter("completed", batch.born)]
     ours, terminal = os.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -1293,11 +2162,11 @@ def test_on_a_terminal_progress_is_one_line(api: LocalBatchAPI, tool: Tool, cloc
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_waiting(
-    api: LocalBatchAPI, tool: Tool, clock: Time, monkeypatch: pytest.MonkeyPatch
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, monkeypatch: Environment
 ) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
     ours, terminal = os.openpty()
-    clock.then = [lambda: os.close(ours), lambda: batch.enter("completed", batch.born)]
+    clock.events = [lambda: os.close(ours), lambda: batch.enter("completed", batch.born)]
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         assert tool("wait", "--batch-id", "batch_1") == 0
@@ -1305,25 +2174,79 @@ def test_a_terminal_that_goes_away_does_not_end_the_waiting(
 
 def test_the_time_for_waiting_is_not_one_for_saving(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.new_batch("completed", output=jsonl(success()), id="batch_1")
-    api.faults.append(Fault("GET", "/files/", status=503, headers={"Retry-After": "30"}))
+    api.faults.append(Fault("GET", "/content$", status=503, headers={"Retry-After": "30"}))
     assert tool("wait", "--batch-id", "batch_1", "--timeout", "3") == 0
     assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success())
 
 
-@pytest.mark.parametrize("status, code", [("completed", 0), ("failed", 1), ("expired", 1), ("cancelled", 1)])
-def test_wait_is_0_only_if_all_completed(status: str, code: int, api: LocalBatchAPI, tool: Tool) -> None:
+@pytest.mark.parametrize(
+    "status, code",
+    [("completed", 0), ("COMPLETED", 0), ("failed", 1), ("expired", 1), ("cancelled", 1), ("canceled", 1)],
+)
+def test_wait_is_0_only_if_all_completed(
+    status: str, code: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime
+) -> None:
     api.new_batch("completed", id="batch_1")
     api.new_batch(status, id="batch_2")
     assert tool("wait", "--batch-id", "batch_1", "batch_2") == code
+    assert clock.naps == []
 
 
-def test_wait_polls_a_batch_until_it_has_ended_and_no_longer(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+def test_wait_polls_a_batch_until_it_has_ended_and_no_longer(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     api.new_batch("completed", id="batch_1")
-    batch = api.new_batch("paused", id="batch_2")
-    clock.then = [lambda: None, lambda: batch.enter("completed", batch.born)]
+    batch = api.new_batch("in_progress", id="batch_2")
+    clock.events = [nothing, lambda: batch.enter("completed", batch.born)]
     assert tool("wait", "--batch-id", "batch_1", "batch_2") == 0
     assert clock.naps == [30, 30]
-    assert (sent(api, "GET", "batch_1"), sent(api, "GET", "batch_2")) == (1, 3)
+    assert (asked(api, "GET", "batch_1"), asked(api, "GET", "batch_2")) == (1, 3)
+
+
+def test_wait_warns_once_of_a_status_that_it_does_not_know(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    batch = api.new_batch("Paused", id="batch_1")
+    clock.events = [nothing, nothing, lambda: batch.enter("completed", batch.born)]
+    assert tool("wait", "--batch-id", "batch_1") == 0
+    assert capsys.readouterr().err == (
+        warning('batch_1: status "Paused" is not known; still waiting')
+        + "batches: 1 paused; 0:00:00 elapsed\nbatches: 1 completed; 0:01:30 elapsed\n"
+    )
+
+
+def test_a_batch_that_is_unknown_does_not_keep_the_others_from_being_saved(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    batch = api.new_batch("in_progress", id="batch_2", output=jsonl(success()))
+    clock.events = [lambda: batch.enter("completed", batch.born)]
+    assert tool("wait", "--batch-id", "batch_1", "batch_2") == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("Batch ID: batch_2\nStatus: completed\n")
+    assert out.endswith(f"Results saved: results_batch_2.jsonl ({len(jsonl(success()))} bytes)\n")
+    assert err.endswith(error("batch_1: GET_STATUS: HTTP 404: No such batch: batch_1"))
+    assert (err.count("\n"), asked(api, "GET", "batch_1")) == (3, 1)
+
+
+@LATE
+def test_wait_waits_for_an_output_file_that_is_late(
+    late: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    batch = late_batch(api, late)
+    clock.events = [nothing, lambda: bring_output(api, batch)]
+    assert tool("wait", "--batch-id", "batch_1") == 0
+    assert clock.naps == [30, 30]
+    assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success("a1"), success("a2"))
+
+
+@LATE
+def test_wait_gives_up_after_ten_minutes_without_an_output_file(
+    late: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    late_batch(api, late)
+    assert tool("wait", "--batch-id", "batch_1") == 1
+    assert capsys.readouterr() == ("", (
+        f"batches: 1 completed; requests: 2/2 (100%); 0:00:00 elapsed\n{error('batch_1: ' + output_missing())}"
+    ))
+    assert clock.now == 600
 
 
 def test_wait_saves_unless_told_not_to(api: LocalBatchAPI, tool: Tool) -> None:
@@ -1343,12 +2266,20 @@ def test_wait_as_json_is_one_line_a_batch(api: LocalBatchAPI, tool: Tool, capsys
     assert (second["id"], "results_path" in second) == ("batch_2", False)
 
 
-def test_wait_ends_with_3_when_its_time_is_up(api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture) -> None:
+def test_wait_ends_with_3_when_its_time_is_up(api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture) -> None:
     api.new_batch("in_progress", id="batch_1")
     assert tool("wait", "--batch-id", "batch_1", "--timeout", "45") == 3
     assert clock.naps == [30, 15]
-    resume = "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1"
-    assert capsys.readouterr().err.endswith(f"batch_tool.py: error: --timeout passed; {resume}\n")
+    resume = "the batches keep running on the server; to resume waiting: batch_tool.py wait --batch-id batch_1"
+    assert capsys.readouterr().err.endswith(error(f"--timeout passed; {resume}"))
+
+
+@pytest.mark.parametrize("path", ["/batches/", "/content$"])
+def test_a_server_that_drips_does_not_outlast_the_timeout(path: str, api: LocalBatchAPI, capsys: Capture) -> None:
+    late_batch(api, {"output": b""})
+    api.faults.append(Fault("GET", path, action="drip", seconds=0.3))  # some hundred bytes
+    assert batch_tool.main(["wait", "--batch-id", "batch_1", "--timeout", "0.3"]) == 3
+    assert "error: --timeout passed; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -1358,11 +2289,11 @@ def test_wait_ends_with_3_when_its_time_is_up(api: LocalBatchAPI, tool: Tool, cl
     ids=in_short,
 )
 def test_an_outage_after_the_first_answer_is_outlived(
-    outage: dict[str, Any], api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture
+    outage: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
-    clock.then = [
-        lambda: api.faults.append(Fault("GET", times=20, **outage)), *[lambda: None] * 19,
+    clock.events = [
+        lambda: api.faults.append(Fault("GET", times=20, **outage)), *[nothing] * 19,
         lambda: batch.enter("completed", batch.born),
     ]
     assert tool("wait", "--batch-id", "batch_1") == 0
@@ -1371,25 +2302,29 @@ def test_an_outage_after_the_first_answer_is_outlived(
     assert err.count("batch_tool.py: warning: batch_1: ") == err.count("; still waiting\n") == 20
 
 
-def test_a_rate_limit_does_not_outlast_the_timeout(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+def test_a_rate_limit_does_not_outlast_the_timeout(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     batch = api.new_batch("in_progress")
     api.faults.append(Fault("GET", status=429, headers={"Retry-After": "100"}, times=9))
     assert tool("wait", "--batch-id", batch.id, "--timeout", "3") == 3
     assert clock.now == 3
 
 
-def test_a_first_poll_that_fails_ends_the_wait(api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture) -> None:
+@pytest.mark.parametrize("failure", [{"status": 500, "times": 3}, {"status": 403}], ids=in_short)
+def test_a_first_poll_that_fails_ends_the_wait(
+    failure: Json, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
     api.new_batch("in_progress", id="batch_1")
-    api.faults.append(Fault("GET", times=3, message="Out", code="out"))
+    api.faults.append(Fault("GET", message="Out", code="out", **failure))
     assert tool("wait", "--batch-id", "batch_1") == 1
-    assert capsys.readouterr().err == "batch_tool.py: error: HTTP 500: Out (out)\n"
+    assert capsys.readouterr().err.endswith(f"GET_STATUS: HTTP {failure['status']}: Out (out)\n")
+    assert clock.now < 30
 
 
-def test_a_batch_that_disappears_ends_the_wait(api: LocalBatchAPI, tool: Tool, clock: Time, capsys: Capture) -> None:
+def test_a_batch_that_disappears_is_told(api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture) -> None:
     api.new_batch("in_progress", id="batch_1")
-    clock.then = [api.batches.clear]
+    clock.events = [api.batches.clear]
     assert tool("wait", "--batch-id", "batch_1") == 1
-    assert capsys.readouterr().err.endswith("batch_tool.py: error: HTTP 404: No such batch: batch_1\n")
+    assert capsys.readouterr().err.endswith(error("batch_1: GET_STATUS: HTTP 404: No such batch: batch_1"))
 
 
 # -- retrieve -----------------------------------------------------------------------------------------------------
@@ -1423,7 +2358,7 @@ def test_out_can_be_stdout(api: LocalBatchAPI, tool: Tool, capfdbinary: pytest.C
     out, err = capfdbinary.readouterr()
     assert out == jsonl(success("a1"))
     assert err.decode() == (
-        f"Results saved: /dev/stdout ({len(out)} bytes)\n"
+        f"Results saved: stdout ({len(out)} bytes)\n"
         f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n"
     )
 
@@ -1442,22 +2377,30 @@ def test_an_out_that_cannot_be_written_is_said_before_any_request(
     out: str, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     assert tool("retrieve", "--batch-id", "batch_1", "--out", out) == 1
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: cannot write {out}: {reason}; choose another --out\n")
+    assert capsys.readouterr() == ("", error(f"cannot write {out}: {reason}; choose another --out"))
     assert api.exchanges == []
 
 
 def test_an_out_on_a_full_disk_is_exit_1(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     done_batch(api)
     assert tool("retrieve", "--batch-id", "batch_1", "--out", "/dev/full") == 1
-    error = "batch_tool.py: error: batch_1: cannot write /dev/full: No space left on device\n"
-    assert capsys.readouterr() == ("", error)
+    assert capsys.readouterr() == ("", error("batch_1: cannot write /dev/full: No space left on device"))
 
 
 def test_a_batch_that_has_not_ended_is_not_completed(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.new_batch("in_progress", id="batch_1")
     assert tool("retrieve", "--batch-id", "batch_1") == 1
-    error = "batch_tool.py: error: batch_1: Batch not completed (status: in_progress)\n"
-    assert capsys.readouterr() == ("", error)
+    assert capsys.readouterr() == ("", error("batch_1: Batch not completed (status: in_progress)"))
+
+
+@LATE
+def test_retrieve_says_that_the_results_are_not_there_yet(
+    late: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    late_batch(api, late)
+    assert tool("retrieve", "--batch-id", "batch_1") == 1
+    reason = "Batch completed, but its results are not there yet (2 requests succeeded); try again in a minute"
+    assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
 
 
 def test_a_batch_without_a_success_saves_its_errors_and_shows_the_commonest(
@@ -1468,8 +2411,7 @@ def test_a_batch_without_a_success_saves_its_errors_and_shows_the_commonest(
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     assert capsys.readouterr() == (
         f"Errors saved: errors_batch_1.jsonl ({len(errors)} bytes)\n",
-        "batch_tool.py: error: batch_1: Batch has no results (status: completed): "
-        "2 × server_error: Sorry., 1 × bad: Sorry.\n",
+        error("batch_1: Batch has no results (status: completed): 2 × server_error: Sorry.; 1 × bad: Sorry."),
     )
     assert Path("errors_batch_1.jsonl").read_bytes() == errors
 
@@ -1477,25 +2419,50 @@ def test_a_batch_without_a_success_saves_its_errors_and_shows_the_commonest(
 def test_a_batch_without_any_file_has_no_results(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     done_batch(api, "cancelled", output=None, errors=None)
     assert tool("retrieve", "--batch-id", "batch_1") == 1
-    error = "batch_tool.py: error: batch_1: Batch has no results (status: cancelled)\n"
-    assert capsys.readouterr() == ("", error)
+    assert capsys.readouterr() == ("", error("batch_1: Batch has no results (status: cancelled)"))
 
 
 def test_a_failed_batch_gives_the_reasons(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     batch = api.new_batch("failed", id="batch_1")
     batch.errors = {"data": [{"line": 3, "code": "bad", "message": "No."}]}
     assert tool("retrieve", "--batch-id", "batch_1") == 1
-    assert capsys.readouterr().err == "batch_tool.py: error: batch_1: Batch failed: line 3: bad: No.\n"
+    assert capsys.readouterr().err == error("batch_1: Batch failed: line 3: bad: No.")
 
 
-@pytest.mark.parametrize("status", ["expired", "cancelled"])
+@pytest.mark.parametrize("status", ["expired", "cancelled", "canceled", "EXPIRED"])
 def test_a_partial_batch_is_saved_and_exit_1(status: str, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     done_batch(api, status, request_counts=COUNTS)
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in out.splitlines()] == ["Results saved", "Errors saved"]
-    reason = f"Batch {status} with 990 of 1000 requests completed; get the rest with retry"
-    assert err == f"batch_tool.py: error: batch_1: {reason}\n"
+    name = "expired" if status == "EXPIRED" else "cancelled" if status == "canceled" else status
+    reason = f"Batch {name} with 990 of 1000 requests completed; run on the same request file sends only the rest"
+    assert err == error(f"batch_1: {reason}")
+
+
+def test_empty_files_are_not_results(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    done_batch(api, output=b"", errors=b"", request_counts=None)
+    assert tool("retrieve", "--batch-id", "batch_1") == 1
+    assert capsys.readouterr() == ("", error("batch_1: Batch has no results (status: completed)"))
+    assert not list(Path().glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "bios.jsonl"]], ids=in_short)
+def test_an_error_file_of_an_earlier_job_is_not_left_beside_new_results(
+    out: list[str], api: LocalBatchAPI, tool: Tool
+) -> None:
+    stale = Path("bios.errors.jsonl" if out else "errors_batch_1.jsonl")
+    stale.write_bytes(jsonl(refused("old")))
+    done_batch(api, errors=None)
+    assert tool("retrieve", "--batch-id", "batch_1", *out) == 0
+    assert not stale.exists()
+
+
+def test_an_error_file_of_an_earlier_job_stays_where_there_are_no_new_results(api: LocalBatchAPI, tool: Tool) -> None:
+    Path("bios.errors.jsonl").write_bytes(b"old")
+    done_batch(api, output=None, errors=None)
+    assert tool("retrieve", "--batch-id", "batch_1", "--out", "bios.jsonl") == 1
+    assert Path("bios.errors.jsonl").read_bytes() == b"old"
 
 
 BROKEN = pytest.mark.parametrize(
@@ -1507,7 +2474,7 @@ BROKEN = pytest.mark.parametrize(
 
 
 @BROKEN
-def test_a_download_that_breaks_off_is_made_again(broken: dict[str, Any], api: LocalBatchAPI, tool: Tool) -> None:
+def test_a_download_that_breaks_off_is_made_again(broken: Json, api: LocalBatchAPI, tool: Tool) -> None:
     output = jsonl(*[success(str(number)) for number in range(3000)])
     done_batch(api, output=output, errors=None)
     api.faults.append(Fault("GET", "/content$", times=2, **broken))
@@ -1517,7 +2484,7 @@ def test_a_download_that_breaks_off_is_made_again(broken: dict[str, Any], api: L
 
 @BROKEN
 def test_a_download_that_stays_broken_leaves_the_old_file(
-    broken: dict[str, Any], api: LocalBatchAPI, tool: Tool, capsys: Capture
+    broken: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     done_batch(api)
     Path("results_batch_1.jsonl").write_bytes(b"old\n")
@@ -1525,10 +2492,10 @@ def test_a_download_that_stays_broken_leaves_the_old_file(
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     assert re.fullmatch(r"batch_tool.py: error: batch_1: .*\w.*\n", capsys.readouterr().err)
     assert (Path("results_batch_1.jsonl").read_bytes(), leftovers()) == (b"old\n", [])
-    assert sent(api, "GET", "/content$") == 3
+    assert asked(api, "GET", "/content$") == 3
 
 
-def test_a_rate_limit_on_a_download_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: Time) -> None:
+def test_a_rate_limit_on_a_download_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
     done_batch(api)
     api.faults.append(Fault("GET", "/content$", status=429, headers={"Retry-After": "9"}))
     assert tool("retrieve", "--batch-id", "batch_1") == 0
@@ -1540,22 +2507,110 @@ def test_a_file_of_another_size_is_not_kept(api: LocalBatchAPI, tool: Tool, caps
     api.files[batch.output_file_id or ""].bytes += 1
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     size = len(jsonl(success("a1")))
-    reason = f"download of {batch.output_file_id} was cut off ({size} of {size + 1} bytes); try again"
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: batch_1: {reason}\n")
+    reason = f"download of {batch.output_file_id} was cut off ({size} of {size + 1} bytes)"
+    assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
     assert not list(Path().glob("*.jsonl"))
 
 
-def test_a_file_without_a_last_line_end_is_not_kept(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    done_batch(api, output=b"{}\n{}")
-    assert tool("retrieve", "--batch-id", "batch_1") == 1
-    assert "was cut off (no line end at its end); try again" in capsys.readouterr().err
-    assert not list(Path().glob("*.jsonl"))
+NO_SIZE = pytest.mark.parametrize("habit", ["no-bytes", "zero-bytes", "no-file-info"])
+NO_LINE_END = pytest.mark.parametrize("output", [jsonl(success("a1")), jsonl(success("a1")).rstrip(), b"x" * 99],
+                                      ids=["line end", "no line end", "no JSON"])
 
 
-def test_a_file_that_is_gone_is_named(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    batch = done_batch(api, output_file_id="file-gone")
-    assert tool("retrieve", "--batch-id", batch.id) == 1
-    assert capsys.readouterr().err == "batch_tool.py: error: batch_1: HTTP 404: No such File object: file-gone\n"
+@NO_LINE_END
+def test_a_file_of_the_right_size_is_kept_byte_for_byte(output: bytes, api: LocalBatchAPI, tool: Tool) -> None:
+    done_batch(api, output=output, errors=None)
+    assert tool("retrieve", "--batch-id", "batch_1") == 0
+    assert Path("results_batch_1.jsonl").read_bytes() == output
+
+
+@NO_SIZE
+@NO_LINE_END
+def test_a_file_of_unknown_size_is_kept_if_its_last_line_is_an_object(
+    output: bytes, habit: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.habits.add(habit)
+    batch = done_batch(api, output=output, errors=None)
+    is_whole = output[-1:] != b"x"
+    assert tool("retrieve", "--batch-id", "batch_1") == int(not is_whole)
+    if is_whole:
+        assert Path("results_batch_1.jsonl").read_bytes() == output
+    else:
+        reason = f"download of {batch.output_file_id} was cut off (its last line is not a JSON object)"
+        assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
+        assert not list(Path().glob("*.jsonl"))
+
+
+@NO_SIZE
+def test_a_file_of_unknown_size_that_breaks_off_is_downloaded_again(
+    habit: str, api: LocalBatchAPI, tool: Tool
+) -> None:
+    api.habits.add(habit)
+    output = jsonl(*(success(str(number)) for number in range(3)))
+    done_batch(api, output=output, errors=None)
+    api.faults.append(Fault("GET", "/content$", skip=1, times=2, action="shorten"))
+    assert tool("retrieve", "--batch-id", "batch_1") == 0
+    assert Path("results_batch_1.jsonl").read_bytes() == output
+
+
+@NO_SIZE
+def test_a_file_that_is_uploaded_to_a_service_that_tells_no_size_is_taken_as_it_is(
+    habit: str, api: LocalBatchAPI, tool: Tool
+) -> None:
+    api.habits.add(habit)
+    assert tool("create", "--in", requests_file()) == 0
+    assert (posts(api, "/v1/files"), asked(api, "DELETE"), len(api.files)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("command", ["status", "wait", "retrieve"])
+def test_an_output_file_that_is_gone_is_an_error_that_names_the_batch(
+    command: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    done_batch(api, output_file_id="file-gone")
+    assert tool(command, "--batch-id", "batch_1") == 1
+    assert capsys.readouterr().err.endswith(error(
+        "batch_1: the output file of batch batch_1 is gone at the server; an earlier download may still have its "
+        "results, and run --force sends its requests, and pays for them, again"
+    ))
+
+
+@pytest.mark.parametrize("command", ["status", "wait", "retrieve"])
+def test_an_error_file_that_is_gone_is_a_warning(
+    command: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    done_batch(api, error_file_id="file-gone")
+    assert tool(command, "--batch-id", "batch_1") == 0
+    assert capsys.readouterr().err.endswith(warning("the error file of batch batch_1 is gone at the server"))
+    assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success("a1"))
+
+
+@pytest.mark.parametrize("habit", [*HABITS, "all"])
+@pytest.mark.parametrize("url", ["/v1/responses", "/v1/chat/completions"])
+def test_a_job_at_a_service_of_each_habit_ends_with_all_its_bios(
+    habit: str, url: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.habits |= {*HABITS} - {"no-file-info", "no-bytes"} if habit == "all" else {habit}
+    names = ("a1", "a2", "a3")
+    requests_file(*(request(name, url=url) for name in names))
+    assert tool("create", "--in", "requests.jsonl") == 0
+    batch = only_batch(api)
+    assert tool("wait", "--batch-id", batch.id, "--no-auto-save") == 0
+    assert tool("retrieve", "--batch-id", batch.id, "--out", "results.jsonl") == 0
+    assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv") == 0
+    bios = [row["bio"] for row in csv.DictReader(Path("bios.csv").read_text().splitlines())]
+    assert bios == [f"Artist {name}: a made-up bio from the local mock server; no model was asked." for name in names]
+    assert capsys.readouterr().err.endswith(
+        "Wrote bios.csv: 3 succeeded, 0 rejected, 0 retryable, 0 missing of 3 requests; tokens: 360 input, 135 output\n"
+    )
+    assert tool("create", "--in", "requests.jsonl") == 0
+    assert times_paid(api) == [1, 1, 1]
+    assert sorted(api.files) == sorted({batch.input_file_id, batch.output_file_id, batch.error_file_id} - {None})
+
+
+def test_a_stream_has_its_error_file_in_the_current_folder(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    batch = api.new_batch("completed", output=jsonl(success()), errors=jsonl(refused("a2")))
+    assert tool("retrieve", "--batch-id", batch.id, "--out", "/dev/null") == 0
+    assert Path(f"errors_{batch.id}.jsonl").read_bytes() == jsonl(refused("a2"))
 
 
 # -- cancel -------------------------------------------------------------------------------------------------------
@@ -1595,9 +2650,9 @@ def test_cancel_as_json_is_the_batch(api: LocalBatchAPI, tool: Tool, capsys: Cap
 def test_a_batch_that_has_ended_cannot_be_cancelled(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.new_batch("completed", id="batch_1")
     assert tool("cancel", "--batch-id", "batch_1") == 1
-    error = "batch_tool.py: error: batch_1: HTTP 409: Cannot cancel a batch with status 'completed'.\n"
-    assert capsys.readouterr() == ("", error)
-    assert sent(api, "POST") == 1
+    reason = "batch_1: CANCEL_BATCH: HTTP 409: Cannot cancel a batch with status 'completed'."
+    assert capsys.readouterr() == ("", error(reason))
+    assert asked(api, "POST") == 1
 
 
 def test_a_cancellation_whose_answer_is_lost_is_asked_for_again(api: LocalBatchAPI, tool: Tool) -> None:
@@ -1622,6 +2677,15 @@ def test_list_is_an_aligned_table_newest_first(api: LocalBatchAPI, tool: Tool, u
     )
 
 
+def test_a_list_that_never_ends_is_shown_with_a_warning(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.habits.add("ignores-after")
+    for number in range(101):
+        api.new_batch("completed", created_at=MORNING + number)
+    assert tool("list", "--limit", "500") == 0
+    out, err = capsys.readouterr()
+    assert (out.count("\n"), err) == (101, warning(REPEATED))
+
+
 def test_an_empty_list_says_so(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     assert tool("list") == 0
     assert capsys.readouterr() == ("No batches found.\n", "")
@@ -1638,10 +2702,10 @@ def test_the_limit_is_the_number_printed(
     assert tool("list", *options) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert names == [f"batch_{number}" for number in range(209, 209 - shown, -1)]
-    assert sent(api, "GET") == requests
+    assert asked(api, "GET") == requests
 
 
-def test_a_stdout_of_any_encoding_takes_any_name(api: LocalBatchAPI, tool: Tool, monkeypatch: Any) -> None:
+def test_a_stdout_of_any_encoding_takes_any_name(api: LocalBatchAPI, tool: Tool, monkeypatch: Environment) -> None:
     api.new_batch("completed", id="batch_1", metadata={"input_file": "뉴진스.jsonl"})
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -1664,81 +2728,116 @@ def test_an_empty_list_as_json_is_nothing(api: LocalBatchAPI, tool: Tool, capsys
 
 # -- results ------------------------------------------------------------------------------------------------------
 
-SUCCEEDED, REJECTED, RETRYABLE = batch_tool.SUCCEEDED, batch_tool.REJECTED, batch_tool.RETRYABLE
+SUCCEEDED, REJECTED, RETRYABLE, MISSING = (
+    batch_tool.SUCCEEDED, batch_tool.REJECTED, batch_tool.RETRYABLE, batch_tool.MISSING
+)
 REASONING = {"type": "reasoning", "summary": []}
-TOO_LONG = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
-SERVER_ERROR = {"error": {"code": "server_error", "message": "Sorry."}}
+SORRY = {"error": {"code": "server_error", "message": "Sorry."}}
+ENGINE = {"error": {"error": {"message": "Engine dead.", "type": "EngineError", "code": 500}}}  # as vLLM nests it
+BIO = {"status": "completed", "output": [message(text("Bio."))]}
 
 
-def chat(finish_reason: str = "stop", **words: Any) -> dict[str, Any]:
+def incomplete(reason: str) -> Json:
+    return {"status": "incomplete", "incomplete_details": {"reason": reason}, "output": [message(text("Bi"))]}
+
+
+def chat(finish_reason: str = "stop", **words: Any) -> Json:
     return {"choices": [{"message": {"role": "assistant"} | words, "finish_reason": finish_reason}, {"message": 7}]}
 
 
-# what a results line holds; what becomes of the request; its bio and its error in the CSV
-RESULTS = {
-    "a success": (response({"status": "completed", "output": [message(text("Bio."))]}), SUCCEEDED, "Bio.", ""),
-    "reasoning first": (response({"output": [REASONING, message(text("Bio."))]}), SUCCEEDED, "Bio.", ""),
-    "several parts": (response({"output": [message(text("A"), text("B")), message(text("C"))]}), SUCCEEDED, "ABC", ""),
-    "chat": (response(chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
-    "chat cut off": (response(chat("length", content="Bi")), SUCCEEDED, "Bi", "incomplete: length"),
-    "chat parts": (response(chat(content=[{"type": "text", "text": "A b"}, {"text": "io."}])), SUCCEEDED, "A bio.", ""),
-    "chat refusal": (response(chat(content=None, refusal="No.")), SUCCEEDED, "", "refusal: No."),
-    "refusal": (response({"output": [message({"type": "refusal", "refusal": "No."})]}), SUCCEEDED, "", "refusal: No."),
-    "no text": (response({"object": "list", "data": []}), SUCCEEDED, "", ""),
-    "incomplete": (response(TOO_LONG | {"output": [message(text("Bi"))]}), REJECTED, "Bi",
-                   "incomplete: max_output_tokens"),
-    "incomplete for no reason": (response({"status": "incomplete"}), REJECTED, "", "incomplete"),
-    "failed": (response({"status": "failed"} | SERVER_ERROR), RETRYABLE, "", "server_error: Sorry."),
-    "failed for no reason": (response({"status": "failed", "error": None}), RETRYABLE, "", "failed"),
-    "unknown status": (response({"status": "queued"}), RETRYABLE, "", "queued"),
-    "no body": (response(None), RETRYABLE, "", "no_body"),
-    "no status": (response(SERVER_ERROR, None), RETRYABLE, "", "server_error: Sorry."),
-    "status 0": (response({}, 0), RETRYABLE, "", "http_0"),
-    "408": (response({}, 408), RETRYABLE, "", "http_408"),
-    "409": (response({}, 409), RETRYABLE, "", "http_409"),
-    "429": (response({}, 429), RETRYABLE, "", "http_429"),
-    "500": (response(SERVER_ERROR, 500), RETRYABLE, "", "server_error: Sorry."),
-    "400": (response({"error": {"code": "bad", "message": "No."}}, 400), REJECTED, "", "bad: No."),
-    "404 by type": (response({"error": {"code": None, "type": "bad", "message": ""}}, 404), REJECTED, "", "bad"),
-    "an odd error": (response({"error": "No."}, 400), REJECTED, "", "http_400"),
-    "an odd response": ("odd", RETRYABLE, "", "no_response"),
-    "odd items": (response({"output": [7, {"type": "message", "content": [None, {"type": "output_text"}]}]}),
-                  SUCCEEDED, "", ""),
-    "odd output": (response({"output": "Bio.", "choices": {}}), SUCCEEDED, "", ""),
+def ok(body: Any, **fields: Any) -> Json:
+    return {"response": response(body)} | fields
+
+
+def failed(status: Any, body: Any) -> Json:
+    return {"response": response(body, status)}
+
+
+# what a results line holds; how its request has ended; the bio and the error in the CSV
+RESULTS: dict[str, tuple[Json, str, str, str]] = {
+    "a success": (ok(BIO), SUCCEEDED, "Bio.", ""),
+    "reasoning first": (ok({"output": [REASONING, message(text("Bio."))]}), SUCCEEDED, "Bio.", ""),
+    "several parts": (ok({"output": [message(text("A"), text("B")), message(text("C"))]}), SUCCEEDED, "ABC", ""),
+    "chat": (ok(chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
+    "chat parts": (ok(chat(content=[{"type": "text", "text": "A b"}, {"text": "io."}])), SUCCEEDED, "A bio.", ""),
+    "a string": (ok(json.dumps(BIO)), SUCCEEDED, "Bio.", ""),
+    "a string of a chat": (ok(json.dumps(chat(content="Bio."))), SUCCEEDED, "Bio.", ""),
+    "null errors": (ok(BIO | {"error": None}, error=None), SUCCEEDED, "Bio.", ""),
+    "neither response nor chat": (ok({"object": "list", "data": []}), SUCCEEDED, "", ""),
+    "incomplete": (ok(incomplete("max_output_tokens")), REJECTED, "Bi", "incomplete: max_output_tokens"),
+    "filtered": (ok(incomplete("content_filter")), REJECTED, "Bi", "incomplete: content_filter"),
+    "incomplete for no reason": (ok({"status": "incomplete"}), REJECTED, "", "incomplete"),
+    "chat cut off": (ok(chat("length", content="Bi")), REJECTED, "Bi", "incomplete: length"),
+    "chat filtered": (ok(chat("content_filter", content="Bi")), REJECTED, "Bi", "incomplete: content_filter"),
+    "chat refusal": (ok(chat(content=None, refusal="No.")), REJECTED, "", "refusal: No."),
+    "refusal": (ok({"output": [message({"type": "refusal", "refusal": "No."})]}), REJECTED, "", "refusal: No."),
+    "only reasoning": (ok({"status": "completed", "output": [REASONING]}), REJECTED, "", "no_text"),
+    "only blanks": (ok({"output": [message(text(" \n"))]}), REJECTED, " \n", "no_text"),
+    "no choices": (ok({"choices": []}), REJECTED, "", "no_text"),
+    "no content": (ok(chat(content=None)), REJECTED, "", "no_text"),
+    "odd items": (ok({"output": [7, {"type": "message", "content": [None, {"type": "output_text"}]}]}),
+                  REJECTED, "", "no_text"),
+    "odd output": (ok({"output": "Bio.", "choices": {}}), REJECTED, "", "no_text"),
+    "an error in a 200": (ok(SORRY), REJECTED, "", "server_error: Sorry."),
+    "an error beside a bio": (ok(BIO | SORRY), REJECTED, "Bio.", "server_error: Sorry."),
+    "an error above a 200": (ok(BIO, **SORRY), REJECTED, "Bio.", "server_error: Sorry."),
+    "an error in words in a 200": (ok({"error": "Overloaded"}), REJECTED, "", "error: Overloaded"),
+    "unknown status": (ok({"status": "queued"}), REJECTED, "", 'not_understood: status is "queued"'),
+    "no body": (ok(None), REJECTED, "", "not_understood: body is null"),
+    "words": (ok("Bad gateway"), REJECTED, "", 'not_understood: body is "Bad gateway"'),
+    "a string of a list": (ok("[1]"), REJECTED, "", "not_understood: body is [1]"),
+    "no body but an error": (ok(None, error={"code": "x", "message": "Why."}), REJECTED, "", "not_understood: Why."),
+    "400": (failed(400, {"error": {"code": "bad", "message": "No."}}), REJECTED, "", "bad: No."),
+    "404 by type": (failed(404, {"error": {"code": None, "type": "bad", "message": ""}}), REJECTED, "", "bad"),
+    "404 with a detail": (failed(404, {"detail": "Not Found"}), REJECTED, "", "http_404: Not Found"),
+    "an error in words": (failed(400, {"error": "No."}), REJECTED, "", "http_400: No."),
+    "a nested error": (failed(400, ENGINE), REJECTED, "", "500: Engine dead."),
+    "failed": (ok({"status": "failed"} | SORRY), RETRYABLE, "", "server_error: Sorry."),
+    "failed for no reason": (ok({"status": "failed", "error": None}), RETRYABLE, "", "failed"),
+    "cancelled": (ok({"status": "cancelled", "output": []}), RETRYABLE, "", "cancelled"),
+    "failed as a string": (ok(json.dumps({"status": "failed"} | SORRY)), RETRYABLE, "", "server_error: Sorry."),
+    "no status": (failed(None, SORRY), RETRYABLE, "", "server_error: Sorry."),
+    "status 0": (failed(0, {}), RETRYABLE, "", "http_0"),
+    "408": (failed(408, {}), RETRYABLE, "", "http_408"),
+    "409": (failed(409, {}), RETRYABLE, "", "http_409"),
+    "429": (failed(429, {}), RETRYABLE, "", "http_429"),
+    "500": (failed(500, SORRY), RETRYABLE, "", "server_error: Sorry."),
+    "500 as a string": (failed(500, json.dumps(SORRY)), RETRYABLE, "", "server_error: Sorry."),
+    "502 in words": (failed(502, "Bad gateway"), RETRYABLE, "", "http_502: Bad gateway"),
+    "an odd response": ({"response": "odd"}, RETRYABLE, "", "no_response"),
+    "no response": ({}, RETRYABLE, "", "no_response"),
+    "vLLM's error": (ENGINE, RETRYABLE, "", "500: Engine dead."),
+    "an error of its own in words": ({"error": "Late."}, RETRYABLE, "", "no_response: Late."),
+    **{code: ({"error": {"code": code, "message": "Late."}}, RETRYABLE, "", f"{code}: Late.")
+       for code in ("batch_expired", "batch_cancelled", "request_timeout", "new")},
+    "missing": ({"error": {"code": "missing", "message": "Nowhere."}}, MISSING, "", "missing"),
 }
-LINES = pytest.mark.parametrize("answer, outcome, bio, error", list(RESULTS.values()), ids=list(RESULTS))
+LINES = pytest.mark.parametrize("fields, kind, bio, reason", list(RESULTS.values()), ids=list(RESULTS))
 
 
 @LINES
-def test_a_results_line_is_judged(answer: Any, outcome: str, bio: str, error: str) -> None:
-    verdict = batch_tool.judge(result(response=answer))
-    assert verdict.outcome == outcome
-    assert error.startswith(verdict.error())
+def test_a_results_line_is_classified(fields: Json, kind: str, bio: str, reason: str) -> None:
+    outcome = batch_tool.classify(result(**fields))
+    assert (outcome.kind, outcome.error() if kind != MISSING else outcome.code) == (kind, reason)
 
 
 @LINES
-def test_retry_writes_what_can_be_retried(
-    answer: Any, outcome: str, bio: str, error: str, tool: Tool, capsys: Capture
+def test_retry_and_export_decide_and_count_alike(
+    fields: Json, kind: str, bio: str, reason: str, tool: Tool, capsys: Capture
 ) -> None:
-    requests_file(request())
-    Path("results.jsonl").write_bytes(jsonl(result(response=answer)))
-    assert tool("retry", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "again.jsonl") == 0
-    again = outcome == RETRYABLE
-    assert capsys.readouterr().out == f"Requests to retry: {int(again)}\n"
-    assert Path("again.jsonl").exists() == again
-
-
-@LINES
-def test_export_writes_the_text_or_the_error(answer: Any, outcome: str, bio: str, error: str, tool: Tool) -> None:
-    requests_file(request())
-    Path("results.jsonl").write_bytes(jsonl(result(response=answer)))
-    assert rows(tool, "results.jsonl") == [["a1", "Artist a1", bio, error, "", ""]]
-
-
-@pytest.mark.parametrize("code", ["batch_expired", "batch_cancelled", "request_timeout", "new"])
-def test_a_line_with_an_error_of_its_own_is_retryable(code: str) -> None:
-    verdict = batch_tool.judge(result(error={"code": code, "message": "Late."}))
-    assert verdict == (RETRYABLE, code, "Late.")
+    path = requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(result(**fields)))
+    is_to_send, is_to_send_at_all = kind in (RETRYABLE, MISSING), kind != SUCCEEDED
+    assert retry(tool, "results.jsonl") == 0
+    out, err = capsys.readouterr()
+    assert (out, Path("again.jsonl").exists()) == (f"Requests to retry: {int(is_to_send)}\n", is_to_send)
+    assert retry(tool, "results.jsonl", "--include-rejected") == 0
+    assert capsys.readouterr().out == f"Requests to retry: {int(is_to_send_at_all)}\n"
+    assert not is_to_send_at_all or Path("again.jsonl").read_bytes() == path.read_bytes()
+    assert rows(tool, "results.jsonl") == [["a1", "Artist a1", bio, reason, "", ""]]
+    counted = ", ".join(f"{int(kind == each)} {each}" for each in (SUCCEEDED, REJECTED, RETRYABLE, MISSING))
+    assert err.splitlines()[0] == f"{counted} of 1 request"
+    assert capsys.readouterr().err.splitlines()[0] == f"Wrote bios.csv: {counted} of 1 request"
 
 
 UNUSABLE = pytest.mark.parametrize(
@@ -1750,7 +2849,8 @@ UNUSABLE = pytest.mark.parametrize(
         (b"[" * 100_000 + b"\n", ""),
         (b"[]\n", "not a JSON object"),
         (b"\n", "blank line"),
-        (result(None), "not a results line (no custom_id)"),
+        (result(None), "not a results line (no custom_id)"),  # type: ignore[arg-type]
+        (request(), "not a results line (no response and no error)"),
         (success("zz\n"), 'custom_id "zz\\n" is not in the request file'),
     ],
     ids=in_short,
@@ -1759,15 +2859,15 @@ UNUSABLE = pytest.mark.parametrize(
 
 @UNUSABLE
 @pytest.mark.parametrize("command", ["retry", "export"])
-def test_an_unusable_results_line_is_warned_about(
+def test_an_unusable_results_line_draws_a_warning(
     line: Any, reason: str, command: str, tool: Tool, capsys: Capture
 ) -> None:
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success(), line))
     assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
-    warning = capsys.readouterr().err.splitlines()[0]
-    assert warning.startswith(f"batch_tool.py: warning: results.jsonl line 2: {reason}")
-    assert warning.endswith("; line ignored")
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"batch_tool.py: warning: results.jsonl line 2: {reason}")
+    assert said.endswith("; line ignored")
 
 
 @pytest.mark.parametrize("command", ["retry", "export"])
@@ -1781,32 +2881,112 @@ def test_twenty_unusable_lines_are_named_and_all_counted(
     assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
     *warnings, totals = capsys.readouterr().err.splitlines()
     assert len(warnings) == min(unusable, 20)
-    assert totals.endswith(counted) and ("ignored" in totals) == bool(counted)
+    assert totals.endswith(f"tokens: 12 input, 4 output{counted}")
+
+
+OTHER = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "lines, bio, reason",
+    [
+        ([refused(), success()], "A bio.", ""),
+        ([success(), refused()], "A bio.", ""),
+        ([success(bio="First."), success(bio="Last.")], "Last.", ""),
+        ([refused(code="first"), refused(status=400, code="last")], "", "last: Sorry."),
+        ([success(request_sha256=OTHER)], "", "outdated"),
+        ([refused() | {"request_sha256": OTHER}], "", "outdated"),
+        ([success(request_sha256=OTHER), success(bio="Mine.")], "Mine.", ""),
+        ([success(bio="Mine."), success(request_sha256=OTHER)], "Mine.", ""),
+        ([success(request_sha256=OTHER), refused()], "", "server_error: Sorry."),
+        ([refused(), success(request_sha256=OTHER)], "", "server_error: Sorry."),
+        ([success(bio="Mine.", request_sha256=sha256_of(jsonl(request())))], "Mine.", ""),
+        ([refused(), result(error={"code": "missing"})], "", "server_error: Sorry."),
+        ([success(request_sha256=OTHER), result(error={"code": "missing"})], "", "outdated"),
+        ([success(request_sha256=7)], "A bio.", ""),
+        ([], "", "missing"),
+    ],
+    ids=in_short,
+)
+def test_of_several_lines_a_success_of_this_request_wins_and_then_its_last_one(
+    lines: list[Json], bio: str, reason: str, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request())
+    Path("1.jsonl").write_bytes(jsonl(*lines[:1]))
+    Path("2.jsonl").write_bytes(jsonl(*lines[1:]))
+    ((_, _, found_bio, found_reason, _, _),) = rows(tool, "1.jsonl", "2.jsonl")
+    assert (found_bio, found_reason) == (bio, reason)
+    assert ("1 outdated of 1 request" in capsys.readouterr().err) == (reason == "outdated")
+    assert retry(tool, "1.jsonl", "2.jsonl") == 0
+    to_send = not bio and reason != "last: Sorry."
+    assert capsys.readouterr().out == f"Requests to retry: {int(to_send)}\n"
+
+
+def test_a_prompt_that_is_changed_back_has_its_bios_again(tool: Tool, capsys: Capture) -> None:
+    new = request(body={"model": MODEL, "input": "New prompt"})
+    both = [success(bio="Old.", request_sha256=sha256_of(jsonl(request()))),
+            success(bio="New.", request_sha256=sha256_of(jsonl(new)))]
+    Path("results.jsonl").write_bytes(jsonl(*both))
+    for each, bio in ((request(), "Old."), (new, "New.")):
+        requests_file(each)
+        assert rows(tool, "results.jsonl")[0][2] == bio
+    assert "1 succeeded, 0 rejected, 0 retryable, 0 missing of 1 request; " in capsys.readouterr().err
+
+
+def test_results_that_run_keeps_of_other_requests_are_only_counted(tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(success(), success("old", request_sha256=OTHER)))
+    assert rows(tool, "results.jsonl") == [["a1", "Artist a1", "A bio.", "", "12", "4"]]
+    assert capsys.readouterr().err == (
+        "Wrote bios.csv: 1 succeeded, 0 rejected, 0 retryable, 0 missing of 1 request; tokens: 12 input, 4 output; "
+        "1 result of other requests\n"
+    )
 
 
 # -- retry --------------------------------------------------------------------------------------------------------
 
 
-def test_retry_counts_what_became_of_the_requests(tool: Tool, capsys: Capture) -> None:
+def retry(tool: Tool, *results: str) -> int:
+    """Retry with these results files, or further options."""
+    return tool("retry", "--in", "requests.jsonl", "--out", "again.jsonl", "--results", *results)
+
+
+def test_retry_counts_how_the_requests_have_ended(tool: Tool, capsys: Capture) -> None:
     requests_file(*map(request, "abcdef"))
     Path("out.jsonl").write_bytes(jsonl(success("a")))
-    Path("err.jsonl").write_bytes(jsonl(refused("b", 400, "bad"), refused("c"), refused("d")))
-    assert tool("retry", "--in", "requests.jsonl", "--results", "out.jsonl", "err.jsonl", "--out", "again.jsonl") == 0
+    Path("err.jsonl").write_bytes(jsonl(refused("b", 400, "bad"), refused("c"), refused("d"), expired("e")))
+    assert retry(tool, "out.jsonl", "err.jsonl") == 0
     assert capsys.readouterr() == (
         "Requests to retry: 4\n",
-        "1 succeeded, 1 rejected (not sent again), 2 failed otherwise, 2 missing\n"
-        "commonest errors: 2 × server_error, 1 × bad\n",
+        "1 succeeded, 1 rejected, 3 retryable, 1 missing of 6 requests; tokens: 12 input, 4 output\n"
+        "commonest errors: 2 × server_error: Sorry.; 1 × bad: Sorry.; 1 × batch_expired: Not run in time.\n"
+        "rejected requests would be rejected again, so they are not written; see --include-rejected\n",
     )
     assert Path("again.jsonl").read_bytes() == jsonl(*map(request, "cdef"))
 
 
 def test_include_rejected_writes_those_too(tool: Tool, capsys: Capture) -> None:
-    requests_file(*map(request, "ab"))
-    Path("err.jsonl").write_bytes(jsonl(refused("b", 400, "bad")))
-    arguments = ("--in", "requests.jsonl", "--results", "err.jsonl", "--out", "again.jsonl", "--include-rejected")
-    assert tool("retry", *arguments) == 0
-    assert capsys.readouterr().out == "Requests to retry: 2\n"
+    requests_file(*map(request, "abc"))
+    Path("err.jsonl").write_bytes(jsonl(refused("b", 400, "bad"), success("c")))
+    assert retry(tool, "err.jsonl", "--include-rejected") == 0
+    assert capsys.readouterr() == (
+        "Requests to retry: 2\n",
+        "1 succeeded, 1 rejected, 0 retryable, 1 missing of 3 requests; tokens: 12 input, 4 output\n"
+        "commonest errors: 1 × bad: Sorry.\n",
+    )
     assert Path("again.jsonl").read_bytes() == jsonl(*map(request, "ab"))
+
+
+def test_the_example_of_an_error_is_the_first_one_with_a_message_and_short(tool: Tool, capsys: Capture) -> None:
+    requests_file(*map(request, "abc"))
+    messages = ["", "Very\nlong. " * 100_000, "Other."]
+    Path("err.jsonl").write_bytes(jsonl(
+        *(result(name, error={"code": "x", "message": words}) for name, words in zip("abc", messages, strict=True))
+    ))
+    assert retry(tool, "err.jsonl") == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("commonest errors: 3 × x: Very long. Very long. ")
+    assert len(last) < 250
 
 
 def test_requests_are_written_byte_for_byte_in_their_order(tool: Tool) -> None:
@@ -1816,7 +2996,7 @@ def test_requests_are_written_byte_for_byte_in_their_order(tool: Tool) -> None:
         jsonl(request("뉴진스")).rstrip(),
     ]
     requests_file(*lines)
-    assert tool("retry", "--in", "requests.jsonl", "--results", "/dev/null", "--out", "again.jsonl") == 0
+    assert retry(tool, "/dev/null") == 0
     assert Path("again.jsonl").read_bytes() == b"".join(lines)
 
 
@@ -1824,8 +3004,11 @@ def test_nothing_to_retry_leaves_out_alone(tool: Tool, capsys: Capture) -> None:
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success()))
     Path("again.jsonl").write_bytes(b"old")
-    assert tool("retry", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "again.jsonl") == 0
-    assert capsys.readouterr() == ("Requests to retry: 0\n", "1 succeeded, 0 rejected, 0 failed otherwise, 0 missing\n")
+    assert retry(tool, "results.jsonl") == 0
+    assert capsys.readouterr() == (
+        "Requests to retry: 0\n",
+        "1 succeeded, 0 rejected, 0 retryable, 0 missing of 1 request; tokens: 12 input, 4 output\n",
+    )
     assert Path("again.jsonl").read_bytes() == b"old"
 
 
@@ -1834,22 +3017,6 @@ def test_retry_to_stdout_reports_on_stderr(tool: Tool, capfdbinary: pytest.Captu
     assert tool("retry", "--in", "requests.jsonl", "--results", "/dev/null", "--out", "-") == 0
     out, err = capfdbinary.readouterr()
     assert (out, err.splitlines()[0]) == (jsonl(request()), b"Requests to retry: 1")
-
-
-@pytest.mark.parametrize("lines", [[refused(), success()], [success(), refused()]], ids=["last", "first"])
-def test_of_several_lines_of_a_request_a_success_wins(lines: list[Any], tool: Tool, capsys: Capture) -> None:
-    requests_file(request())
-    Path("results.jsonl").write_bytes(jsonl(*lines))
-    assert tool("retry", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "again.jsonl") == 0
-    assert capsys.readouterr().out == "Requests to retry: 0\n"
-
-
-def test_of_several_failures_of_a_request_the_last_counts(tool: Tool) -> None:
-    requests_file(request())
-    Path("1.jsonl").write_bytes(jsonl(refused(status=400, code="first")))
-    Path("2.jsonl").write_bytes(jsonl(refused(code="last")))
-    assert rows(tool, "1.jsonl", "2.jsonl")[0][3] == "last: Sorry."
-    assert rows(tool, "2.jsonl", "1.jsonl")[0][3] == "first: Sorry."
 
 
 @pytest.mark.parametrize(
@@ -1915,22 +3082,32 @@ def test_a_file_that_changes_meanwhile_is_an_error(
 
 def test_a_signal_counts_more_than_a_file_that_changed(work: Path) -> None:
     path = requests_file()
-    with pytest.raises(batch_tool.Stopped), path.open("rb") as file, batch_tool.unchanged(file, "requests.jsonl"):
+    with (
+        pytest.raises(batch_tool.Exit),
+        path.open("rb") as file,
+        batch_tool.whole_output("out", [batch_tool.Input.of(file, "requests.jsonl")]),
+    ):
         path.write_bytes(b"")
-        raise batch_tool.Stopped(130)
+        raise batch_tool.Exit(130)
+    assert not Path("out").exists()
 
 
-def test_a_number_of_tokens_that_cannot_be_is_none(tool: Tool, capsys: Capture) -> None:
+def test_an_impossible_number_of_tokens_is_left_out(tool: Tool, capsys: Capture) -> None:
     requests_file(request())
     for tokens in ("9" * 4300, "-1", "true", '"7"'):
         line = jsonl(success()).decode().replace('"input_tokens": 12', f'"input_tokens": {tokens}')
         Path("results.jsonl").write_text(line)
         assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
-        assert "tokens: 0 input, 4 output" in capsys.readouterr().err
+        assert capsys.readouterr().err.endswith("; tokens: 0 input, 4 output\n")
         assert Path("out").read_bytes().endswith(b",,4\r\n")
 
 
 # -- export -------------------------------------------------------------------------------------------------------
+
+
+def export(tool: Tool, *options: object) -> int:
+    """Export requests.jsonl with results.jsonl and further options to bios.csv."""
+    return tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv", *options)
 
 
 def rows(tool: Tool, *results: str) -> list[list[str]]:
@@ -1953,16 +3130,9 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
         'a3,Artist a3,"Say ""yes"",\nor\r\nno.",,12,4\r\n'
     )
     assert capsys.readouterr() == ("", (
-        "Wrote bios.csv: 2 succeeded, 1 failed, 0 incomplete, 0 missing of 3 requests; tokens: 24 input, 8 output; "
-        "errors: 1 × server_error\n"
+        "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
+        "commonest errors: 1 × server_error: Sorry.\n"
     ))
-
-
-def test_a_request_without_a_results_line_is_missing(tool: Tool, capsys: Capture) -> None:
-    requests_file(request("a1"))
-    assert rows(tool, "/dev/null") == [["a1", "Artist a1", "", "missing", "", ""]]
-    summary = "Wrote bios.csv: 0 succeeded, 0 failed, 0 incomplete, 1 missing of 1 request; tokens: 0 input, 0 output\n"
-    assert capsys.readouterr().err == summary
 
 
 @pytest.mark.parametrize(
@@ -1972,6 +3142,7 @@ def test_a_request_without_a_results_line_is_missing(tool: Tool, capsys: Capture
         ({"metadata": {"artist_name": "Perfume"}}, "Perfume"),
         ({"prompt": "words", "metadata": None}, ""),
         ({"messages": []}, ""),
+        ({"prompt": {"variables": {"artist_name": 7}}, "metadata": {"artist_name": "B"}}, "B"),
         ("odd", ""),
     ],
     ids=in_short,
@@ -2002,14 +3173,14 @@ def test_a_huge_line_is_exported(tool: Tool) -> None:
     bio = "x" * 5_000_000
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success(bio=bio)))
-    assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv") == 0
+    assert export(tool) == 0
     assert f",{bio},,12,4\r\n".encode() in Path("bios.csv").read_bytes()
 
 
-def test_results_can_come_from_stdin(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_can_come_from_stdin(tool: Tool, monkeypatch: Environment) -> None:
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success()))
-    with open("results.jsonl") as stdin:
+    with open("results.jsonl", encoding="utf-8") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert rows(tool, "-") == [["a1", "Artist a1", "A bio.", "", "12", "4"]]
 
@@ -2028,8 +3199,198 @@ def test_an_export_that_fails_leaves_the_old_csv(tool: Tool, capsys: Capture) ->
     requests_file(request())
     Path("bios.csv").write_text("old")
     assert tool("export", "--in", "requests.jsonl", "--results", "nope", "--out", "bios.csv") == 1
-    assert capsys.readouterr() == ("", "batch_tool.py: error: cannot read nope: No such file or directory\n")
+    assert capsys.readouterr() == ("", error("cannot read nope: No such file or directory"))
     assert (Path("bios.csv").read_text(), leftovers()) == ("old", [])
+
+
+def test_export_to_stdout_is_the_csv_alone(tool: Tool, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(success()))
+    assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "-") == 0
+    out, err = capfdbinary.readouterr()
+    assert out == b"artist_id,artist_name,bio,error,input_tokens,output_tokens\r\na1,Artist a1,A bio.,,12,4\r\n"
+    assert err.startswith(b"Wrote stdout: 1 succeeded, ")
+
+
+def test_excel_gets_a_byte_order_mark_and_no_formulas(tool: Tool) -> None:
+    bios = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "Andr\u00e9", "x=1", " =1"]
+    requests_file(*(request(f"a{number}") for number in range(len(bios))))
+    Path("results.jsonl").write_bytes(jsonl(*(success(f"a{number}", bio) for number, bio in enumerate(bios))))
+    assert export(tool) == 0
+    plain = Path("bios.csv").read_bytes()
+    assert export(tool, "--excel") == 0
+    excel = Path("bios.csv").read_bytes()
+    assert excel.startswith(b"\xef\xbb\xbfartist_id,")
+    for content, guard in ((plain, ""), (excel[3:], "'")):
+        found = [row["bio"] for row in csv.DictReader(io.StringIO(content.decode(), newline=""))]
+        assert found == [f"{guard if number < 6 else ''}{bio}" for number, bio in enumerate(bios)]
+
+
+# the spreadsheet
+
+
+HEADER = "artist_id,artist_name,artist_data"
+ADDED = ",bio,error,input_tokens,output_tokens\r\n"
+
+
+@pytest.fixture
+def exported(work: Path) -> None:
+    """Requests a1 to a3, of which a1 and a2 have results."""
+    requests_file(*map(request, ("a1", "a2", "a3")))
+    Path("results.jsonl").write_bytes(jsonl(success("a2", "Two."), success("a1", "One, first."), refused("a3")))
+
+
+def spreadsheet(tool: Tool, content: str | bytes, *options: object) -> str:
+    """Export with this spreadsheet. The CSV that is written."""
+    Path("artists.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert export(tool, "--csv", "artists.csv", *options) == 0
+    return Path("bios.csv").read_bytes().decode()
+
+
+def test_the_spreadsheet_comes_back_with_its_rows_and_columns_as_they_are(
+    exported: None, tool: Tool, capsys: Capture
+) -> None:
+    content = (
+        "Country,Artist ID,Notes\n"
+        'UK,a2," two  ""x""\nlines "\n'
+        "KR,new,=1+1\n"
+        "JP, a1 ,\n"
+        "FR,a3,x\n"
+    )
+    assert spreadsheet(tool, content) == (
+        f"Country,Artist ID,Notes{ADDED}"
+        'UK,a2," two  ""x""\nlines ",Two.,,12,4\r\n'
+        "KR,new,=1+1,,no request,,\r\n"
+        'JP, a1 ,,"One, first.",,12,4\r\n'
+        "FR,a3,x,,server_error: Sorry.,,\r\n"
+    )
+    assert capsys.readouterr() == ("", (
+        "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
+        "commonest errors: 1 × server_error: Sorry.\n"
+    ))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "sep={}{}", "\ufeffSEP={}{}", '"sep={}"{}'], ids=ascii)
+def test_a_spreadsheet_is_read_as_the_converter_reads_it(
+    delimiter: str, line_end: str, start: str, exported: None, tool: Tool
+) -> None:
+    lines = ["artist_id,artist_name", "a2,B", "", "a1,A"]
+    content = line_end.join(lines).replace(",", delimiter)
+    assert spreadsheet(tool, start.format(delimiter, line_end) + content) == (
+        f'artist_id,artist_name{ADDED}a2,B,Two.,,12,4\r\na1,A,"One, first.",,12,4\r\n'
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_byte_order_mark_beats_the_encoding(encoding: str, exported: None, tool: Tool) -> None:
+    content = "artist_id,Stra\u00dfe\na2,\u00e9\ub274\n".encode(encoding)
+    assert spreadsheet(tool, content, "--encoding", "ascii") == (
+        f"artist_id,Stra\u00dfe{ADDED}a2,\u00e9\ub274,Two.,,12,4\r\n"
+    )
+
+
+def test_the_encoding_of_the_spreadsheet_can_be_named(exported: None, tool: Tool, capsys: Capture) -> None:
+    content = "artist_id,artist_name\na2,Bj\u00f6rk\n".encode("windows-1252")
+    assert spreadsheet(tool, content, "--encoding", "windows-1252").endswith("a2,Bj\u00f6rk,Two.,,12,4\r\n")
+
+
+def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
+    assert spreadsheet(tool, b"artist_id,artist_name\na1,A\na2,Bj\xf6rk\n").endswith("\r\na2,Bj?rk,Two.,,12,4\r\n")
+    assert capsys.readouterr().err.startswith(warning(
+        "artists.csv: 1 of 2 rows not valid in its encoding, first on line 3; each wrong byte is written as a question "
+        "mark; see --encoding"
+    ))
+
+
+@pytest.mark.parametrize(
+    "content, options, reason",
+    [
+        (b"artist_id,x\na1,\xf6\na2,\xf6\n", [],
+         ": 2 of 2 rows not valid in its encoding, first on line 2; name the encoding with --encoding"),
+        (b"artist_id,x\na1,o\na2,\"o\"x\n", [],
+         " line 3: malformed quoting (',' expected after '\"'); correct the quotes, so that every row can be matched"),
+        (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes, "
+                                           "so that every row can be matched"),
+        (b'artist_id,"x"y\na1,o\n', [], " line 1: malformed quoting; correct the quotes"),
+        (b"", [], " is empty; it needs a header and at least one row"),
+        (b"\n ,\n", [], " is empty; it needs a header and at least one row"),
+        (b"\nid,name\na1,o\n", [],
+         ' line 2: the header has no column "artist_id"; its columns are id, name; see --id-column'),
+        (b"Artist ID,artist_id\na1,o\n", [],
+         ' line 1: the header names "artist_id" 2 times; its columns are Artist ID, artist_id; see --id-column'),
+        (b"a,b\n1,2\n", ["--id-column", "c"],
+         ' line 1: the header has no column "c"; its columns are a, b; see --id-column'),
+        (b"\xff\xfea", [],
+         " cannot be decoded: 'utf-16-le' codec can't decode byte 0x61 in position 0: truncated data; see --encoding"),
+    ],
+    ids=in_short,
+)
+def test_a_spreadsheet_that_cannot_be_matched_is_an_error(
+    content: bytes, options: list[str], reason: str, exported: None, tool: Tool, capsys: Capture
+) -> None:
+    Path("artists.csv").write_bytes(content)
+    assert export(tool, "--csv", "artists.csv", *options) == 1
+    assert capsys.readouterr() == ("", error(f"artists.csv{reason}"))
+    assert (Path("bios.csv").exists(), leftovers()) == (False, [])
+
+
+@pytest.mark.parametrize("name", ["Kenn-Nummer", " kenn nummer ", "KENN_NUMMER"])
+def test_the_id_column_can_be_named(name: str, exported: None, tool: Tool) -> None:
+    content = "artist_id,Kenn Nummer\na1,a2\n"
+    assert spreadsheet(tool, content, "--id-column", name).endswith("\na1,a2,Two.,,12,4\r\n")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("artist_id,x\na1\na2,b\n", 'artist_id,x+a1,,"One, first.",,12,4\r\na2,b,Two.,,12,4\r\n'),
+        ("x,artist_id\nb\n", "x,artist_id+b,,,no request,,\r\n"),
+        ("artist_id\na2,b,c\na1\n", 'artist_id,,+a2,b,c,Two.,,12,4\r\na1,,,"One, first.",,12,4\r\n'),
+        ("artist_id,x\na2,b,, \n", "artist_id,x+a2,b,Two.,,12,4\r\n"),
+        ("artist_id,x\n,\n\n , \na2,b\n", "artist_id,x+a2,b,Two.,,12,4\r\n"),
+        ("artist_id,x\na2,b\nArtist ID, X\na1,c\n", 'artist_id,x+a2,b,Two.,,12,4\r\na1,c,"One, first.",,12,4\r\n'),
+        ("artist_id,x\na2,b\na2,c\n", "artist_id,x+a2,b,Two.,,12,4\r\na2,c,,no request,,\r\n"),
+        ("artist_id,x\n,b\n", "artist_id,x+,b,,no request,,\r\n"),
+        ("artist_id,\na2,b\n", "artist_id,+a2,b,Two.,,12,4\r\n"),
+        ('"artist\nid",x\na2,b\n', '"artist\nid",x+a2,b,Two.,,12,4\r\n'),
+        ("\u200bartist_id,x\n\ufeffa2\u200b,b\n", "artist_id,x+\ufeffa2\u200b,b,Two.,,12,4\r\n"),
+    ],
+    ids=["short", "too short for an id", "long", "blank beyond", "blank rows", "repeated header", "repeated id",
+         "no id", "column without a name", "lines in the header", "invisible blanks"],
+)
+def test_every_row_that_is_not_blank_is_accounted_for(
+    content: str, expected: str, exported: None, tool: Tool
+) -> None:
+    assert spreadsheet(tool, content) == expected.replace("+", ADDED)
+
+
+def test_chat_completions_get_their_names_from_the_spreadsheet(tool: Tool) -> None:
+    requests_file(request(url="/v1/chat/completions", body={"model": MODEL, "messages": []}))
+    Path("results.jsonl").write_bytes(jsonl(result(**ok(chat(content="Bio.")))))
+    assert rows(tool, "results.jsonl")[0][:3] == ["a1", "", "Bio."]
+    assert spreadsheet(tool, f"{HEADER}\na1,NewJeans,x\n") == f"{HEADER}{ADDED}a1,NewJeans,x,Bio.,,,\r\n"
+
+
+def test_a_changed_prompt_is_outdated_in_the_spreadsheet(exported: None, tool: Tool) -> None:
+    Path("results.jsonl").write_bytes(jsonl(success("a1", request_sha256=OTHER)))
+    assert spreadsheet(tool, "artist_id\na1\na2\n") == f"artist_id{ADDED}a1,,outdated,,\r\na2,,missing,,\r\n"
+
+
+def test_a_spreadsheet_can_be_written_for_excel_and_come_from_stdin(
+    exported: None, tool: Tool, monkeypatch: Environment
+) -> None:
+    Path("artists.csv").write_text("artist_id,x\na2,=1\n")
+    with open("artists.csv", encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert export(tool, "--csv", "-", "--excel") == 0
+    assert Path("bios.csv").read_bytes().decode() == f"\ufeffartist_id,x{ADDED}a2,'=1,Two.,,12,4\r\n"
+
+
+def test_a_field_of_any_length_comes_back(exported: None, tool: Tool) -> None:
+    field = "x" * 300_000
+    assert spreadsheet(tool, f"artist_id,x\na2,{field}\n").endswith(f"\na2,{field},Two.,,12,4\r\n")
 
 
 # -- log ----------------------------------------------------------------------------------------------------------
@@ -2060,9 +3421,10 @@ def test_every_operation_is_logged_with_its_request_and_its_response(api: LocalB
     tool("create", "--in", "requests.jsonl", "--completion-window", "7d", "--force")
     tool("retrieve", "--batch-id", batch.id)
     tool("cancel", "--batch-id", running.id)
+    tool("preview", "--in", "requests.jsonl")
     log = log_text()
     for operation in ("LIST_BATCHES", "UPLOAD", "CREATE_BATCH", "DELETE_FILE", "GET_STATUS", "DOWNLOAD_RESULTS",
-                      "CANCEL_BATCH"):
+                      "CANCEL_BATCH", "GET_MODEL", "PREVIEW"):
         for event in ("request", "response"):
             for found in re.findall(rf"^[-\d]+ [:\d]+,\d+ INFO {operation} {event} (.*)$", log, re.MULTILINE):
                 assert isinstance(json.loads(found), dict)
@@ -2076,8 +3438,8 @@ def test_an_error_is_logged_with_its_stack_on_one_line(api: LocalBatchAPI, tool:
     assert tool("list") == 1
     lines = log_text().split("\n")
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) \w+ ", line) for line in lines[:-1])
-    (error,) = [line for line in lines if " ERROR " in line]
-    assert r" ERROR LIST_BATCHES error HTTP 403: First\nsecond\u001b[31m\u0085\u2028 (forbidden)\nTraceback " in error
+    (found,) = [line for line in lines if " ERROR " in line]
+    assert r" ERROR LIST_BATCHES error LIST_BATCHES: HTTP 403: First second\u001b[31m (forbidden)\nTraceback " in found
 
 
 @pytest.mark.parametrize(
@@ -2091,8 +3453,24 @@ def test_a_log_that_cannot_be_written_ends_the_command_before_any_request(
 ) -> None:
     requests_file()
     assert tool("create", "--in", "requests.jsonl", "--log-file", path) == 1
-    assert capsys.readouterr() == ("", f"batch_tool.py: error: cannot {reason}\n")
+    assert capsys.readouterr() == ("", error(f"cannot {reason}"))
     assert api.exchanges == []
+
+
+def test_the_log_is_not_written_through_a_link_in_its_place(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    Path("target").write_text("Mine.\n")
+    mode = Path("target").stat().st_mode
+    Path("logs").mkdir()
+    for second in range(120):
+        name = time.strftime("batch_%Y%m%d_%H%M%S.log", time.localtime(time.time() + second))
+        Path("logs", name).symlink_to("../target")
+    assert tool("list") == 1
+    assert re.fullmatch(
+        r"batch_tool.py: error: cannot open the log logs/batch_\d+_\d+\.log: Too many levels of symbolic links; choose "
+        r"another with --log-file\n", capsys.readouterr().err,
+    )
+    assert (Path("target").read_text(), Path("target").stat().st_mode, api.exchanges) == ("Mine.\n", mode, [])
+    assert tool("list", "--log-file", next(Path("logs").iterdir())) == 0  # as the user says
 
 
 ECHOES = pytest.mark.parametrize(
@@ -2113,7 +3491,7 @@ ECHOES = pytest.mark.parametrize(
 @ECHOES
 @pytest.mark.parametrize("options", [[], ["--json", "--verbose"]], ids=["text", "json"])
 def test_a_key_that_the_server_echoes_is_seen_nowhere(
-    fault: dict[str, Any], options: list[str], api: LocalBatchAPI, tool: Tool, capsys: Capture
+    fault: Json, options: list[str], api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", **fault))
     tool("status", "--batch-id", "b", *options)
@@ -2125,7 +3503,7 @@ def test_a_key_that_the_server_echoes_is_seen_nowhere(
 
 
 def test_a_key_of_any_shape_is_hidden_from_eight_characters_on(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
     api.new_batch("in_progress", id="batch_1", metadata={"input_file": 'x"y\\z123 and short12'})
     monkeypatch.setenv("OPENAI_API_KEY", 'x"y\\z123')
@@ -2146,6 +3524,25 @@ def test_result_files_are_kept_byte_for_byte(api: LocalBatchAPI, tool: Tool) -> 
     assert Path("results_batch_1.jsonl").read_bytes() == output
 
 
+@pytest.mark.parametrize("around", ["x\n{}", "a%20{}", "Bearer\t{}", "x\u0085{}", "({})"], ids=ascii)
+def test_a_secret_is_hidden_also_behind_an_escape(around: str, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    secret = "sk-proj-ABCDEFGHIJKLMNOPQRSTUV"
+    batch = api.new_batch("in_progress", metadata={"note": around.format(secret)})
+    assert tool("status", "--verbose", "--json", "--batch-id", batch.id) == 0
+    out, err = capsys.readouterr()
+    assert "ABCDEFGHIJ" not in out + err + log_text()
+    assert json.loads(out)["id"] == batch.id
+
+
+@pytest.mark.parametrize(("password", "hidden"), [("1", []), ("long-enough", ["long-enough"])])
+def test_a_short_password_in_the_url_does_not_garble_the_results(
+    password: str, hidden: list[str], work: Path, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{password}@127.0.0.1:9/v1")
+    assert batch_tool.base_url() == f"http://user:{password}@127.0.0.1:9/v1"
+    assert batch_tool.secrets_in_environment() == hidden
+
+
 # -- command line -------------------------------------------------------------------------------------------------
 
 
@@ -2158,25 +3555,29 @@ def usage_error(arguments: list[str], capsys: Capture) -> str:
     return err.splitlines()[-1]
 
 
-def options_of(command: str, capsys: Capture) -> set[str]:
-    with pytest.raises(SystemExit) as stopped:
-        batch_tool.main([command, "--help"])
-    assert stopped.value.code == 0
-    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_option_can_be_abbreviated(command: str, work: Path, capsys: Capture) -> None:
-    for option in options_of(command, capsys):
+    for option in flags_of(command) - {"--in"}:
         reason = usage_error([command, *USAGE[command], option[:-1] + "=1"], capsys)
         assert "unrecognized arguments: " in reason or "required: " in reason
 
 
-def test_every_online_command_has_the_options_of_all(capsys: Capture) -> None:
-    for command in COMMANDS:
-        options = options_of(command, capsys)
-        assert ({"--log-file", "--verbose"} <= options) == (command not in OFFLINE)
-        assert ("--json" in options) == (command in WITH_JSON)
+def test_the_commands_stand_in_the_order_a_batch_lives_and_know_what_is_offline() -> None:
+    assert [*COMMANDS] == ["validate", "preview", "create", "status", "wait", "retrieve", "cancel", "list", "retry",
+                           "export", "run"]
+    assert OFFLINE == ["validate", "retry", "export"]
+    assert WITH_JSON == ["create", "status", "wait", "cancel", "list"]
+    assert all({"--log-file", "--verbose"} <= flags_of(command) for command in ONLINE)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_a_result_within_80_columns(command: str | None, work: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        batch_tool.main([*([command] if command else []), "--help"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, err) == (0, "")
+    assert all(len(line) <= 88 for line in out.splitlines())
+    assert (flags_of(command) if command else {*COMMANDS}) <= set(re.findall(r"[a-z-]+", out))
 
 
 @pytest.mark.parametrize(
@@ -2203,6 +3604,15 @@ def test_every_online_command_has_the_options_of_all(capsys: Capture) -> None:
         (["status", "--batch-id", "a\n"], "not a batch id: 'a\\n'"),
         (["status", "--batch-id", ""], "not a batch id: ''"),
         (["retrieve", "--batch-id", "a", "b", "--out", "x"], "--out goes with one --batch-id"),
+        (["preview", "--in", "x", "--requests", "0"], "not a whole number of 1 or more: '0'"),
+        (["preview", "--in", "x", "--prices", "1"], "not two prices like 0.05,0.25: '1'"),
+        (["preview", "--in", "x", "--prices", "1,-2"], "not two prices like 0.05,0.25: '1,-2'"),
+        (["preview", "--in", "x", "--prices", "1,nan"], "not two prices like 0.05,0.25: '1,nan'"),
+        (["preview", "--in", "x", "--prices", "1,2,3"], "not two prices like 0.05,0.25: '1,2,3'"),
+        (["export", *USAGE["export"], "--encoding", "nope", "--csv", "c"], "not an encoding that Python knows: 'nope'"),
+        (["export", *USAGE["export"], "--id-column", "x"], "--id-column and --encoding go with --csv"),
+        (["export", *USAGE["export"], "--encoding", "ascii"], "--id-column and --encoding go with --csv"),
+        (["export", "--in", "-", "--csv", "-", "--results", "s", "--out", "o"], "only one input can be stdin (-)"),
         (["retry", "--in", "-", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),
         (["retry", "--in", "/dev/stdin", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),
     ],
@@ -2212,25 +3622,31 @@ def test_a_usage_error_is_exit_2(arguments: list[str], reason: str, work: Path, 
     assert reason in usage_error(arguments, capsys)
 
 
-@pytest.mark.parametrize("command", ["retry", "export"])
-@pytest.mark.parametrize("out", ["requests.jsonl", "results.jsonl", "link"])
+READ_AND_WRITTEN = " would be read and written at once; choose another path to write"
+
+
+@pytest.mark.parametrize("command", ["retry", "export", "preview"])
+@pytest.mark.parametrize("out", ["requests.jsonl", "results.jsonl", "link", "artists.csv"])
 def test_a_file_cannot_be_read_and_written_at_once(command: str, out: str, work: Path, capsys: Capture) -> None:
     requests_file()
     Path("results.jsonl").write_bytes(jsonl(success()))
+    Path("artists.csv").write_text("artist_id\n")
     Path("link").symlink_to("requests.jsonl")
-    arguments = [command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", out]
-    assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
+    inputs = {"--in": "requests.jsonl", "--results": "results.jsonl", "--csv": "artists.csv"}
+    arguments = [word for flag in flags_of(command) & {*inputs} for word in (flag, inputs[flag])]
+    if os.path.realpath(out) in [os.path.realpath(path) for path in arguments]:
+        assert usage_error([command, *arguments, "--out", out], capsys).endswith(READ_AND_WRITTEN)
 
 
 def test_the_log_cannot_be_stdout(work: Path, capsys: Capture) -> None:
-    error = usage_error(["list", "--log-file", "-"], capsys)
-    assert error.endswith("argument --log-file: stdout is for results; name a file, or /dev/stderr")
+    said = usage_error(["list", "--log-file", "-"], capsys)
+    assert said.endswith("argument --log-file: stdout is for results; name a file, or /dev/stderr")
 
 
 def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None:
     requests_file()
     arguments = ["create", "--in", "requests.jsonl", "--log-file", "requests.jsonl"]
-    assert usage_error(arguments, capsys).endswith(" would be read and written at once; choose another path to write")
+    assert usage_error(arguments, capsys).endswith(READ_AND_WRITTEN)
 
 
 def test_the_results_cannot_go_into_the_log(work: Path, capsys: Capture) -> None:
@@ -2242,16 +3658,11 @@ def test_the_results_cannot_go_into_the_log(work: Path, capsys: Capture) -> None
 @pytest.mark.parametrize("arguments", [[KEY], ["list", "--api-key", KEY], ["status", "--batch-id", f"Bearer {KEY}"],
                                        ["list", "--limit", "my-own-key"]], ids=in_short)
 def test_a_usage_error_does_not_show_the_key(
-    arguments: list[str], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    arguments: list[str], work: Path, monkeypatch: Environment, capsys: Capture
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "my-own-key")
-    error = usage_error(arguments, capsys)
-    assert "[secret]" in error and KEY[10:] not in error and "my-own" not in error
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: Capture) -> None:
-    assert {"--help", *USAGE[command][::2]} - {"r", "s"} <= options_of(command, capsys) | {"o", "b"}
+    said = usage_error(arguments, capsys)
+    assert "[secret]" in said and KEY[10:] not in said and "my-own" not in said
 
 
 # -- processes of their own ---------------------------------------------------------------------------------------
@@ -2261,24 +3672,27 @@ def test_every_command_has_help(command: str, capsys: Capture) -> None:
 def test_an_old_python_is_told_what_is_needed(script: str) -> None:
     old = "import runpy, sys; sys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'; runpy.run_path(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", old, ROOT / script], capture_output=True, text=True)
-    error = f"{script}: error: it needs Python 3.11 or later; this is 3.10.1\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+    reason = f"{script}: error: it needs Python 3.11 or later; this is 3.10.1\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", reason)
 
 
-@pytest.mark.parametrize(("redirection", "code", "out", "err"), [
-    ("validate --in requests.jsonl 2> /dev/full", 0, "OK: 2 requests, 308 bytes, 1 batch\n", ""),
-    ("validate --nonsense 2> /dev/full", 2, "", ""),
-    ("validate --nonsense 2>&-", 2, "", ""),
-    ("--help > /dev/full", 1, "", "batch_tool.py: error: cannot write /dev/stdout: No space left on device\n"),
-    ("run --help | true; exit $PIPESTATUS", 1, "", ""),
-])
-def test_a_stream_that_takes_nothing_does_not_change_the_exit_code(
-    redirection: str, code: int, out: str, err: str, work: Path
-) -> None:
-    requests_file()
-    command = f"'{sys.executable}' '{ROOT}/batch_tool.py' {redirection}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+def common_block(script: str) -> str:
+    content = (ROOT / script).read_text()
+    block = re.search(r"^# ==== common block.*?^# ==== end of the common block[^\n]*\n", content, re.S | re.M)
+    return block[0] if block else ""
+
+
+def test_what_stands_in_both_scripts_is_the_same_byte_for_byte() -> None:
+    block = common_block("gen_batch_jsonl.py")
+    if not block:
+        pytest.skip("gen_batch_jsonl.py has no common block")
+    assert block == common_block("batch_tool.py")
+
+
+def test_the_description_of_the_program_is_in_its_help(work: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        batch_tool.main(["--help"])
+    assert (batch_tool.__doc__ or "nothing") in capsys.readouterr().out
 
 
 def test_json_is_json_in_any_encoding(api: LocalBatchAPI) -> None:
@@ -2294,7 +3708,7 @@ def test_a_signal_that_the_interpreter_swallowed_can_be_sent_again() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # in which the handler raises, for nobody to catch
 
-    with pytest.raises(batch_tool.Stopped), batch_tool.stopping_on_signals():
+    with pytest.raises(batch_tool.Exit), batch_tool.stopping_on_signals():
         Callback()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.1)  # the second after a first signal is left to the cleaning up
@@ -2302,9 +3716,9 @@ def test_a_signal_that_the_interpreter_swallowed_can_be_sent_again() -> None:
         time.sleep(1)
 
 
-def bare(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run without any installed package, which the SDK is one of."""
-    command = [sys.executable, "-S", "-I", str(ROOT / "batch_tool.py"), *map(str, args)]
+def bare(*args: object, python: Iterable[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run without any installed package, so without the SDK. `python` are options of the interpreter."""
+    command = [sys.executable, "-S", "-I", *python, str(ROOT / "batch_tool.py"), *map(str, args)]
     return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60} | options)
 
 
@@ -2325,7 +3739,7 @@ def test_what_is_offline_needs_no_sdk_and_no_key(arguments: list[str], code: int
     assert bare(*arguments).returncode == code
 
 
-def test_without_the_sdk_an_online_command_says_how_to_get_it(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_sdk_an_online_command_says_how_to_get_it(work: Path, monkeypatch: Environment) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     done = bare("list")
     assert (done.returncode, done.stdout) == (1, "")
@@ -2336,27 +3750,82 @@ def test_without_the_sdk_an_online_command_says_how_to_get_it(work: Path, monkey
     )
 
 
-@pytest.mark.parametrize("command", ["validate", "retry", "export"])
-def test_a_closed_stdout_ends_the_program_quietly(command: str, work: Path) -> None:
+# what stdout takes, with a buffer and without one
+
+UNBUFFERED = pytest.mark.parametrize("python", [[], ["-u"]], ids=["buffered", "unbuffered"])
+TO_STDOUT = pytest.mark.parametrize(
+    "arguments",
+    [["validate"], *([command, "--results", "/dev/null", "--out", "-"] for command in ("retry", "export"))],
+    ids=in_short,
+)
+
+
+def bare_to(stdout: Any, python: list[str], arguments: list[str]) -> tuple[int, str]:
+    """Run on requests.jsonl with this stdout. The exit code and what is on stderr."""
+    done = bare(*arguments, "--in", "requests.jsonl", python=python, capture_output=False, stdout=stdout,
+                stderr=subprocess.PIPE)
+    return done.returncode, done.stderr
+
+
+@UNBUFFERED
+@TO_STDOUT
+def test_a_closed_stdout_ends_the_program_quietly(arguments: list[str], python: list[str], work: Path) -> None:
     requests_file()
     ours, theirs = os.pipe()
     os.close(ours)
-    results = [] if command == "validate" else ["--results", "/dev/null", "--out", "-"]
-    done = bare(command, "--in", "requests.jsonl", *results, capture_output=False, stdout=theirs,
-                stderr=subprocess.PIPE)
+    assert bare_to(theirs, python, arguments) == (1, "")
     os.close(theirs)
-    assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("command", ["validate", "retry", "export"])
-def test_a_full_disk_behind_stdout_is_one_line(command: str, work: Path) -> None:
+@UNBUFFERED
+@TO_STDOUT
+def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str], python: list[str], work: Path) -> None:
     requests_file()
-    results = [] if command == "validate" else ["--results", "/dev/null", "--out", "-"]
     with open("/dev/full", "w") as full:
-        done = bare(command, "--in", "requests.jsonl", *results, capture_output=False, stdout=full,
-                    stderr=subprocess.PIPE)
-    assert done.returncode == 1
-    assert done.stderr == "batch_tool.py: error: cannot write /dev/stdout: No space left on device\n"
+        assert bare_to(full, python, arguments) == (1, error("cannot write stdout: No space left on device"))
+
+
+@UNBUFFERED
+def test_a_slow_reader_of_a_non_blocking_pipe_gets_every_byte(python: list[str], work: Path) -> None:
+    content = requests_file(*(request(str(number)) for number in range(2000))).read_bytes()
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    command = [sys.executable, *python, ROOT / "batch_tool.py", "retry", "--in", "requests.jsonl", "--results",
+               "/dev/null", "--out", "-"]
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        time.sleep(0.3)  # the pipe is full
+        with open(ours, "rb") as reader:
+            assert reader.read() == content
+    assert (process.returncode, len(content) > 300_000) == (0, True)
+
+
+@UNBUFFERED
+def test_a_disk_that_fills_up_behind_stdout_is_exit_1(python: list[str], work: Path) -> None:
+    content = requests_file(*(request(str(number)) for number in range(500))).read_bytes()
+    script = " ".join([sys.executable, *python, str(ROOT / "batch_tool.py")])
+    command = f"ulimit -f 8; trap '' XFSZ; exec {script} retry --in requests.jsonl --results /dev/null --out - > out"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, error("cannot write stdout: File too large"))
+    assert content.startswith(Path("out").read_bytes())
+
+
+@pytest.mark.parametrize(("redirection", "code", "out", "err"), [
+    ("validate --in requests.jsonl 2> /dev/full", 0, "OK: 2 requests, {size} bytes, 1 batch\n", ""),
+    ("validate --nonsense 2> /dev/full", 2, "", ""),
+    ("validate --nonsense 2>&-", 2, "", ""),
+    ("--help > /dev/full", 1, "", error("cannot write stdout: No space left on device")),
+    ("run --help | true; exit $PIPESTATUS", 1, "", ""),
+    ("validate --in - <&-", 1, "", error("stdin is closed; there is nothing to read")),
+    ("validate --in requests.jsonl >&-", 1, "", ""),
+])
+def test_a_stream_that_takes_or_gives_nothing_is_foreseen(
+    redirection: str, code: int, out: str, err: str, work: Path
+) -> None:
+    size = requests_file().stat().st_size
+    command = f"'{sys.executable}' '{ROOT}/batch_tool.py' {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out.format(size=size), err)
 
 
 def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
@@ -2365,37 +3834,12 @@ def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
     command = f"ulimit -f 8; trap '' XFSZ; exec {sys.executable} {ROOT / 'batch_tool.py'} " \
               "retry --in requests.jsonl --results /dev/null --out out"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "batch_tool.py: error: cannot write out: File too large\n")
+    assert (done.returncode, done.stderr) == (1, error("cannot write out: File too large"))
     assert (Path("out").read_text(), leftovers()) == ("old", [])
 
 
-def test_a_closed_stdin_is_one_line(work: Path) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {ROOT / 'batch_tool.py'} validate --in - <&-"], capture_output=True, text=True
-    )
-    error = "batch_tool.py: error: stdin is closed; there is nothing to read\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
-
-
-@contextlib.contextmanager
-def started(*args: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(ROOT / "batch_tool.py"), *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_the_batch_running_and_says_how_to_go_on(number: signal.Signals, api: LocalBatchAPI) -> None:
+def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(number: signal.Signals, api: LocalBatchAPI) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
     with started("wait", "--batch-id", "batch_1") as process:
         assert process.stderr
@@ -2407,10 +3851,21 @@ def test_a_signal_leaves_the_batch_running_and_says_how_to_go_on(number: signal.
     assert process.returncode == 128 + number
     assert progress == "batches: 1 in_progress; 0:00:00 elapsed\n"
     assert said == [
-        "the batches go on at the server; to go on waiting: batch_tool.py wait --batch-id batch_1\n",
+        "the batches keep running on the server; to resume waiting: batch_tool.py wait --batch-id batch_1\n",
         "batch_tool.py: stopped\n",
     ]
-    assert (batch.status, sent(api, "POST")) == ("in_progress", 0)
+    assert (batch.status, asked(api, "POST")) == ("in_progress", 0)
+
+
+@pytest.mark.parametrize("module", ["csv", "openai"])
+def test_ctrl_c_during_the_imports_is_no_traceback(module: str, api: LocalBatchAPI, monkeypatch: Environment) -> None:
+    Path("modules").mkdir()
+    Path("modules", f"{module}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
+    monkeypatch.setenv("PYTHONPATH", str(Path("modules").absolute()))
+    done = run("batch_tool.py", "list")
+    assert (done.returncode, done.stdout, done.stderr) in [
+        (-signal.SIGINT, "", ""), (128 + signal.SIGINT, "", "batch_tool.py: stopped\n")
+    ]
 
 
 def test_a_signal_during_a_download_leaves_the_old_file(api: LocalBatchAPI) -> None:
@@ -2419,7 +3874,7 @@ def test_a_signal_during_a_download_leaves_the_old_file(api: LocalBatchAPI) -> N
     api.faults.append(Fault("GET", "/content$", action="delay", seconds=30))
     with started("retrieve", "--batch-id", "batch_1") as process:
         until(leftovers)
-        until(lambda: sent(api, "GET", "/content$"))
+        until(lambda: asked(api, "GET", "/content$"))
         process.terminate()
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (143, "", "batch_tool.py: stopped\n")
@@ -2436,29 +3891,3 @@ def test_a_create_whose_reader_is_gone_is_run_again(api: LocalBatchAPI, tool: To
     assert (done.returncode, done.stderr) == (1, "")
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(only_batch(api))
-
-
-@pytest.mark.parametrize("around", ["x\n{}", "a%20{}", "Bearer\t{}", "x\u0085{}", "({})"], ids=ascii)
-def test_a_secret_is_hidden_also_behind_an_escape(around: str, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    secret = "sk-proj-ABCDEFGHIJKLMNOPQRSTUV"
-    batch = api.new_batch("in_progress", metadata={"note": around.format(secret)})
-    assert tool("status", "--verbose", "--json", "--batch-id", batch.id) == 0
-    out, err = capsys.readouterr()
-    assert "ABCDEFGHIJ" not in out + err + log_text()
-    assert json.loads(out)["id"] == batch.id
-
-
-@pytest.mark.parametrize(("password", "hidden"), [("1", []), ("long-enough", ["long-enough"])])
-def test_a_short_password_in_the_url_does_not_garble_the_results(
-    password: str, hidden: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:{password}@127.0.0.1:9/v1")
-    console = batch_tool.Console(None)
-    assert batch_tool.base_url(console) == f"http://user:{password}@127.0.0.1:9/v1"
-    assert sorted(set(console.secrets)) == hidden
-
-
-def test_a_stream_has_its_error_file_in_the_current_folder(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    batch = api.new_batch("completed", output=jsonl(success()), errors=jsonl(refused("a2")))
-    assert tool("retrieve", "--batch-id", batch.id, "--out", "/dev/null") == 0
-    assert Path(f"errors_{batch.id}.jsonl").read_bytes() == jsonl(refused("a2"))
