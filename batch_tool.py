@@ -3194,10 +3194,14 @@ def spreadsheet_rows(
     exported: set[str] = set()
     for row in rows:
         artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
-        has_request = artist_id in line_of and artist_id not in exported
-        exported.add(artist_id)
-        bio = bio_of(results.best[line_of[artist_id] - 1]) if has_request else Bio(error="no request")
+        bio = Bio(error="no request")
+        if artist_id in line_of and artist_id not in exported:
+            exported.add(artist_id)
+            bio = bio_of(results.best[line_of[artist_id] - 1])
         yield *row[:width], *[""] * (width - len(row)), *bio
+    if left := len(line_of) - len(exported):
+        console.warn(f"{plural(left, 'request')} without a row in {spreadsheet.name}, so the output lacks the results; "
+                     "see --id-column")
 
 
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
