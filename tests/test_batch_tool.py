@@ -3369,6 +3369,13 @@ def test_every_row_that_is_not_blank_is_accounted_for(
     assert spreadsheet(tool, content) == expected.replace("+", ADDED)
 
 
+def test_requests_without_a_row_draw_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
+    assert spreadsheet(tool, "artist_id,Name\nx,a1\na2,a2\n").endswith("x,a1,,no request,,\r\na2,a2,Two.,,12,4\r\n")
+    assert capsys.readouterr().err.splitlines(keepends=True)[0] == warning(
+        "2 requests without a row in artists.csv, so the output lacks the results; see --id-column"
+    )
+
+
 def test_chat_completions_get_their_names_from_the_spreadsheet(tool: Tool) -> None:
     requests_file(request(url="/v1/chat/completions", body={"model": MODEL, "messages": []}))
     Path("results.jsonl").write_bytes(jsonl(result(**ok(chat(content="Bio.")))))
