@@ -2016,6 +2016,10 @@ def report_results(prefix: str, results: Results, console: Console) -> None:
         console.message(f"commonest errors: {errors}")
 
 
+def wrote(path: str) -> str:
+    return "Wrote to stdout: " if path == STDOUT else f"Wrote {path}: "
+
+
 def with_request_sha256(line: bytes, sha256: str) -> bytes:
     """A results line as `run` writes it: with the sha256 of its request as the last key, and a line end."""
     if not sha256 or re.search(rb'"request_sha256":\s*"[^"\\]+"\s*\}$', line):
@@ -3218,7 +3222,7 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             if args.excel:
                 out.write("\ufeff".encode())
             out.writelines(map(line_of, rows))
-    report_results(f"Wrote {shown(args.output)}: ", results, console)
+    report_results(wrote(args.output), results, console)
     return 0
 
 
@@ -3654,7 +3658,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         advice = "; run the same command again where there is room: it takes the results without paying again"
         with open_output(args.output, advice) as out:
             out.writelines(result_lines(results))
-    report_results(f"Wrote {shown(args.output)}: ", results, console)
+    report_results(wrote(args.output), results, console)
     return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
 
 

@@ -3212,7 +3212,7 @@ def test_export_to_stdout_is_the_csv_alone(tool: Tool, capfdbinary: pytest.Captu
     assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "-") == 0
     out, err = capfdbinary.readouterr()
     assert out == b"artist_id,artist_name,bio,error,input_tokens,output_tokens\r\na1,Artist a1,A bio.,,12,4\r\n"
-    assert err.startswith(b"Wrote stdout: 1 succeeded, ")
+    assert err.startswith(b"Wrote to stdout: 1 succeeded, ")
 
 
 def test_excel_gets_a_byte_order_mark_and_no_formulas(tool: Tool) -> None:
