@@ -33,7 +33,9 @@ from builders import (
     expired,
     flags_of,
     jsonl,
+    kill,
     message,
+    nothing,
     posts,
     refused,
     request,
@@ -950,6 +952,7 @@ def test_the_answers_before_ctrl_c_are_kept(
     api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     nine_requests()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in a background job
     api.faults.append(Fault("POST", skip=1, status=429, headers={"Retry-After": "9"}, message="Slow"))
     clock.events = [lambda: os.kill(os.getpid(), signal.SIGINT)]
     assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 130
@@ -1000,10 +1003,6 @@ def times_paid(api: LocalBatchAPI) -> list[int]:
     for batch in api.batches.values():
         api.look(batch)
     return sorted(api.paid.values())
-
-
-def nothing() -> None:
-    """An event."""
 
 
 def test_create_prints_the_ids_and_uploads_the_file_as_it_is(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -1496,12 +1495,9 @@ def test_a_noted_batch_that_is_unknown_at_the_server_counts_for_nothing(api: Loc
 def test_a_create_that_was_killed_before_its_answer_is_run_again(
     when: str, list_delay: int, nap: int, api: LocalBatchAPI, tool: Tool, clock: FakeTime
 ) -> None:
-    def die() -> None:
-        raise Killed
-
     api.list_delay = 3600
     api.faults.append(Fault("POST", "/batches$", when=when, action="reset"))
-    clock.events = [*[nothing] * nap, die]
+    clock.events = [*[nothing] * nap, kill]
     with pytest.raises(Killed):
         tool("create", "--in", requests_file())
     api.list_delay = list_delay
@@ -3845,6 +3841,7 @@ def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(number: signal.Signals, api: LocalBatchAPI) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
+    signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     with started("wait", "--batch-id", "batch_1") as process:
         assert process.stderr
         progress = process.stderr.readline()
@@ -3866,6 +3863,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback(module: str, api: LocalBatchA
     Path("modules").mkdir()
     Path("modules", f"{module}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
     monkeypatch.setenv("PYTHONPATH", str(Path("modules").absolute()))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the process does not inherit that it is ignored
     done = run("batch_tool.py", "list")
     assert (done.returncode, done.stdout, done.stderr) in [
         (-signal.SIGINT, "", ""), (128 + signal.SIGINT, "", "batch_tool.py: stopped\n")
