@@ -468,6 +468,9 @@ SECRET = re.compile(
     re.VERBOSE,
 )
 REDACTED = "[secret]"
+NO_SUCH_PATH = re.compile(  # what web servers and frameworks say of a path, rather than of a file or batch
+    r"\s*(<.*|(404 )?(page )?not found\W*|.*invalid url.*)?\s*", re.DOTALL | re.IGNORECASE
+)
 TO_QUOTE = re.compile(r'[",\r\n]')  # in a field of a CSV; RFC 4180
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel takes such a cell for a formula
 SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
@@ -1245,8 +1248,8 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     body = error.body if isinstance(error.body, dict) else {}
     _, message = error_fields(error.body)
     text = message or error.response.text or error.response.reason_phrase
-    is_of_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or not body.get("message") or "Invalid URL" in message
-    no_endpoint = status == 405 or (status == 404 and is_of_endpoint)
+    is_of_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or NO_SUCH_PATH.fullmatch(message)
+    no_endpoint = status == 405 or (status == 404 and bool(is_of_endpoint))
     code = f" ({body['code']})" if body.get("code") else ""
     advice = "; check OPENAI_API_KEY" if status == 401 else ""
     if 300 <= status < 400:

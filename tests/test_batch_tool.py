@@ -665,16 +665,35 @@ def test_an_endpoint_that_is_missing_names_the_base_url(
     ))
 
 
-@pytest.mark.parametrize("status, body", [(404, b'{"detail": "Not Found"}'), (405, b'{"detail": "Method Not Allowed"}'),
-                                          (404, b"")], ids=in_short)
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (404, b'{"detail": "Not Found"}', "Not Found"),
+        (404, b"", "Not Found"),
+        (404, b"404 page not found\n", "404 page not found"),
+        (404, b"<html>\n<h1>Not here</h1>", "<html> <h1>Not here</h1>"),
+        (405, b'{"detail": "Method Not Allowed"}', "Method Not Allowed"),
+        (405, b'{"error": {"message": "No."}}', "No."),
+    ],
+    ids=in_short,
+)
 def test_an_endpoint_that_a_service_lacks_is_told_with_the_base_url(
-    status: int, body: bytes, api: LocalBatchAPI, tool: Tool, capsys: Capture
+    status: int, body: bytes, words: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", status=status, body=body))
     assert tool("status", "--batch-id", "b") == 1
-    words = "Method Not Allowed" if status == 405 else "Not Found"
     reason = f"b: GET_STATUS: HTTP {status}: {words}; is {api.base_url}/ the base URL of the API?"
     assert capsys.readouterr() == ("", error(reason))
+
+
+@pytest.mark.parametrize("body", [{"detail": "Batch b not found"}, {"error": "Batch b not found"},
+                                  {"error": {"message": "Batch b not found"}}], ids=in_short)
+def test_a_batch_that_is_unknown_does_not_make_the_base_url_doubtful(
+    body: Json, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults.append(Fault("GET", status=404, body=json.dumps(body).encode()))
+    assert tool("status", "--batch-id", "b") == 1
+    assert capsys.readouterr() == ("", error("b: GET_STATUS: HTTP 404: Batch b not found"))
 
 
 @pytest.mark.parametrize("location", ["http://localhost:{port}/v1/batches", "http://127.0.0.1:{other}/v1/batches",
@@ -1268,6 +1287,14 @@ def test_one_batch_is_made_whatever_happens_to_the_answer(
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(only_batch(api))
     assert (posts(api, "/v1/files"), posts(api), times_paid(api)) == (1, 1, [1, 1])
+
+
+def test_a_file_that_is_gone_already_is_a_fence(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
+    body = b'{"detail": "File with id file-1 not found"}'
+    api.faults += [Fault("POST", "/batches$", action="reset"), Fault("DELETE", status=404, body=body)]
+    clock.events = [nothing, api.files.clear]
+    assert tool("create", "--in", requests_file()) == 0
+    assert (posts(api), times_paid(api)) == (2, [1, 1])
 
 
 def test_a_post_that_was_lost_is_fenced_and_made_again_with_another_file(
