@@ -232,7 +232,7 @@ def test_a_pause_of_the_program_that_writes_to_stdin_is_not_the_end(work: Path) 
     lines = [jsonl(request("a1")), jsonl(request("a2"))]
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, ROOT / "batch_tool.py", "validate", "--in", "-"]
+    command = [sys.executable, str(ROOT / "batch_tool.py"), "validate", "--in", "-"]
     with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, text=True) as process:
         os.write(writer, lines[0])
         time.sleep(0.4)
@@ -1740,7 +1740,8 @@ def test_the_listing_is_looked_at_again_right_before_the_post(
     path = requests_file()
     metadata = {"input_sha256": "0" * 64, "request_file_sha256": sha256(path.read_bytes())}
     api.faults.append(Fault("POST", "/files$", status=429, headers={"Retry-After": "60"}))
-    clock.events = [lambda: earlier_batch(api, path, **({} if same_part else {"metadata": metadata}))]
+    fields: Json = {} if same_part else {"metadata": metadata}
+    clock.events = [lambda: earlier_batch(api, path, **fields)]
     assert tool("create", "--in", path) == int(not same_part)
     batch = only_batch(api)
     out, err = capsys.readouterr()
@@ -3746,7 +3747,9 @@ def test_a_signal_that_the_interpreter_swallowed_can_be_sent_again() -> None:
 def bare(*args: object, python: Iterable[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
     """Run without any installed package, so without the SDK. `python` are options of the interpreter."""
     command = [sys.executable, "-S", "-I", *python, str(ROOT / "batch_tool.py"), *map(str, args)]
-    return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60} | options)
+    defaults: Json = {"capture_output": True, "encoding": "utf-8", "timeout": 60}
+    done: subprocess.CompletedProcess[str] = subprocess.run(command, **defaults | options)
+    return done
 
 
 @pytest.mark.parametrize(
@@ -3817,8 +3820,8 @@ def test_a_slow_reader_of_a_non_blocking_pipe_gets_every_byte(python: list[str],
     content = requests_file(*(request(str(number)) for number in range(2000))).read_bytes()
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    command = [sys.executable, *python, ROOT / "batch_tool.py", "retry", "--in", "requests.jsonl", "--results",
-               "/dev/null", "--out", "-"]
+    arguments = ["retry", "--in", "requests.jsonl", "--results", "/dev/null", "--out", "-"]
+    command = [sys.executable, *python, str(ROOT / "batch_tool.py"), *arguments]
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as process:
         os.close(theirs)
         time.sleep(0.3)  # the pipe is full
