@@ -3180,7 +3180,7 @@ def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console
             undecodable.append(number)
     if undecodable:
         counted = f"{len(undecodable)} of {plural(rows - 1, 'row')}"
-        problem = f"{spreadsheet.name}: {counted} not valid in its encoding, first on line {undecodable[0]}"
+        problem = f"{spreadsheet.name}: {counted} cannot be decoded, first on line {undecodable[0]}"
         if len(undecodable) > 1 and len(undecodable) > 0.05 * rows:  # the limits of gen_batch_jsonl.py
             raise CommandError(f"{problem}; name the encoding with --encoding")
         console.warn(f"{problem}; each wrong byte is written as a question mark; see --encoding")
@@ -3207,8 +3207,8 @@ def spreadsheet_rows(
             bio = bio_of(results.best[line_of[artist_id] - 1])
         yield *row[:width], *[""] * (width - len(row)), *bio
     if left := len(line_of) - len(exported):
-        console.warn(f"{plural(left, 'request')} without a row in {spreadsheet.name}, so the output lacks the results; "
-                     "see --id-column")
+        console.warn(f"the results of {plural(left, 'request')} are left out, because {spreadsheet.name} has no such "
+                     "row; see --id-column")
 
 
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:

@@ -3326,7 +3326,7 @@ def test_the_encoding_of_the_spreadsheet_can_be_named(exported: None, tool: Tool
 def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
     assert spreadsheet(tool, b"artist_id,artist_name\na1,A\na2,Bj\xf6rk\n").endswith("\r\na2,Bj?rk,Two.,,12,4\r\n")
     assert capsys.readouterr().err.startswith(warning(
-        "artists.csv: 1 of 2 rows not valid in its encoding, first on line 3; each wrong byte is written as a question "
+        "artists.csv: 1 of 2 rows cannot be decoded, first on line 3; each wrong byte is written as a question "
         "mark; see --encoding"
     ))
 
@@ -3335,7 +3335,7 @@ def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys
     "content, options, reason",
     [
         (b"artist_id,x\na1,\xf6\na2,\xf6\n", [],
-         ": 2 of 2 rows not valid in its encoding, first on line 2; name the encoding with --encoding"),
+         ": 2 of 2 rows cannot be decoded, first on line 2; name the encoding with --encoding"),
         (b"artist_id,x\na1,o\na2,\"o\"x\n", [],
          " line 3: malformed quoting (',' expected after '\"'); correct the quotes, so that every row can be matched"),
         (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes, "
@@ -3396,7 +3396,7 @@ def test_every_row_that_is_not_blank_is_accounted_for(
 def test_requests_without_a_row_draw_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
     assert spreadsheet(tool, "artist_id,Name\nx,a1\na2,a2\n").endswith("x,a1,,no request,,\r\na2,a2,Two.,,12,4\r\n")
     assert capsys.readouterr().err.splitlines(keepends=True)[0] == warning(
-        "2 requests without a row in artists.csv, so the output lacks the results; see --id-column"
+        "the results of 2 requests are left out, because artists.csv has no such row; see --id-column"
     )
 
 
