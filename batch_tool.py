@@ -2122,8 +2122,10 @@ class Note:
     covers what the listing does not show yet. It may be deleted at any time.
     """
 
-    def __init__(self, file: BinaryIO | None = None) -> None:
+    def __init__(self, file: BinaryIO | None = None, others: Sequence[str] = ()) -> None:
         self._file = file
+        self.others = others  # paths of the notes of other request files at the same service
+        self.names: set[str] = set()  # of the request file
         self.sha256_of: dict[str, str] = {}  # of the part, by file id
         self.batches_of: dict[str, list[str]] = {}  # ids by file id; several where the token limit refused some
         self._posted: set[str] = set()  # files whose last POST has no outcome yet
@@ -2132,12 +2134,14 @@ class Note:
             with contextlib.suppress(ValueError):  # a line that was cut by a crash
                 self._apply(read_object(line))
         if file and not line.endswith(b"\n"):
-            file.write(b"\n")
+            with contextlib.suppress(OSError):
+                file.write(b"\n")
 
     def _apply(self, entry: Json) -> None:
         file_id, batch_id = str_field(entry, "file"), entry.get("batch")
         if not is_id(file_id):
             return
+        self.names.add(str_field(entry, "name"))
         self.sha256_of.setdefault(file_id, str_field(entry, "sha256"))
         batches = self.batches_of.setdefault(file_id, [])
         if not isinstance(batch_id, str):
@@ -2148,7 +2152,7 @@ class Note:
             batches.append(batch_id)
 
     def add(self, file_id: str, **fields: str) -> None:
-        """Note the `sha256` of an uploaded file before each POST of it, or its `batch` afterwards.
+        """Note the `sha256` and the `name` of an uploaded file before each POST of it, or its `batch` afterwards.
 
         The batch is empty where none can come of the file any more. It is on disk at once.
         """
@@ -2158,6 +2162,9 @@ class Note:
                 self._file.write(to_json({"file": file_id, **fields}).encode() + b"\n")
                 self._file.flush()
                 os.fsync(self._file.fileno())
+
+    def resolve_all(self) -> None:
+        self._posted.clear()
 
     def unresolved(self) -> list[str]:
         """Uploaded files whose POST may still be on its way."""
@@ -2180,7 +2187,6 @@ def open_note_file(path: str) -> BinaryIO:
             file.close()
             raise
         if os.fstat(file.fileno()).st_nlink:  # else another process has just removed it as an old one
-            os.utime(file.fileno())
             file.seek(0)
             return file
         file.close()
@@ -2193,21 +2199,25 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
     Raises CommandError where another `create` or `run` of the same bytes is at work.
     """
     service = [os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")]
-    entry = hashlib.sha256("\n".join([request_file_sha256, *service]).encode(errors="replace")).hexdigest()
+    prefix = hashlib.sha256("\n".join(service).encode(errors="replace")).hexdigest()[:16]
+    entry = f"{prefix}-{request_file_sha256}.jsonl"
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     directory = os.path.join(state, "batch_tool")
     with contextlib.ExitStack() as stack:
-        file = None
+        file, others = None, []
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
             remove_old_notes(directory)
-            file = stack.enter_context(open_note_file(os.path.join(directory, f"{entry}.jsonl")))
+            file = stack.enter_context(open_note_file(os.path.join(directory, entry)))
+            os.utime(file.fileno())
+            names = [name for name in os.listdir(directory) if name.startswith(prefix) and name != entry]
+            others = [os.path.join(directory, name) for name in sorted(names)]
         except BlockingIOError:
             raise CommandError(f"{requests.name} is in use by another create or run; wait for it to finish") from None
         except OSError as error:
             console.warn(f"cannot lock a note in {directory}: {error.strerror}; do not start another create or run of "
                          f"{requests.name} meanwhile")
-        yield Note(file)
+        yield Note(file, others)
 
 
 class AlreadySubmitted(CommandError):
@@ -2225,11 +2235,19 @@ class AlreadySubmitted(CommandError):
 class Submitter:
     """Makes one batch of a part of a request file, whatever happens to the responses.
 
-    `known` are the ids of batches that are accounted for: earlier ones that were looked at, and its own.
+    `known` are the ids of batches that are accounted for: earlier ones that were looked at, and its own. With
+    `finds_versions`, batches of other versions of the request file count as well.
     """
 
     def __init__(
-        self, api: Api, args: argparse.Namespace, request_file_sha256: str, check: InputCheck, note: Note
+        self,
+        api: Api,
+        args: argparse.Namespace,
+        request_file_sha256: str,
+        check: InputCheck,
+        note: Note,
+        *,
+        finds_versions: bool = False,
     ) -> None:
         self.api = api
         self.known: set[str] = set()
@@ -2240,6 +2258,8 @@ class Submitter:
         self._force: bool = args.force
         self._request_file_sha256 = request_file_sha256
         self._note = note
+        self._finds_versions = finds_versions
+        self._files_of_versions: set[str] = set()  # by the notes of other versions
         self._is_model_checked = False
         self._is_metadata_checked = False
 
@@ -2258,28 +2278,43 @@ class Submitter:
             or batch.input_file_id in self._note.sha256_of
         )
 
-    def is_of_earlier_version(self, batch: Batch) -> bool:
+    def is_of_other_version(self, batch: Batch) -> bool:
         """Whether the batch has requests of a file of the same name with another content."""
-        return bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
+        has_name = bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
+        return self._finds_versions and (has_name or batch.input_file_id in self._files_of_versions)
 
     def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
-        """The listed batches, and those that only the note knows yet, oldest first. With --force there are none."""
+        """The listed batches, and those that only notes know yet, oldest first. With --force there are none."""
         if self._force:
             return []
         found = {batch.id: batch for batch in listed}
-        for file_id in self._note.unresolved():
+        self._add_unlisted(self._note, found)
+        for path in self._note.others if self._finds_versions else ():
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                try:
+                    other = Note(stack.enter_context(open_note_file(path)))
+                except BlockingIOError:  # its process is at work, and resolves its own POST
+                    other = Note(stack.enter_context(open(path, "rb")))
+                    other.resolve_all()
+                if self._name in other.names:
+                    self._files_of_versions |= other.sha256_of.keys()
+                    self._add_unlisted(other, found)
+        return sorted(found.values(), key=lambda batch: batch.age_key)
+
+    def _add_unlisted(self, note: Note, found: dict[str, Batch]) -> None:
+        """Add the batches of a note that are not listed yet."""
+        for file_id in note.unresolved():
             self.api.console.message(f"file {file_id}: checking whether its batch was created")
-            if batch := self._find_or_fence(file_id, set(self._note.batches_of[file_id])):
+            if batch := self._find_or_fence(file_id, set(note.batches_of[file_id])):
                 found[batch.id] = batch
-            self._note.add(file_id, batch=batch.id if batch else "")
-        unlisted = set(itertools.chain.from_iterable(self._note.batches_of.values())) - found.keys()
+            note.add(file_id, batch=batch.id if batch else "")
+        unlisted = set(itertools.chain.from_iterable(note.batches_of.values())) - found.keys()
         for delay in (0, *LOOK_UP_DELAYS):
             if unlisted:
                 self.api.clock.sleep(delay)  # in the first seconds of its life, a batch may not be found by its id
             for batch in filter(None, map(self._batch_if_there, sorted(unlisted))):
                 found[batch.id] = batch
             unlisted -= found.keys()
-        return sorted(found.values(), key=lambda batch: batch.age_key)
 
     def _batch_if_there(self, batch_id: str) -> Batch | None:
         try:
@@ -2290,13 +2325,15 @@ class Submitter:
             return None
 
     def new_batches(self, parts: Iterable[Part]) -> list[Batch]:
-        """Batches of this request file that are not known yet and may have a success, oldest first."""
+        """Batches of this request file or its versions that are not known yet and may have a success, oldest first."""
         if self._force:
             return []
         new = [
             batch
             for batch in self.api.recent_batches()
-            if batch.id not in self.known and batch.may_have_success and self.is_of_file(batch, parts)
+            if batch.id not in self.known
+            and batch.may_have_success
+            and (self.is_of_file(batch, parts) or self.is_of_other_version(batch))
         ]
         return sorted(new, key=lambda batch: batch.age_key)
 
@@ -2354,7 +2391,7 @@ class Submitter:
             if isinstance(error, ApiError):  # of the listing, so it must not look like one of the POST
                 raise CommandError(str(error)) from None
             raise
-        self._note.add(file_id, sha256=part.sha256)
+        self._note.add(file_id, sha256=part.sha256, name=self._name)
 
     def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
         """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
@@ -3350,6 +3387,7 @@ class Run:
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
         self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
+        self._to_send: set[int] = set()
         self._is_cut_short = False  # others have submitted meanwhile, so this round submits nothing more
 
     def rounds(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
@@ -3357,7 +3395,8 @@ class Run:
 
         `to_send` are the positions of the requests that need a result, `listed` the batches at the server.
         """
-        self._adopt_earlier(parts, to_send, listed)
+        self._to_send = to_send
+        self._adopt_earlier(parts, listed)
         attempts_left: int = self._args.attempts
         is_cancelled = False
         number = 0
@@ -3482,15 +3521,26 @@ class Run:
         try:
             batch = self._submitter.submit(queued.source, queued.part, on_upload, queued.file_id, queued.refused)
         except AlreadySubmitted as found:
+            if not queued.refused:
+                queued.file_id = ""  # it is deleted
+            adopted = [self._adopt_found(batch, queued.part) for batch in found.batches]
+            if not any(adopted):
+                return self._submit(queued, queue)
             self._is_cut_short = True  # they may have requests of later parts, too; another round does what is left
             queue.clear()
-            for batch in found.batches:
-                self._adopt(batch, None)
             return False
         self._console.message(f"part {label}: Batch ID: {batch.id}")
         now = self._clock.now()
         self._poller.latest[batch.id] = batch
         self.flights[batch.id] = Flight(batch, set(), None, queued, now)
+        return True
+
+    def _adopt_found(self, batch: Batch, part: Part) -> bool:
+        """Take or follow a batch that has shown up before a POST. Whether it has requests that are to be sent."""
+        if not self._submitter.is_of_file(batch, [part]):
+            self._submitter.known.add(batch.id)
+            return self._adopt_other_version(batch)
+        self._adopt(batch, None)
         return True
 
     def _look_for_rivals(self) -> None:
@@ -3500,11 +3550,10 @@ class Run:
         for flight in due:
             flight.rival_check_at = math.inf
         for rival in self._submitter.new_batches([each.queued.part for each in due if each.queued]):
-            flight_or_none = own.get(self._submitter.part_sha256(rival))
-            if flight_or_none is None:
-                self._console.warn(f"batch {rival.id} may have some of the same requests")  # found before the next POST
-            else:
+            if flight_or_none := own.get(self._submitter.part_sha256(rival)):
                 self._meet_rival(flight_or_none, rival)
+            else:  # the look before the next POST finds it
+                self._console.warn(f"batch {rival.id} may have some of the same requests")
 
     def _meet_rival(self, flight: Flight, rival: Batch) -> None:
         """Of two batches of the same requests, the older one stays. Each process cancels only its own."""
@@ -3517,7 +3566,7 @@ class Run:
 
     # earlier batches
 
-    def _adopt_earlier(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
+    def _adopt_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
         """Take the results of earlier batches that have ended, and follow those that run."""
         part_of = {part.sha256: part for part in parts}
         batches = [batch for batch in self._submitter.earlier_batches(listed) if batch.may_have_success]
@@ -3525,8 +3574,8 @@ class Run:
             if self._submitter.is_of_file(batch, parts):
                 self._adopt(batch, part_of.get(self._submitter.part_sha256(batch)))
         for batch in reversed(batches):
-            if batch.id not in self._submitter.known and self._submitter.is_of_earlier_version(batch):
-                self._adopt_earlier_version(batch, to_send)
+            if batch.id not in self._submitter.known and self._submitter.is_of_other_version(batch):
+                self._adopt_other_version(batch)
 
     def _adopt(self, batch: Batch, part: Part | None) -> None:
         """Take or follow a batch of this request file, of this part of it if it is one of the present division."""
@@ -3541,19 +3590,21 @@ class Run:
             flight = Flight(batch, None if digests is None else self._same_requests(digests))
         self._follow(flight)
 
-    def _adopt_earlier_version(self, batch: Batch, to_send: set[int]) -> None:
-        """Take or follow a batch of an earlier version of the file, where it has requests that need a result."""
-        if not (pending := self._pending(to_send)):
-            return
+    def _adopt_other_version(self, batch: Batch) -> bool:
+        """Take or follow a batch of another version of the file. Whether it has requests that need a result."""
+        if not (pending := self._pending(self._to_send)):
+            return False
+        self._submitter.known.add(batch.id)
         digests = self._input_digests(batch)
+        same = set() if digests is None else self._same_requests(digests) & pending
         if digests is None:
             self._console.warn(f"the input file of batch {batch.id}, which is of an earlier version of "
                                f"{self._requests.name}, cannot be had; requests that it has may be paid for again")
-        elif same := self._same_requests(digests) & pending:
+        elif same:
             self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
                                   f"has {plural(len(same), 'request')} of this one already")
-            self._submitter.known.add(batch.id)
             self._follow(Flight(batch, same, digests))
+        return bool(same)
 
     def _follow(self, flight: Flight) -> None:
         """Take the results of a batch that has ended; watch one that runs."""
@@ -3650,7 +3701,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             def send() -> None:
                 listed = first_listing(api, force=args.force)
                 patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
-                submitter = Submitter(patient_api, args, sha256, check, note)
+                submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
                 Run(args, submitter, requests, results, spool).rounds(parts, to_send, listed)
 
             within_timeout(send, args.timeout, console, clock)

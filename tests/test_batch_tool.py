@@ -1459,7 +1459,7 @@ def test_the_note_names_the_file_before_the_post_and_the_batch_after_it(
     clock.events = [lambda: notes.append(note_path().read_bytes())]
     assert tool("create", "--in", path) == 0
     batch = only_batch(api)
-    before = {"file": batch.input_file_id, "sha256": sha256(path.read_bytes())}
+    before = {"file": batch.input_file_id, "sha256": sha256(path.read_bytes()), "name": path.name}
     assert notes == [jsonl(before)]
     assert note_path().read_bytes() == jsonl(before, before, {"file": batch.input_file_id, "batch": batch.id})
     assert stat.S_IMODE(note_path().stat().st_mode) == 0o600

@@ -526,17 +526,6 @@ def test_a_note_that_is_gone_or_broken_costs_nothing_once_the_listing_is_whole(
     assert_paid_once(api, content)
 
 
-def test_a_note_names_the_file_before_the_post_and_the_batch_after_it(api: LocalBatchAPI) -> None:
-    write_requests("a1")
-    assert create() == 0
-    ((file_id, batch),) = [(batch.input_file_id, batch) for batch in api.batches.values()]
-    (note,) = Path(os.environ["XDG_STATE_HOME"], "batch_tool").iterdir()
-    before, after = map(json.loads, note.read_bytes().splitlines())
-    assert before == {"file": file_id, "sha256": hashlib.sha256(REQUESTS.read_bytes()).hexdigest()}
-    assert after == {"file": file_id, "batch": batch.id}
-    assert (note.stat().st_mode & 0o777, note.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-
-
 def test_notes_of_more_than_30_days_ago_are_removed(api: LocalBatchAPI) -> None:
     folder = Path(os.environ["XDG_STATE_HOME"], "batch_tool")
     folder.mkdir(parents=True)
@@ -1519,6 +1508,84 @@ def test_done_and_not_saved_an_edit_takes_it(api: LocalBatchAPI) -> None:
     assert sent(api)[2:] == [["a4"]]
     assert_paid_once(api, content, changed)
     assert_out(api)
+
+
+HABITS_OF_NOTES: list[tuple[str, ...]] = [(), ("no-metadata",)]
+
+
+@pytest.mark.parametrize("habits", HABITS_OF_NOTES)
+@pytest.mark.parametrize("command", ["create", "run"])
+def test_edited_at_once_after_the_post_its_batch_is_found_by_the_note(
+    api: LocalBatchAPI, command: str, habits: tuple[str, ...]
+) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    time = live_in(api, FakeTime())
+    content = edit(*bios(3))
+    if command == "create":
+        assert create("--max-requests", "2", time=time) == 0
+    else:
+        time.events = [kill]
+        stopped_run("--max-requests", "2", time=time)
+    changed = edit(request("new"), *bios(2), with_prompt("a3", "changed"))
+    assert run(time=time) == 0
+    assert_paid_once(api, content, changed)
+    assert posts(api) == 3
+
+
+@pytest.mark.parametrize("habits", HABITS_OF_NOTES)
+@pytest.mark.parametrize(("when", "moment"), [("after", 1e6), ("later", 3.0), ("later", 40.0)])
+def test_killed_in_the_post_and_edited_at_once_its_file_is_fenced(
+    api: LocalBatchAPI, when: str, moment: float, habits: tuple[str, ...]
+) -> None:
+    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    api.faults = [Fault("POST", "/batches$", when=when, action="reset")]
+    time = live_in(api, FakeTime(kill, at={moment: api.carry_out}))
+    content = edit(*bios(3))
+    stopped_run(time=time)
+    changed = edit(*bios(2))
+    assert run(time=time) == 0
+    time.sleep(100)
+    assert_paid_once(api, changed)
+    del content
+
+
+def test_notes_of_files_of_another_name_or_service_are_left_alone(
+    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.faults = [Fault("POST", "/batches$", action="reset", times=9)]
+    content = edit(*bios(2))
+    Path("other.jsonl").write_bytes(jsonl(*bios(1)))
+    with pytest.raises(Killed):
+        run(source="other.jsonl", time=FakeTime(kill))
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "another")
+    edit(*bios(3))
+    with pytest.raises(Killed):
+        run(time=FakeTime(kill))
+    monkeypatch.delenv("OPENAI_PROJECT_ID")
+    api.faults = []
+    replace(content)
+    time = FakeTime()
+    assert run(time=time) == 0
+    assert time.now == 10
+    assert [exchange for exchange in api.exchanges if exchange.method == "DELETE"] == []
+
+
+@pytest.mark.parametrize("habits", HABITS_OF_NOTES)
+def test_two_versions_at_once_pay_once_for_what_they_share(api: LocalBatchAPI, habits: tuple[str, ...]) -> None:
+    api.queue_limit, api.hold = 2, "in_progress"
+    api.habits = {*habits}
+    content = edit(*bios(4))
+    edits: list[bytes] = []
+
+    def edited() -> None:
+        edits.append(edit(*bios(4)[::-1], request("new")))
+        api.queue_limit = None
+        assert run("--max-requests", "3", out="other.jsonl", time=FakeTime(nothing, nothing, release(api))) == 0
+
+    time = FakeTime(nothing, edited)
+    assert run("--max-requests", "2", "--attempts", "1", time=time) == 0
+    if not habits:
+        assert_paid_once(api, content, *edits)
 
 
 def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
