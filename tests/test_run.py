@@ -191,23 +191,21 @@ RETRYABLE = ("408", "409", "429", "500", "503", "expired", "cancelled", "timeout
 REJECTED = ("400", "401", "404", "incomplete", "content_filter", "refusal", "no_text", "error_200")
 
 
-@pytest.mark.parametrize("outcome", RETRYABLE)
-def test_what_can_be_retried_goes_into_the_next_round(api: LocalBatchAPI, outcome: str) -> None:
-    api.outcomes = {"a2": [outcome, "200"]}
-    content = write_requests("a1", "a2", "a3")
+def test_what_can_be_retried_goes_into_the_next_round(api: LocalBatchAPI) -> None:
+    api.outcomes = {outcome: [outcome, "200"] for outcome in RETRYABLE}
+    content = write_requests("a1", *RETRYABLE)
     assert run() == 0
-    assert sent(api) == [["a1", "a2", "a3"], ["a2"]]
+    assert sent(api) == [["a1", *RETRYABLE], [*RETRYABLE]]
     assert_out(api)
     assert_paid_once(api, content)
 
 
-@pytest.mark.parametrize("outcome", REJECTED)
-def test_what_would_be_refused_again_is_not_sent_again(api: LocalBatchAPI, outcome: str) -> None:
-    api.outcomes = {"a2": outcome, "a3": ["500", "200"]}
-    write_requests("a1", "a2", "a3")
+def test_what_would_be_refused_again_is_not_sent_again(api: LocalBatchAPI) -> None:
+    api.outcomes = {outcome: outcome for outcome in REJECTED} | {"a1": ["500", "200"]}
+    write_requests("a1", *REJECTED, "a2")
     assert run() == 1
     assert run() == 1
-    assert sent(api) == [["a1", "a2", "a3"], ["a3"]]
+    assert sent(api) == [["a1", *REJECTED, "a2"], ["a1"]]
     assert_out(api)
 
 
@@ -332,12 +330,9 @@ def test_a_batch_of_others_is_not_adopted(api: LocalBatchAPI, metadata: dict[str
 
 
 @pytest.mark.parametrize("sleeps", range(4))
-@pytest.mark.parametrize("outcome", ["500", "expired", "missing"])
-def test_a_run_killed_at_any_poll_goes_on_when_started_again(
-    api: LocalBatchAPI, sleeps: int, outcome: str
-) -> None:
+def test_a_run_killed_at_any_poll_goes_on_when_started_again(api: LocalBatchAPI, sleeps: int) -> None:
     api.hold = "in_progress"
-    api.outcomes = {"a1": ["500", "200"], "a3": [outcome, "200"]}
+    api.outcomes = {"a1": ["500", "200"], "a3": ["missing", "200"]}
     content = write_requests("a1", "a2", "a3")
 
     def hold_again() -> None:
@@ -462,12 +457,11 @@ def test_run_at_once_after_create_takes_its_batches(api: LocalBatchAPI, habits: 
     assert posts(api) == 3
 
 
-@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
 @pytest.mark.parametrize(("options", "code"), [(("--max-requests", "2"), 0), (("--max-requests", "3"), 1), ((), 1)])
 def test_create_at_once_after_run_submits_nothing_again(
-    api: LocalBatchAPI, habits: tuple[str, ...], options: tuple[str, ...], code: int
+    api: LocalBatchAPI, options: tuple[str, ...], code: int
 ) -> None:
-    api.habits, api.list_delay, api.step = {*habits}, 10, 5
+    api.habits, api.list_delay, api.step = {"no-metadata"}, 10, 5
     time = live_in(api, FakeTime(kill))
     content = write_requests(*numbered(5))
     stopped_run("--max-requests", "2", time=time)
@@ -586,8 +580,7 @@ LOST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize(("kind", "when"), [("reset", "before"), *[(kind, "after") for kind in LOST]])
 def test_a_lost_answer_makes_no_second_batch(api: LocalBatchAPI, kind: str, when: str) -> None:
     api.list_delay, api.step = 10, 5
     time = live_in(api, FakeTime())
@@ -825,7 +818,7 @@ def test_a_refused_part_is_not_submitted_again_where_another_machine_has_its_req
 def meet(api: LocalBatchAPI, *, own_is_older: bool) -> tuple[LocalBatch, LocalBatch]:
     """Two machines submit the same at the same time. The batches of this one and of the other."""
     def elsewhere() -> None:
-        api.clock_offset = 1 if own_is_older else -1
+        api.clock_offset = 5 if own_is_older else -5
         with another_machine():
             assert create() == 0
 
@@ -1212,7 +1205,6 @@ CALLS = {
 TROUBLES: dict[str, dict[str, Any]] = {
     "503 for 1.5 s": {"status": 503, "times": 3},
     "one 403": {"status": 403},
-    "reset": {"action": "reset", "times": 5},
     "900 s": {"status": 429, "headers": {"retry-after": "900"}},
 }
 
@@ -1236,8 +1228,8 @@ def test_an_hour_without_an_answer_ends_it(
     api.faults = [Fault(method, path, skip=1 if call in ("listing", "poll") else 0, times=10_000, status=503)]
     api.hold = "in_progress"
     content = write_requests("a1")
-    time = FakeTime(at={35: release(api)})
-    assert run(time=time) == 1
+    time = FakeTime(at={350: release(api)})
+    assert run("--interval", "100", time=time) == 1
     assert 3500 < time.now < 4500
     assert "HTTP 503" in capsys.readouterr().err.splitlines()[-1]
     api.faults = []
@@ -1245,8 +1237,7 @@ def test_an_hour_without_an_answer_ends_it(
     assert_paid_once(api, content)
 
 
-@pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("call", ["upload", "poll", "download"])
+@pytest.mark.parametrize(("call", "status"), [("upload", 401), ("poll", 403), ("download", 401)])
 def test_three_denials_are_fatal(api: LocalBatchAPI, call: str, status: int) -> None:
     api.faults = [Fault(*CALLS[call], times=3, status=status)]
     content = write_requests("a1")
@@ -1337,14 +1328,10 @@ EDITS: dict[str, tuple[Callable[[], list[Any]], set[str]]] = {
 
 
 @pytest.mark.parametrize("change", EDITS)
-@pytest.mark.parametrize("is_listed", [True, False])
-def test_only_what_has_changed_is_sent_and_what_was_paid_stays(
-    api: LocalBatchAPI, change: str, is_listed: bool
-) -> None:
+def test_only_what_has_changed_is_sent_and_what_was_paid_stays(api: LocalBatchAPI, change: str) -> None:
     content = edit(*bios(5))
     assert run() == 0
-    if not is_listed:
-        api.list_delay = 1e9
+    api.list_delay = 1e9  # --out alone tells
     first = served(api)
     requests, new = EDITS[change]
     changed = edit(*requests())
@@ -1949,7 +1936,7 @@ def test_pauses_by_a_table(case: str) -> None:
 
 # ---- any sequence
 
-SEEDS = range(40)
+SEEDS = range(30)
 
 
 def random_edit(chance: random.Random, requests: list[Any], number: int) -> None:
@@ -1966,10 +1953,11 @@ def random_edit(chance: random.Random, requests: list[Any], number: int) -> None
         chance.shuffle(requests)
 
 
-def fault_or_kill(chance: random.Random) -> list[Fault]:
+def random_faults(chance: random.Random) -> list[Fault]:
     kinds = [
         Fault("POST", "/batches$", skip=chance.randrange(3), when=chance.choice(["before", "after"]), action="reset"),
         Fault("POST", "/batches$", skip=chance.randrange(3), when="later", status=504),
+        Fault("POST", "/batches$", skip=chance.randrange(3), status=429, headers={"retry-after": "30"}),
         Fault("POST", "/files$", skip=chance.randrange(3), status=503, times=3),
         Fault("GET", "/content$", skip=chance.randrange(3), action="cut"),
         Fault("GET", "/batches$", skip=chance.randrange(5), status=500, times=2),
@@ -1979,41 +1967,47 @@ def fault_or_kill(chance: random.Random) -> list[Fault]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
+    """Killed at any moment, with a late listing, lost POSTs, flaky rows, a small queue, other parts, and edits."""
     chance = random.Random(seed)
     api.list_delay, api.step = chance.choice([0, 5, 10]), chance.choice([1, 20, 200])
     api.queue_limit = chance.choice([None, 3, 6])
-    api.habits = set(chance.sample(["short-endpoint", "both-files", "no-bytes", "late-output"], 1))
+    api.habits = {chance.choice(["short-endpoint", "both-files", "no-bytes", "late-output", "no-metadata"])}
     requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
     api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
     time = live_in(api, FakeTime())
-    contents = [edit(*requests)]
-    for number in range(chance.randrange(2, 6)):
-        api.faults = fault_or_kill(chance)
+    edit(*requests)
+    for number in range(chance.randrange(2, 5)):
+        api.faults = random_faults(chance)
         time.at = {time.now + chance.uniform(0, 60): api.carry_out, time.now + chance.uniform(0, 500): kill}
         options = ("--max-requests", str(chance.randrange(1, 6)))
         with contextlib.suppress(Killed):
-            if len(contents) == 1 and chance.random() < 0.4:  # it does not look at earlier versions
+            if number == 0 and chance.random() < 0.4:  # later on the file may be another version, which it does not see
                 create(*options, time=time)
-            else:
+            elif "no-metadata" in api.habits or chance.random() < 0.8:
                 run(*options, time=time)
+            else:
+                api.carry_out()  # two machines must be further apart than POSTs and the listing are late
+                time.sleep(15)
+                with another_machine():
+                    run(*options, time=time)
+                time.sleep(15)
         time.at = {moment: action for moment, action in time.at.items() if action != kill}
         time.naps.clear()
         if chance.random() < 0.5:
-            time.sleep(15)  # an edit takes longer than the listing is late
             random_edit(chance, requests, number)
-            contents.append(edit(*requests))
-    api.faults, time.at, api.queue_limit = [], {}, api.queue_limit and 3
+            edit(*requests)
+    api.faults, api.queue_limit = [], api.queue_limit and 3
     for _ in range(3):
         time.naps.clear()
         if run("--max-requests", "3", time=time) == 0:
             break
-    api.carry_out()
     time.sleep(1000)
-    assert_out_is_complete(api)
-    assert_paid_once(api, contents[-1])
+    assert_out_is_complete()
+    assert_paid_once(api, REQUESTS.read_bytes())
 
 
-def assert_out_is_complete(api: LocalBatchAPI) -> None:
+def assert_out_is_complete() -> None:
+    """--out begins with a success of each request."""
     rows = [json.loads(line) for line in OUT.read_bytes().splitlines()]
     wanted = [sha256_of(line) for line in REQUESTS.read_bytes().splitlines()]
     assert [row["request_sha256"] for row in rows][: len(wanted)] == wanted
