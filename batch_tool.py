@@ -428,6 +428,7 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 
 # ==== end of the common block ====================================================================================
 
+DEFAULT_BASE_URL = "https://api.openai.com/v1"
 FILE_LIFETIME_SECONDS = 30 * 24 * 60 * 60  # of an uploaded file; Batch API guide
 PAGE_SIZE = 100  # the most that a listing takes; API reference
 MAX_PAGES = 500  # a longer listing is taken to be endless
@@ -1679,7 +1680,7 @@ def api_key() -> str:
 
 
 def base_url() -> str:
-    url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
+    url = os.environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
     try:
         parts = urllib.parse.urlsplit(url)
         usable = re.fullmatch("(?i:https?)://[!-~]+", url) and parts.port != 0 and (parts.hostname or "").encode("idna")
@@ -2129,11 +2130,11 @@ class Note:
         self.sha256_of: dict[str, str] = {}  # of the part, by file id
         self.batches_of: dict[str, list[str]] = {}  # ids by file id; several where the token limit refused some
         self._posted: set[str] = set()  # files whose last POST has no outcome yet
-        line = b"\n"
-        for line in file or ():
+        *lines, cut_line = (file.read() if file else b"").split(b"\n")
+        for line in lines:
             with contextlib.suppress(ValueError):  # a line that was cut by a crash
                 self._apply(read_object(line))
-        if file and not line.endswith(b"\n"):
+        if file and cut_line:
             with contextlib.suppress(OSError):
                 file.write(b"\n")
 
@@ -2154,14 +2155,12 @@ class Note:
     def add(self, file_id: str, **fields: str) -> None:
         """Note the `sha256` and the `name` of an uploaded file before each POST of it, or its `batch` afterwards.
 
-        The batch is empty where none can come of the file any more. It is on disk at once.
+        The batch is empty where none can come of the file any more. It is on disk at once; raises OSError.
         """
         self._apply({"file": file_id, **fields})
         if self._file:
-            with contextlib.suppress(OSError):  # a full disk must not stop what is under way
-                self._file.write(to_json({"file": file_id, **fields}).encode() + b"\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            self._file.write(to_json({"file": file_id, **fields}).encode(errors="replace") + b"\n")
+            os.fsync(self._file.fileno())
 
     def resolve_all(self) -> None:
         self._posted.clear()
@@ -2180,7 +2179,7 @@ def remove_old_notes(directory: str) -> None:
 def open_note_file(path: str) -> BinaryIO:
     """Open and lock a note. Raises BlockingIOError where another process has locked it."""
     while True:
-        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b")
+        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -2199,6 +2198,7 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
     Raises CommandError where another `create` or `run` of the same bytes is at work.
     """
     service = [os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")]
+    service[0] = (service[0] or DEFAULT_BASE_URL).rstrip("/")
     prefix = hashlib.sha256("\n".join(service).encode(errors="replace")).hexdigest()[:16]
     entry = f"{prefix}-{request_file_sha256}.jsonl"
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -2263,6 +2263,13 @@ class Submitter:
         self._is_model_checked = False
         self._is_metadata_checked = False
 
+    def _write_note(self, note: Note, file_id: str, **fields: str) -> None:
+        """Add to a note. A full disk must not stop what is under way."""
+        try:
+            note.add(file_id, **fields)
+        except OSError as error:
+            self.api.console.warn(f"cannot write the note of what was submitted: {error.strerror}")
+
     # finding batches
 
     def part_sha256(self, batch: Batch) -> str:
@@ -2307,7 +2314,7 @@ class Submitter:
             self.api.console.message(f"file {file_id}: checking whether its batch was created")
             if batch := self._find_or_fence(file_id, set(note.batches_of[file_id])):
                 found[batch.id] = batch
-            note.add(file_id, batch=batch.id if batch else "")
+            self._write_note(note, file_id, batch=batch.id if batch else "")
         unlisted = set(itertools.chain.from_iterable(note.batches_of.values())) - found.keys()
         for delay in (0, *LOOK_UP_DELAYS):
             if unlisted:
@@ -2369,7 +2376,7 @@ class Submitter:
                 file_id = self._upload(requests, part)
                 on_upload(file_id)
             batch = self._post_once(part, file_id, excluded)
-            self._note.add(file_id, batch=batch.id if batch else "")
+            self._write_note(self._note, file_id, batch=batch.id if batch else "")
             if batch:
                 self.known.add(batch.id)
                 self._warn_without_metadata(batch, part)
@@ -2385,13 +2392,13 @@ class Submitter:
             if new := self.new_batches([part]):
                 raise AlreadySubmitted(new)
         except CommandError as error:
-            self._note.add(file_id, batch="")
+            self._write_note(self._note, file_id, batch="")
             if not excluded:
                 self.api.delete_file(file_id)
             if isinstance(error, ApiError):  # of the listing, so it must not look like one of the POST
                 raise CommandError(str(error)) from None
             raise
-        self._note.add(file_id, sha256=part.sha256, name=self._name)
+        self._write_note(self._note, file_id, sha256=part.sha256, name=self._name)
 
     def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
         """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
@@ -2407,7 +2414,7 @@ class Submitter:
         try:
             return self._post_visible_file(request, lambda: self._before_post(part, file_id, excluded))
         except Refused:
-            self._note.add(file_id, batch="")
+            self._write_note(self._note, file_id, batch="")
             self.api.delete_file(file_id)
             raise
         except OutcomeUnknown as failure:
