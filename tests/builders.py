@@ -52,6 +52,13 @@ class FakeTime:
         return self.now
 
 
+def live_in(api: LocalBatchAPI, time: FakeTime) -> FakeTime:
+    """Let the server's time pass with this clock."""
+    start = api.clock()
+    api.clock = lambda: start + time.now
+    return time
+
+
 def subparsers() -> argparse._SubParsersAction[argparse.ArgumentParser]:
     parser = batch_tool.build_parser(batch_tool.Console(None))
     (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))

@@ -14,14 +14,14 @@ import resource
 import signal
 import subprocess
 import sys
-import time
+import time as real_time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import FakeTime, assert_paid_once, jsonl, request, success, write_requests
+from builders import FakeTime, Killed, assert_paid_once, jsonl, kill, live_in, request, success, write_requests
 from conftest import KEY, ROOT
 from local_batch_api import Exchange, Fault, LocalBatchAPI
 
@@ -153,6 +153,39 @@ def test_the_server_goes_away_for_a_while_at_each_request_in_turn(
 # ---- killed and stopped ----
 
 
+class Kill(Fault):
+    """Ends the command while it waits for the answer."""
+
+    def applies_to(self, method: str, path: str) -> bool:
+        is_hit = super().applies_to(method, path)
+        if is_hit:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return is_hit
+
+
+@pytest.mark.parametrize("is_carried_out", [True, False])
+@pytest.mark.parametrize("command", [CREATE, RUN], ids=["create", "run"])
+def test_killed_at_each_request_in_turn_the_next_run_at_once_pays_nothing_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], is_carried_out: bool
+) -> None:
+    write_requests(*IDS)
+    before = signal.signal(signal.SIGUSR1, lambda *_: kill())
+    for nth, exchange in exchanges_of(command, monkeypatch).items():
+        if exchange.method == "GET" and not (is_carried_out and command is RUN):
+            continue
+        with fresh_api(monkeypatch) as api:
+            api.list_delay, api.step = 10, 2
+            time = live_in(api, FakeTime())
+            fault: dict[str, Any] = {"action": "delay", "when": "after"} if is_carried_out else {"action": "reset"}
+            api.faults = [Kill(skip=nth, seconds=0.05, **fault)]
+            with pytest.raises(Killed):
+                manage(*command, time=time)
+            assert manage("run", *RUN[1:5], "--max-requests", "1", time=time) == 0
+            assert_results("results.jsonl", IDS)
+            assert_run_once(api, IDS, Counter(["a2"]))
+    signal.signal(signal.SIGUSR1, before)
+
+
 @contextlib.contextmanager
 def slow(api: LocalBatchAPI, step: float) -> Iterator[None]:
     """The stand-in with steps that take a little while, and none any more afterwards."""
@@ -174,7 +207,7 @@ def start(command: tuple[str, ...]) -> subprocess.Popen[str]:
 def wait_for_log(process: subprocess.Popen[str]) -> None:
     """Until the command has begun to log, which is after it has begun to catch signals."""
     while process.poll() is None and not any(path.stat().st_size for path in Path().glob("logs/*")):
-        time.sleep(0.005)
+        real_time.sleep(0.005)
 
 
 def test_killed_again_and_again_it_runs_nothing_twice(api: LocalBatchAPI) -> None:
@@ -206,10 +239,10 @@ def test_killed_around_the_answer_to_its_post_the_next_run_at_once_pays_nothing_
     api.faults = [Fault("POST", "/batches$", when="after", action="delay", seconds=seconds)] if seconds else []
     write_requests("a1")
     process = start(command)
-    end = time.monotonic() + 20
+    end = real_time.monotonic() + 20
     while not api.batches or not (seconds or b'"batch"' in note()):
-        assert time.monotonic() < end
-        time.sleep(0.002)
+        assert real_time.monotonic() < end
+        real_time.sleep(0.002)
     process.kill()
     process.communicate()
     assert manage(*RUN) == 0
@@ -232,7 +265,7 @@ def test_stopped_at_any_moment_it_leaves_nothing_behind(
     with slow(api, 0.2):
         process = start((*RUN, "--interval", "0.05"))
         wait_for_log(process)
-        time.sleep(random.Random(number).uniform(0, 0.9))
+        real_time.sleep(random.Random(number).uniform(0, 0.9))
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
     assert (process.returncode, Path("results.jsonl").read_bytes()) == (exit_code, old), err
