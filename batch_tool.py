@@ -263,10 +263,13 @@ class Console:
 
     def progress(self, text: str) -> None:
         """Write over the progress line of a terminal; elsewhere print a line."""
-        if not self.is_terminal:
+        if self._stream is None or not self.is_terminal:
             self.message(text)
             return
-        text = self.redact(text)[: shutil.get_terminal_size().columns - 1]
+        columns = 80
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            columns = os.get_terminal_size(self._stream.fileno()).columns or columns
+        text = self.redact(text)[: columns - 1]
         self._write("\r" + text.ljust(self._progress_width))
         self._progress_width = len(text)
 
