@@ -43,7 +43,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, cast
 
 PROG = "gen_batch_jsonl.py"
@@ -428,7 +428,7 @@ RESPONSES = "/v1/responses"
 CHAT_COMPLETIONS = "/v1/chat/completions"
 MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API takes
 MAX_METADATA_CHARS = 512  # the longest metadata value, API reference
-BLOCK_BYTES = 1 << 18  # of the CSV, read at a time
+BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
 CAREFUL_BYTES = 1 << 14  # read record by record where no block ends
 MAX_EXTRA_FIELDS = 100  # after which a record that is too wide is not read to its end
 MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
@@ -459,12 +459,12 @@ SEPARATOR = b"\xff"
 JSON_ESCAPES = {  # the backslash first, because the other escapes bring backslashes
     char.encode(): json.dumps(char)[1:-1].encode() for char in ["\\", '"', *map(chr, range(32))]
 }
-JSON_ESCAPES |= {stand_in: JSON_ESCAPES.get(char, char) for char, stand_in in HIDDEN.items()}
 UNESCAPED_BYTES = bytes({*range(256)} - {*b"".join(JSON_ESCAPES)})
-LINE_SEPARATORS = {char.encode(): json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
+LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
 
 HIDDEN_BLANKS = b"\xf7\xf9\xfa".decode("utf-8", "surrogateescape")
-BLANK_BYTES = bytes({*(BLANKS + HIDDEN_BLANKS).encode("utf-8", "surrogateescape")})
+ALL_BLANKS = BLANKS + HIDDEN_BLANKS
+BLANK_BYTES = bytes({*ALL_BLANKS.encode("utf-8", "surrogateescape")})
 NAME_THE_ENCODING = "name the encoding of the CSV with --encoding"
 UNDECODABLE = "mark_undecodable"  # an error handler, for encodings other than UTF-8
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
@@ -491,9 +491,11 @@ class Layout(NamedTuple):
 class Rows(NamedTuple):
     """Valid rows: the line where each begins, and the trimmed values of each used column."""
 
-    lines: Sequence[int]
+    lines: list[int]
     columns: list[list[bytes]]
-    swallowing: list[tuple[int, list[int]]] = []  # rows that seem to hold other rows, and the lines of those
+    swallowing: list[tuple[int, list[int]]]  # rows that seem to hold other rows, and the lines of those
+    needs_escapes: bool  # there are characters, apart from hidden ones, that JSON escapes
+    next_line: int
 
 
 class Record(NamedTuple):
@@ -523,16 +525,18 @@ def is_blank(value: bytes) -> bool:
 
 
 def trim(values: list[bytes]) -> list[bytes]:
-    """Remove blanks around values of a block, also hidden ones."""
-    return [value if value.strip(BLANK_BYTES) == value else trim_value(value) for value in values]
+    return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
 
 
 def trim_value(value: bytes) -> bytes:
-    return to_text(value).strip(BLANKS + HIDDEN_BLANKS).encode("utf-8", "surrogateescape")
+    """Remove blanks around the value, also hidden ones."""
+    text = to_text(value)
+    trimmed = text.strip(ALL_BLANKS)
+    return value if len(trimmed) == len(text) else trimmed.encode("utf-8", "surrogateescape")
 
 
 def escape(text: bytes) -> bytes:
-    """Escape the text for the inside of a JSON string, and put back what a block hides."""
+    """Escape the text for the inside of a JSON string."""
     special = text.translate(None, UNESCAPED_BYTES)
     for char, escaped in JSON_ESCAPES.items():
         if char in special:
@@ -543,7 +547,7 @@ def escape(text: bytes) -> bytes:
 def escape_line_separators(text: bytes) -> bytes:
     """Escape the characters at which some readers would cut a line of JSON."""
     for char, escaped in LINE_SEPARATORS.items():
-        text = text.replace(char, escaped)
+        text = text.replace(char.encode(), escaped)
     return text
 
 
@@ -587,7 +591,8 @@ def squeeze(name: str) -> str:
 
 def last_line_end(data: bytes, start: int, end: int) -> int:
     """Where the last line before `end` ends; `start` if there is none. A CR just before `end` may be half a CRLF."""
-    return max(data.rfind(b"\n", start, end), data.rfind(b"\r", start, end - 1), start - 1) + 1
+    found = data.rfind(b"\n", start, end)
+    return max(found if found >= 0 else data.rfind(b"\r", start, end - 1), start - 1) + 1
 
 
 def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
@@ -611,26 +616,26 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
     of a doubled quote; otherwise a delimiter or line end must stand on both sides.
     """
     pieces = block.split(b'"')
-    outside, inside = pieces[::2], pieces[1::2]
-    before_quote, after_quote = (delimiter, b"\n"), (delimiter, b"\n", b"\r\n")
-    opened = {*outside[:-1]} - {b""}
-    closed = {*outside[1:]} - {b""}
-    if not all(piece.endswith(before_quote) for piece in opened):
+    outside = pieces[2:-1:2]
+    kinds = {*outside}
+    before, after = (delimiter, b"\n"), (delimiter, b"\n", b"\r\n")
+    if not all(piece.startswith(after) and piece.endswith(before) for piece in kinds - {b""}):
         return None
-    if not all(piece.startswith(after_quote) for piece in closed):
+    if not (pieces[0] == b"" or pieces[0].endswith(before)) or not pieces[-1].startswith(after):
         return None
-    hidden = b'"'.join(inside)
+    inside = b'"'.join(pieces[1::2])
     for char in (delimiter, b"\n", b"\r"):
-        hidden = hidden.replace(char, HIDDEN[char])
-    pieces[1::2] = hidden.split(b'"')
-    pieces[2:-1:2] = [piece or HIDDEN[b'"'] for piece in outside[1:-1]]
+        inside = inside.replace(char, HIDDEN[char])
+    pieces[1::2] = inside.split(b'"')
+    if b"" in kinds:
+        pieces[2:-1:2] = [piece or HIDDEN[b'"'] for piece in outside]
     return b"".join(pieces)
 
 
 def lines_of_records(
     records: list[bytes], artist_ids: list[bytes], first_line: int, layout: Layout
-) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """The line where each record begins, and which records seem to hold other rows."""
+) -> tuple[list[int], list[tuple[int, list[int]]], int]:
+    """The line where each record begins, which records seem to hold other rows, and the line after the last record."""
     lines, swallowing = [], []
     line = first_line
     for record, artist_id in zip(records, artist_ids, strict=True):
@@ -641,7 +646,7 @@ def lines_of_records(
                 swallowing.append((line, [line + offset for offset in offsets]))
             line += count_line_ends(text)
         line += 1
-    return lines, swallowing
+    return lines, swallowing, line
 
 
 def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
@@ -651,7 +656,7 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
     """
     delimiter, width, used = layout[:3]
     try:
-        block.decode()
+        text = block.decode()
     except UnicodeDecodeError:
         return None
     if not block.endswith((b"\n", b"\r")):
@@ -659,30 +664,35 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
     plain = hide_quoted(block, delimiter) if b'"' in block else block
     if plain is None:
         return None
-    plain = plain.replace(b"\r\n", b"\n")
     if b"\r" in plain:
-        return None
-    number = plain.count(b"\n")
-    if number > limit:
-        number = limit
-        plain = b"\n".join(plain.split(b"\n", limit)[:limit]) + b"\n"
+        plain = plain.replace(b"\r\n", b"\n")
+        if b"\r" in plain:
+            return None
     # Each line end becomes a field of its own, at the same distance from the next one if all rows have the same width.
+    step = width + 1
     fields = plain[:-1].replace(b"\n", delimiter + b"\n" + delimiter).split(delimiter)
-    if len(fields) != number * (width + 1) - 1 or fields[width :: width + 1].count(b"\n") != number - 1:
+    number = (len(fields) + 1) // step
+    if len(fields) != number * step - 1 or fields[width::step].count(b"\n") != number - 1:
         return None
-    columns = [trim(fields[column :: width + 1]) for column in used]
-    if may_repeat_header(columns[0], layout):
+    number = min(number, limit)
+    columns = [trim(fields[column : number * step : step]) for column in used]
+    if needs_closer_look(columns[0], layout):
         return None
-    if HIDDEN[b"\n"] not in plain and HIDDEN[b"\r"] not in plain:
-        return Rows(range(first_line, first_line + number), columns)
-    lines, swallowing = lines_of_records(plain[:-1].split(b"\n"), columns[0], first_line, layout)
-    return Rows(lines, columns, swallowing)
+    special = plain.translate(None, UNESCAPED_BYTES)
+    needs_escapes = special.strip(b"\n") != b"" or any(char in text for char in LINE_SEPARATORS)
+    if HIDDEN[b"\n"] in plain or HIDDEN[b"\r"] in plain:
+        records = plain.split(b"\n", number)[:number]
+        lines, swallowing, next_line = lines_of_records(records, columns[0], first_line, layout)
+        return Rows(lines, columns, swallowing, needs_escapes, next_line)
+    next_line = first_line + number
+    return Rows([*range(first_line, next_line)], columns, [], needs_escapes, next_line)
 
 
-def may_repeat_header(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether one of the ids reads like a name of the header. Compares without blanks, hyphens and underscores."""
-    ids = squeeze(to_text(b",".join([b"", *artist_ids, b""])))
-    return any(f",{squeeze(key)}," in ids for key in layout.header_keys if key)
+def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
+    """Whether one of the ids has a hidden character, or reads like a name of the header without its punctuation."""
+    ids = b",".join([b"", *artist_ids, b""])
+    squeezed = squeeze(to_text(ids))
+    return ids.translate(REVEAL) != ids or any(f",{squeeze(key)}," in squeezed for key in layout.header_keys if key)
 
 
 # -- CSV: a record by itself -------------------------------------------------------------------------------------
@@ -905,11 +915,14 @@ class CsvReader:
 
     def skip_lines(self, number: int) -> None:
         for _ in range(number):
-            self.skip(len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0]))
+            self.skip(self._line_size(), self.line + 1)
 
-    def skip(self, size: int) -> None:
-        self.line += count_line_ends(self._data, self._at, self._at + size)
+    def skip(self, size: int, next_line: int) -> None:
         self._at += size
+        self.line = next_line
+
+    def _line_size(self) -> int:
+        return len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0])
 
     def block(self) -> bytes:
         """Whole rows from here on, if their quoting is well-formed; empty if no such block ends nearby."""
@@ -935,14 +948,14 @@ class CsvReader:
             problem = problem_of(self.line, fields, self._data[self._at : self._at + 500], layout)
         size = parsed.end - self._at
         if problem and problem.reason != REPEATED_HEADER:
-            size = len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0])
+            size = self._line_size()
         return Record(self.line, fields, problem, size)
 
     def records(self, layout: Layout, size: int) -> Iterator[Record]:
         """The records from here on that are not blank, for at least `size` bytes."""
         while size > 0 and not self.is_at_end():
             record = self.record(layout)
-            self.skip(record.size)
+            self.skip(record.size, self.line + count_line_ends(self._data, self._at, self._at + record.size))
             size -= record.size
             if record.fields or record.problem:
                 yield record
@@ -1020,12 +1033,19 @@ class RequestTemplate(NamedTuple):
     constants: list[bytes]
     columns: list[int]  # indexes into the used columns, or SHORT_NAME
 
+    @property
+    def has_short_name(self) -> bool:
+        return SHORT_NAME in self.columns
+
     def render(self, columns: list[list[bytes]]) -> bytes:
         """The requests of some rows, one line each. The columns are escaped; the last one holds the short names."""
-        pieces: list[Iterable[bytes]] = [repeat(self.constants[0])]
-        for column, constant in zip(self.columns, self.constants[1:], strict=True):
-            pieces += [columns[column], repeat(constant)]
-        return b"".join(chain.from_iterable(zip(*pieces, strict=False)))
+        height, step = len(columns[0]), 2 * len(self.columns) + 1
+        pieces = [b""] * (height * step)
+        for at, constant in enumerate(self.constants):
+            pieces[2 * at :: step] = [constant] * height
+        for at, column in enumerate(self.columns):
+            pieces[2 * at + 1 :: step] = columns[column]
+        return b"".join(pieces)
 
 
 def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTemplate, list[int]]:
@@ -1195,7 +1215,7 @@ class RequestWriter:
     def __init__(
         self, template: RequestTemplate, layout: Layout, encoding: str, out: BinaryIO, skipped: SkipReport
     ) -> None:
-        self.line_of: dict[bytes, int] = {}  # where the id of each request stands; ids are escaped
+        self.line_of: dict[bytes, int] = {}  # the ids of the requests, and where each stands
         self.null_names: Counter[bytes] = Counter()
         self.swallowing: list[tuple[int, list[int]]] = []  # rows that seem to hold other rows, and where
         self.batches = BatchCounter()
@@ -1207,20 +1227,31 @@ class RequestWriter:
 
     def write(self, rows: Rows) -> bool:
         """Write all rows. Or write none and return False, if one has no id or no name, or an id that is used already."""
-        ids, names = rows.columns[:2]
-        if not all(ids) or not all(names):
+        columns = rows.columns
+        ids, names = columns[:2]
+        if not all(ids) or not all(names) or not self._claim(ids, rows.lines):
             return False
-        columns = escape_columns([*rows.columns, shorten(names)])
-        line_of = dict(zip(columns[0], rows.lines, strict=True))
-        if len(line_of) < len(ids) or not self.line_of.keys().isdisjoint(line_of):
-            return False
-        lines = self._template.render(columns)
+        if self._template.has_short_name:
+            columns = [*columns, shorten(names)]
+        if rows.needs_escapes:
+            columns = escape_columns(columns)
+        lines = put_back_hidden(self._template.render(columns))
         self._out.write(lines)
-        self.line_of.update(line_of)
         self.batches.add(lines, len(ids))
-        self.null_names.update(filter(NULL_NAMES.__contains__, names))
+        if not NULL_NAMES.isdisjoint(names):
+            self.null_names.update(filter(NULL_NAMES.__contains__, names))
         self.swallowing += rows.swallowing
         return True
+
+    def _claim(self, ids: list[bytes], lines: list[int]) -> bool:
+        """Note the line of each id. If one of them is used already, note none and return False."""
+        first_lines = [*map(self.line_of.setdefault, ids, lines)]
+        if first_lines == lines:
+            return True
+        for artist_id, line, first_line in zip(ids, lines, first_lines, strict=True):
+            if line == first_line:
+                del self.line_of[artist_id]
+        return False
 
     def write_record(self, record: Record) -> None:
         problem = record.problem or undecodable(record.line, record.fields, self._layout, self._encoding)
@@ -1228,7 +1259,7 @@ class RequestWriter:
             values = [trim_value(record.fields[column]) for column in self._layout.used]
             swallowed = lines_like_rows(self._layout.delimiter.join(record.fields), values[0], self._layout)
             swallowing = [(record.line, [record.line + offset for offset in swallowed])] if swallowed else []
-            if self.write(Rows([record.line], [[value] for value in values], swallowing)):
+            if self.write(Rows([record.line], [[value] for value in values], swallowing, True, 0)):
                 return
             problem = self._refusal(*values[:2])
         self._skipped.add(record.line, problem)
@@ -1239,7 +1270,7 @@ class RequestWriter:
             return Problem("empty artist_id", "artist_id is empty")
         if not artist_name:
             return Problem("empty artist_name", "artist_name is empty")
-        detail = f"artist_id {quoted(artist_id.decode())} was already used on line {self.line_of[escape(artist_id)]}"
+        detail = f"artist_id {quoted(artist_id.decode())} was already used on line {self.line_of[artist_id]}"
         return Problem("duplicate artist_id", detail)
 
 
@@ -1248,6 +1279,13 @@ def shorten(names: list[bytes]) -> list[bytes]:
     if max(map(len, names)) <= MAX_METADATA_CHARS:
         return names
     return [to_text(name)[:MAX_METADATA_CHARS].encode("utf-8", "surrogateescape") for name in names]
+
+
+def put_back_hidden(lines: bytes) -> bytes:
+    """Replace the stand-ins in lines of JSON by what they stand for."""
+    for char, stand_in in HIDDEN.items():
+        lines = lines.replace(stand_in, JSON_ESCAPES.get(char, char))
+    return lines
 
 
 def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
@@ -1266,7 +1304,7 @@ def write_requests(
         block = reader.block()
         rows = rows_of_block(block, reader.line, layout, left) if block else None
         if rows and writer.write(rows):
-            reader.skip(len(block))
+            reader.skip(len(block), rows.next_line)
             left -= len(rows.lines)
         else:
             for record in reader.records(layout, len(block) or CAREFUL_BYTES):
