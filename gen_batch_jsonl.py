@@ -37,7 +37,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import stat
 import sys
 import time
@@ -257,10 +256,13 @@ class Console:
 
     def progress(self, text: str) -> None:
         """Write over the progress line of a terminal; elsewhere print a line."""
-        if not self.is_terminal:
+        if self._stream is None or not self.is_terminal:
             self.message(text)
             return
-        text = self.redact(text)[: shutil.get_terminal_size().columns - 1]
+        columns = 80
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            columns = os.get_terminal_size(self._stream.fileno()).columns or columns
+        text = self.redact(text)[: columns - 1]
         self._write("\r" + text.ljust(self._progress_width))
         self._progress_width = len(text)
 
@@ -668,18 +670,19 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         plain = plain.replace(b"\r\n", b"\n")
         if b"\r" in plain:
             return None
-    # Each line end becomes a field of its own, at the same distance from the next one if all rows have the same width.
+    # Each line end becomes a field of its own. All rows have the same width if these fields stand at equal distances.
     step = width + 1
-    fields = plain[:-1].replace(b"\n", delimiter + b"\n" + delimiter).split(delimiter)
-    number = (len(fields) + 1) // step
-    if len(fields) != number * step - 1 or fields[width::step].count(b"\n") != number - 1:
+    rows = plain[:-1].replace(b"\n", delimiter + b"\n" + delimiter)
+    line_ends = (len(rows) - len(plain) + 1) // 2
+    fields = rows.split(delimiter)
+    if len(fields) != line_ends * step + width or fields[width::step].count(b"\n") != line_ends:
         return None
-    number = min(number, limit)
+    number = min(line_ends + 1, limit)
     columns = [trim(fields[column : number * step : step]) for column in used]
     if needs_closer_look(columns[0], layout):
         return None
-    special = plain.translate(None, UNESCAPED_BYTES)
-    needs_escapes = special.strip(b"\n") != b"" or any(char in text for char in LINE_SEPARATORS)
+    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + delimiter)
+    needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
     if HIDDEN[b"\n"] in plain or HIDDEN[b"\r"] in plain:
         records = plain.split(b"\n", number)[:number]
         lines, swallowing, next_line = lines_of_records(records, columns[0], first_line, layout)
@@ -786,6 +789,8 @@ def wrong_width(number: int, row: str, layout: Layout) -> Problem:
     else:
         cause = "a value is missing, or has a line break but no quotes around it"
     fields = plural(number, "field")
+    if number > layout.width + MAX_EXTRA_FIELDS:
+        fields = f"more than {number - 1} fields"
     return Problem("wrong number of fields", f"{fields} instead of {layout.width} in {quoted(row)}; {cause}")
 
 
@@ -854,7 +859,7 @@ class CsvReader:
         self._at = 0
         self._is_ended = False
         self._decoder: codecs.IncrementalDecoder | None = None
-        while len(self._data) < 16 and self._fill():
+        while len(self._data) < 16 and b"\n" not in self._data and self._fill():
             pass
         self.encoding = self._detect_encoding(encoding)
 
@@ -898,7 +903,9 @@ class CsvReader:
         return bool(more) or not self._is_ended
 
     def is_at_end(self) -> bool:
-        return self._at == len(self._data) and not (self._fill() and not self.is_at_end())
+        while self._at == len(self._data) and self._fill():
+            pass
+        return self._at == len(self._data)
 
     def lines(self) -> Iterator[str]:
         """The lines from here on. The position stays."""
@@ -1328,8 +1335,9 @@ def check_encoding(skipped: SkipReport, written: int, encoding: str, console: Co
 def warn_of_swallowed_rows(swallowing: list[tuple[int, list[int]]], console: Console) -> None:
     for began, lines in swallowing[:MAX_LISTED]:
         listed = ", ".join(map(str, lines[:MAX_LISTED])) + (", …" if len(lines) > MAX_LISTED else "")
-        held = f"line {listed}, which looks like a row" if len(lines) == 1 else f"lines {listed}, which look like rows"
-        console.warn(f"line {began}: a quoted field holds {held} of its own; check the quotes on line {began}")
+        one, many = f"line {listed}, which looks like a row", f"lines {listed}, which look like rows"
+        held = one if len(lines) == 1 else many
+        console.warn(f"line {began}: a quoted field holds {held}; check the quotes on line {began}")
     if len(swallowing) > MAX_LISTED:
         console.warn(f"rows may have been swallowed in {len(swallowing) - MAX_LISTED} more places")
 
