@@ -507,6 +507,160 @@ def test_garbage_is_read_as_by_restarting_csv_after_every_row_that_fails(delimit
         assert [*map(simplified, read_records(content, delimiter, names))] == expected, (seed, body)
 
 
+def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) -> list[Any]:
+    """The requests of a CSV that is read in blocks of that size."""
+    out = io.BytesIO()
+    console = gen.Console(None)
+    reader = open_reader(content, block_bytes=block_bytes)
+    header = gen.read_header(reader.lines(), gen.COLUMNS)
+    assert header is not None
+    reader.skip_lines(header.last_line)
+    args = gen.build_parser(console).parse_args([*FILES, *STORED])
+    table = gen.Table(header.delimiter, header.names, {name: header.position(name) for name in gen.COLUMNS})
+    template, used = gen.build_request(args, table)
+    skipped = gen.SkipReport(console, strict=True, verbose=False)
+    writer = gen.RequestWriter(template, table.layout(used), "utf-8", out, skipped)
+    gen.write_requests(reader, table.layout(used), writer, limit, lambda: None)
+    converted = [json.loads(line) for line in out.getvalue().split(b"\n")[:-1]]
+    return [(each["custom_id"], *each["body"]["prompt"]["variables"].values()) for each in converted]
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_blocks_of_any_size_are_read_as_csv_reads_them(delimiter: str, newline: str) -> None:
+    for seed in range(60):
+        rng = random.Random(f"{seed}{delimiter}{newline}")
+        rows = [[f"{n}", random_value(rng) + "n", random_value(rng)] for n in range(rng.randrange(1, 25))]
+        lines = [[*gen.COLUMNS], *rows]
+        written = [delimiter.join(written_as_csv(value, rng) for value in line) for line in lines]
+        content = newline.join(written) + rng.choice(["", newline])
+        read = [*csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)][1:]
+        assert read == rows, seed
+        expected = [tuple(value.strip(gen.BLANKS) for value in row) for row in rows]
+        for block_bytes in (1, 7, 30, 100, 1 << 17):
+            assert convert_in_blocks(content, block_bytes) == expected, (seed, block_bytes)
+        assert convert_in_blocks(content, 50, limit=3) == expected[:3], seed
+
+
+def test_rows_of_a_byte_to_a_megabyte_cross_the_borders_of_blocks() -> None:
+    rng = random.Random(11)
+    rows = []
+    for number, size in enumerate([1, 10, 1000, 131_000, 131_060, 131_072, 262_144, 1_000_000, 5, 3, 999] * 2):
+        fill = rng.choice(["x", "é", "東", ",", '"', "\n", "\r\n", 'a,"b"\n'])
+        rows.append((str(number), "n", fill.strip() and (fill * size)[:size].strip()))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([gen.COLUMNS, *rows])
+    expected = [(number, name, data.strip()) for number, name, data in rows]
+    assert convert_in_blocks(text.getvalue(), gen.BLOCK_BYTES) == expected
+    assert convert_in_blocks(text.getvalue(), 1000) == expected
+
+
+def test_a_block_and_its_records_by_themselves_are_read_alike() -> None:
+    """Where a block can be read as a whole, every record of it gives the same values and the same line."""
+    as_whole = 0
+    for seed in range(1000):
+        rng = random.Random(seed)
+        lines = ([f"{at}", random_value(rng) + "n", random_value(rng)] for at in range(rng.randrange(1, 5)))
+        body = "".join(",".join(written_as_csv(value, rng) for value in line) + "\n" for line in lines)
+        at = rng.randrange(len(body))
+        body = rng.choice([body, body[:at] + rng.choice('",\n\ra') + body[at:], body[:at] + body[at + 1 :]])
+        rows = gen.rows_of_block(body.encode(), 2, layout(), sys.maxsize) if body.count('"') % 2 == 0 else None
+        if rows is not None and all(rows.columns[0]) and all(rows.columns[1]):
+            as_whole += 1
+            records = read_records(HEADER + body)
+            assert [record.line for record in records] == rows.lines, body
+            values = [[gen.trim_value(record.fields[column]) for record in records] for column in range(3)]
+            assert [[value.translate(gen.REVEAL) for value in column] for column in rows.columns] == values, body
+    assert as_whole > 100
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "1,A,x\n2,B\n3\n4,D,z\n",
+        "1,A,x\n2\n3\n",
+        "1,A,x\n\n2,B,y\n",
+        '1,A,x\n2,B 7" single,y\n3,C 7" single,z\n',
+        '1,"A"x,y\n',
+        '1,A,"x""\n2,B,"y"\n"',
+        "1,A,x\r2,B,y\n",
+        "artist_id,artist_name,artist_data\n",
+        '"1,2",A,x\n',
+    ],
+)
+def test_a_block_with_anything_odd_is_not_read_as_a_whole(block: str) -> None:
+    assert gen.rows_of_block(block.encode(), 1, layout(), sys.maxsize) is None
+
+
+def test_rows_of_other_widths_that_fit_together_are_not_taken_for_rows() -> None:
+    names = [*gen.COLUMNS, "born"]
+    assert gen.rows_of_block(b"1,A,x,y\n2,B\n3\n4,D,z,y\n", 1, layout(",", names), sys.maxsize) is None
+
+
+ALL_BLANKS = [char for char in map(chr, range(0x110000)) if char.isspace() or char in "\u200b\ufeff"]
+
+
+def test_every_blank_that_strip_knows_is_trimmed() -> None:
+    assert {*ALL_BLANKS} == {*gen.BLANKS}
+    for delimiter in gen.DELIMITERS:
+        rows = [
+            (f'"{blank}1{at}{blank}"', f'"A{blank}B {blank}"', f'"{blank} x"') for at, blank in enumerate(ALL_BLANKS)
+        ]
+        expected = [(f"1{at}", f"A{blank}B", "x") for at, blank in enumerate(ALL_BLANKS)]
+        lines = [delimiter.join(row) for row in [gen.COLUMNS, *rows]]
+        for block_bytes in (1, 1 << 17):
+            assert convert_in_blocks("\n".join(lines), block_bytes) == expected
+
+
+@pytest.mark.parametrize("blank", [blank for blank in ALL_BLANKS if blank not in "\n\r"])
+def test_a_blank_in_a_field_without_quotes_is_trimmed(blank: str) -> None:
+    assert convert(f"{HEADER}{blank}1,{blank}A{blank}B{blank},x{blank}{blank}\n") == 0
+    assert variables() == [("1", f"A{blank}B", "x")]
+
+
+STRAY_QUOTES = pytest.mark.parametrize(
+    "row",
+    [
+        '{0},n,"d\n',
+        '{0},"n"x,d\n',
+        '{0},a","b\n',
+        '{0},n,"d""\n',
+        '{0},n,e,"d\n","x\n","y"\n',
+        '{0},"n","d"",\n',
+        '"{0}\n',
+        '{0}",{0},n\n{0},n,d\n{0},"n\n',
+    ],
+)
+
+
+@STRAY_QUOTES
+def test_stray_quotes_cost_work_in_proportion(row: str) -> None:
+    """The work is counted in calls, once every record reaches the greatest number of fields."""
+
+    def count_calls(number: int) -> int:
+        content = HEADER + "".join(row.format(at) for at in range(number))
+        calls = 0
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            read_records(content)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert count_calls(1200) < 5 * count_calls(300)
+
+
+def test_a_row_with_very_many_fields_costs_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,A{',x' * 500}\n2,B,y{',' * 500}\n") == 0
+    assert variables() == [("2", "B", "y")]
+    assert 'line 2: more than 103 fields instead of 3 in "1,A,x,x,' in capsys.readouterr().err
+
+
 SWALLOWING = pytest.mark.parametrize(
     ("rows", "swallowing", "warnings"),
     [
@@ -558,6 +712,251 @@ def test_many_swallowed_rows_are_summed_up(capsys: pytest.CaptureFixture[str]) -
     *warned, summed, _ = capsys.readouterr().err.splitlines()
     assert len(warned) == 20
     assert summed == "gen_batch_jsonl.py: warning: rows may have been swallowed in 3 more places"
+
+
+# -- CSV: files as people have them ------------------------------------------------------------------------------
+
+NO_DATA = (
+    "gen_batch_jsonl.py: warning: the CSV has no artist_data, so it is empty in every request; "
+    "if another column holds it, name that with --data-column"
+)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Artist ID,Artist Name,Artist Data",
+        "ARTIST-ID,artist - name, Artist_DATA\u200b",
+        "\ufeff\ufeffartist id,artist  name,artist\u00a0data",
+        '"Artist ID","ARTIST_NAME","artist-data"',
+    ],
+)
+def test_names_of_columns_are_compared_loosely(header: str) -> None:
+    assert convert(f"{header}\n1,A,x\n") == 0
+    assert variables() == [("1", "A", "x")]
+
+
+@pytest.mark.parametrize("sep", ["sep=;", "SEP=;", '"sep=;"', "sep=;;;", "\ufeffsep=;"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_line_of_excel_tells_the_delimiter(sep: str, newline: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(newline.join([sep, "artist_id;artist_name;artist_data", "1;A, B;x", "2;;y"])) == 0
+    assert variables() == [("1", "A, B", "x")]
+    assert "line 4: artist_name is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+def test_a_header_may_be_separated_by(delimiter: str) -> None:
+    assert convert(f"{HEADER}1,A,x\n".replace(",", delimiter)) == 0
+    assert variables() == [("1", "A", "x")]
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+def test_a_file_without_a_header_may_be_separated_by(delimiter: str) -> None:
+    assert convert(delimiter.join(["1", "A", "x"]) + "\n", "--skip-header") == 0
+    assert variables() == [("1", "A", "x")]
+
+
+def test_options_name_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--id-column", "ID", "--name-column", "stage name", "--data-column", "Bio-Facts")
+    assert convert("id,Stage_Name,bio facts,artist_name\n1,A,x,other\n", *options) == 0
+    assert variables() == [("1", "A", "x")]
+    assert capsys.readouterr().err == "Wrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--id-column", "nr"), 'has no column "nr"'),
+        (("--name-column", "born"), 'names "born" 2 times'),
+        (("--data-column", "facts"), 'has no column "facts"'),
+    ],
+)
+def test_an_option_that_names_no_single_column_ends_the_run(
+    options: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert("artist_id,artist_name,artist_data,born,Born,\n1,A,x,,,\n", *options) == 1
+    assert capsys.readouterr().err == (
+        f"gen_batch_jsonl.py: error: line 1: the header {problem}; "
+        "its columns are artist_id, artist_name, artist_data, born, Born\n"
+    )
+
+
+def test_a_file_without_data_is_converted_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("artist_id,artist_name\n1,A\n") == 0
+    assert variables() == [("1", "A", "")]
+    assert capsys.readouterr().err == f"{NO_DATA}\nWrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
+
+
+def test_where_a_template_would_help_the_warning_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("artist_id,artist_name,born\n1,A,1960\n") == 0
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"{NO_DATA}; a stored prompt gets only the name and the data, a template (--prompt-file) can use every column"
+    )
+    write("prompt.md", "{{artist_name}} {{artist_data}} {{born}}")
+    assert main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == NO_DATA
+    assert requests()[0]["body"]["input"] == "A  1960"
+
+
+def test_blank_fields_past_the_header_are_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f'{HEADER}1,A,x,,,\n2,B,y, ,"\n"\n3,C,z,,,!\n') == 0
+    assert variables() == [("1", "A", "x"), ("2", "B", "y")]
+    assert f'line 5: 6 fields instead of 3 in "3,C,z,,,!"; {COMMA}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", ["artist_id,artist_name,artist_data", ' Artist ID,"ARTIST-NAME",artist_data,,'])
+@pytest.mark.parametrize("options", [(), ("--strict",), ("--limit", "2")])
+def test_a_repeated_header_is_skipped(
+    again: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(f"{HEADER}1,A,x\n{again}\n2,B,y\n", *options) == 0
+    assert variables() == [("1", "A", "x"), ("2", "B", "y")]
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 3: repeats the header; row skipped\n"
+        "Wrote 2 requests to out.jsonl (3 rows read, 1 skipped: 1 repeated header)\n"
+    )
+
+
+def test_an_artist_with_the_name_of_a_column_is_an_artist() -> None:
+    assert convert(f"{HEADER}artist_id,Artist ID,artist_data\nartist-id-7,artist_name,artist_data\n") == 0
+    assert variables() == [
+        ("artist_id", "Artist ID", "artist_data"), ("artist-id-7", "artist_name", "artist_data"),
+    ]
+
+
+@pytest.mark.parametrize("again", ["artist_name,artist_id,artist_data", "artist_id,artist_data,artist_name"])
+def test_a_header_in_another_order_ends_the_run(again: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,A,x\n{again}\nB,2,y\n") == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: error: line 3: names the columns again, but not as the header does; "
+        "convert the parts of the file one by one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PK\x03\x04\x14\0\x06\0\x08\0", "an Excel workbook or another zip file"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook"),
+        (b"\x1f\x8b\x08\0", "a gzip file"),
+        (b"\xfd7zXZ\0", "an xz file"),
+        (b"%PDF-1.7\n", "a PDF file"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--skip-header",), ("--encoding", "windows-1252")])
+def test_a_file_that_is_no_csv_is_refused(
+    content: bytes, kind: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(content, *options) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"gen_batch_jsonl.py: error: in.csv is {kind}; ")
+
+
+def test_names_that_read_like_a_null_are_kept_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,NaN,x\n2, #N/A ,x\n3,A,NULL\n4,\"NaN\",x\n5,\\N,x\n6,,x\n") == 0
+    assert [name for _, name, _ in variables()] == ["NaN", "#N/A", "A", "NaN", "\\N"]
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "gen_batch_jsonl.py: warning: 4 names read like an empty cell: NaN (2), #N/A (1), \\N (1); "
+        "the requests are written all the same"
+    )
+
+
+# -- CSV: encodings ----------------------------------------------------------------------------------------------
+
+FOREIGN = f"{HEADER}1,Björk,Reykjavík\n2,Café Tacvba,“rock”\n"
+FOREIGN_VARIABLES = [("1", "Björk", "Reykjavík"), ("2", "Café Tacvba", "“rock”")]
+
+
+@pytest.mark.parametrize(
+    ("codec", "option"),
+    [
+        ("windows-1252", "windows-1252"), ("cp1252", "CP1252"), ("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be"),
+        ("utf-8", "UTF8"), ("utf-8-sig", "ascii"), ("utf-16", "utf-8"), ("utf-32", "windows-1252"), ("utf-7", "utf-7"),
+        ("gb18030", "gb18030"), ("mac-roman", "macintosh"),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_file_in_its_encoding_is_read(
+    codec: str, option: str, newline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(FOREIGN.replace("\n", newline).encode(codec), "--encoding", option) == 0
+    assert variables() == FOREIGN_VARIABLES
+    assert capsys.readouterr().err == "Wrote 2 requests to out.jsonl (2 rows read, 0 skipped)\n"
+
+
+def test_characters_may_be_cut_by_the_borders_of_blocks() -> None:
+    for codec in ("utf-16", "utf-32", "gb18030", "shift_jis"):
+        reader = open_reader((HEADER + "1,東京,日本\n" * 50).encode(codec), encoding=codec, block_bytes=3)
+        next(reader.lines())
+        reader.skip_lines(1)
+        records = reader.records(layout(), sys.maxsize)
+        assert [fields_of(record) for record in records] == [["1", "東京", "日本"]] * 50
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("options", [(), ("--skip-header",), ("--encoding", "windows-1252")])
+def test_utf_16_without_a_mark_is_refused_with_advice(
+    codec: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(FOREIGN.encode(codec), *options) == 1
+    assert capsys.readouterr().err == (
+        f"gen_batch_jsonl.py: error: in.csv looks like UTF-16; if it is, add --encoding {codec}\n"
+    )
+
+
+def test_a_file_in_another_encoding_is_refused_with_an_offer(capsys: pytest.CaptureFixture[str]) -> None:
+    write("out.jsonl", "old")
+    rows = "".join(f"{number},A,x\n" for number in range(3, 30))
+    assert convert(FOREIGN.encode("windows-1252") + rows.encode()) == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 2: artist_name is not valid UTF-8; row skipped\n"
+        "gen_batch_jsonl.py: warning: line 3: artist_name is not valid UTF-8; row skipped\n"
+        "gen_batch_jsonl.py: error: 2 of 29 rows are not valid UTF-8, so the CSV has another encoding; "
+        'if "Björk" on line 2 looks right, add --encoding windows-1252\n'
+    )
+    assert Path("out.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize(("valid", "code"), [(38, 0), (37, 1)])
+def test_the_encoding_is_another_where_more_than_a_twentieth_of_the_rows_is_not_valid(valid: int, code: int) -> None:
+    rows = "".join(f"{number},A,x\n" for number in range(3, valid + 3))
+    assert convert(FOREIGN.encode("windows-1252") + rows.encode()) == code
+
+
+def test_a_row_that_is_not_valid_in_an_encoding_that_was_named_gets_no_offer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = f"{HEADER}1,Bj\x81rk,x\n2,A,y\n".encode("latin-1")
+    assert convert(content, "--encoding", "windows-1252") == 0
+    assert variables() == [("2", "A", "y")]
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 2: artist_name is not valid windows-1252; row skipped\n"
+        "gen_batch_jsonl.py: warning: 1 row is not valid windows-1252; name the encoding of the CSV with --encoding\n"
+        "Wrote 1 request to out.jsonl (2 rows read, 1 skipped: 1 not valid windows-1252)\n"
+    )
+
+
+def test_strict_names_the_option_for_the_encoding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(FOREIGN.encode("windows-1252"), "--strict") == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: error: line 2: artist_name is not valid UTF-8; "
+        'if "Björk" on line 2 looks right, add --encoding windows-1252\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["no-such", "base64", "undefined", "\0", "rot13", ""])
+def test_an_unknown_encoding_exits_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        convert(FOREIGN, "--encoding", name)
+    assert ended.value.code == 2
+    assert "argument --encoding: not an encoding that Python knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["idna", "punycode", "unicode_escape", "utf-7", "cp037", "iso2022_jp"])
+def test_an_unsuitable_encoding_ends_the_run_without_a_traceback(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(FOREIGN, "--encoding", name) in (0, 1)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(("gen_batch_jsonl.py: error: ", "Wrote "))
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -1426,6 +1825,35 @@ def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
         assert process.stderr.read() == b"gen_batch_jsonl.py: stopped\n"
 
 
+def test_an_interrupt_during_the_imports_is_no_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", ROOT / SCRIPT, "--in", "-", "--out", "out.jsonl", *STORED]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stderr=pipe, encoding="utf-8") as process:
+        assert process.stderr
+        while " argparse" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "KeyboardInterrupt" not in err
+    assert os.listdir() == []
+
+
+def test_every_byte_reaches_a_slow_reader_of_a_pipe_that_does_not_block() -> None:
+    write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5000)))
+    for unbuffered in ("", "1"):
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        command = [sys.executable, ROOT / SCRIPT, "--in", "in.csv", "--out", "-", *STORED]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen(command, stdout=writing, stderr=subprocess.DEVNULL, env=environment) as process:
+            os.close(writing)
+            time.sleep(0.3)
+            with open(reading, "rb") as pipe:
+                assert pipe.read().count(b"\n") == 5000
+        assert process.returncode == 0
+
+
 def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a bash command in which GEN stands for the script with a stored prompt."""
     command = command.replace("GEN", f"{sys.executable} {ROOT / SCRIPT} {' '.join(STORED)}")
@@ -1452,8 +1880,11 @@ def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("GEN --nonsense 2> /dev/full", 2, ""),
     ],
 )
-def test_closed_and_full_streams_end_the_run_without_a_traceback(command: str, code: int, message: str) -> None:
-    finished = shell(command)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_and_full_streams_end_the_run_without_a_traceback(
+    command: str, code: int, message: str, unbuffered: str
+) -> None:
+    finished = shell(command, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     if "--strict" in command:
         assert (finished.returncode, finished.stdout) == (1, "")
         assert "Traceback" not in finished.stderr and "Exception" not in finished.stderr
