@@ -431,11 +431,12 @@ CHAT_COMPLETIONS = "/v1/chat/completions"
 MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API takes
 MAX_METADATA_CHARS = 512  # the longest metadata value, API reference
 BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
-CAREFUL_BYTES = 1 << 14  # read record by record where no block ends
-MAX_EXTRA_FIELDS = 100  # after which a record that is too wide is not read to its end
+CAREFUL_BYTES = 1 << 14  # read record by record, where a block cannot be read as a whole
+MAX_EXTRA_FIELDS = 20  # after which a record that is too wide is not read to its end
 MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
+UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
 LINE_END = re.compile(rb"\r\n|\r|\n|\Z")
 REPEATED_HEADER = "repeated header"
 DELIMITER_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
@@ -539,10 +540,10 @@ def trim_value(value: bytes) -> bytes:
 
 def escape(text: bytes) -> bytes:
     """Escape the text for the inside of a JSON string."""
-    special = text.translate(None, UNESCAPED_BYTES)
-    for char, escaped in JSON_ESCAPES.items():
-        if char in special:
-            text = text.replace(char, escaped)
+    if special := text.translate(None, UNESCAPED_BYTES):
+        for char, escaped in JSON_ESCAPES.items():
+            if char in special:
+                text = text.replace(char, escaped)
     return escape_line_separators(text)
 
 
@@ -671,11 +672,14 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         if b"\r" in plain:
             return None
     # Each line end becomes a field of its own. All rows have the same width if these fields stand at equal distances.
-    step = width + 1
+    row_width = plain.count(delimiter, 0, plain.index(b"\n")) + 1
+    step = row_width + 1
     rows = plain[:-1].replace(b"\n", delimiter + b"\n" + delimiter)
     line_ends = (len(rows) - len(plain) + 1) // 2
     fields = rows.split(delimiter)
-    if len(fields) != line_ends * step + width or fields[width::step].count(b"\n") != line_ends:
+    if len(fields) != line_ends * step + row_width or fields[row_width::step].count(b"\n") != line_ends:
+        return None
+    if row_width < width or any(any(trim(fields[column::step])) for column in range(width, row_width)):
         return None
     number = min(line_ends + 1, limit)
     columns = [trim(fields[column : number * step : step]) for column in used]
@@ -718,7 +722,7 @@ class Parsed(NamedTuple):
 
 def read_field(data: bytes, at: int, delimiter: bytes) -> Field:
     if not data.startswith(b'"', at):
-        unquoted = cast(re.Match[bytes], re.compile(b"[^\r\n" + re.escape(delimiter) + b"]*").match(data, at))
+        unquoted = cast(re.Match[bytes], UNQUOTED[delimiter].match(data, at))
         return Field(unquoted[0], unquoted.end(), True)
     closing = data.find(b'"', at + 1)
     while closing >= 0 and data.startswith(b'"', closing + 1):  # a doubled quote
@@ -1232,23 +1236,43 @@ class RequestWriter:
         self._out = out
         self._skipped = skipped
 
-    def write(self, rows: Rows) -> bool:
-        """Write all rows. Or write none and return False, if one has no id or no name, or an id that is used already."""
-        columns = rows.columns
+    def write(self, rows: Rows) -> None:
+        """Write the rows all at once, or in halves if one of them cannot be written."""
+        self.swallowing += rows.swallowing
+        self._write_columns(rows.lines, rows.columns, rows.needs_escapes)
+
+    def write_record(self, record: Record) -> None:
+        problem = record.problem or undecodable(record.line, record.fields, self._layout, self._encoding)
+        if problem:
+            self._skipped.add(record.line, problem)
+            return
+        values = [trim_value(record.fields[column]) for column in self._layout.used]
+        if offsets := lines_like_rows(self._layout.delimiter.join(record.fields), values[0], self._layout):
+            self.swallowing.append((record.line, [record.line + offset for offset in offsets]))
+        self._write_columns([record.line], [[value] for value in values], needs_escapes=True)
+
+    def _write_columns(self, lines: list[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
         ids, names = columns[:2]
-        if not all(ids) or not all(names) or not self._claim(ids, rows.lines):
-            return False
+        if all(ids) and all(names) and self._claim(ids, lines):
+            self._write_requests(columns, needs_escapes)
+        elif len(lines) == 1:
+            self._skipped.add(lines[0], self._refusal(ids[0], names[0]))
+        else:
+            half = len(lines) // 2
+            for part in (slice(None, half), slice(half, None)):
+                self._write_columns(lines[part], [column[part] for column in columns], needs_escapes)
+
+    def _write_requests(self, columns: list[list[bytes]], needs_escapes: bool) -> None:
+        names = columns[1]
         if self._template.has_short_name:
             columns = [*columns, shorten(names)]
-        if rows.needs_escapes:
+        if needs_escapes:
             columns = escape_columns(columns)
-        lines = put_back_hidden(self._template.render(columns))
-        self._out.write(lines)
-        self.batches.add(lines, len(ids))
+        requests = put_back_hidden(self._template.render(columns))
+        self._out.write(requests)
+        self.batches.add(requests, len(names))
         if not NULL_NAMES.isdisjoint(names):
             self.null_names.update(filter(NULL_NAMES.__contains__, names))
-        self.swallowing += rows.swallowing
-        return True
 
     def _claim(self, ids: list[bytes], lines: list[int]) -> bool:
         """Note the line of each id. If one of them is used already, note none and return False."""
@@ -1260,19 +1284,8 @@ class RequestWriter:
                 del self.line_of[artist_id]
         return False
 
-    def write_record(self, record: Record) -> None:
-        problem = record.problem or undecodable(record.line, record.fields, self._layout, self._encoding)
-        if not problem:
-            values = [trim_value(record.fields[column]) for column in self._layout.used]
-            swallowed = lines_like_rows(self._layout.delimiter.join(record.fields), values[0], self._layout)
-            swallowing = [(record.line, [record.line + offset for offset in swallowed])] if swallowed else []
-            if self.write(Rows([record.line], [[value] for value in values], swallowing, True, 0)):
-                return
-            problem = self._refusal(*values[:2])
-        self._skipped.add(record.line, problem)
-
     def _refusal(self, artist_id: bytes, artist_name: bytes) -> Problem:
-        """Why `write` refuses a row."""
+        """Why a row without any other problem cannot be written."""
         if not artist_id:
             return Problem("empty artist_id", "artist_id is empty")
         if not artist_name:
@@ -1310,11 +1323,12 @@ def write_requests(
     while left and not reader.is_at_end():
         block = reader.block()
         rows = rows_of_block(block, reader.line, layout, left) if block else None
-        if rows and writer.write(rows):
+        if rows:
+            writer.write(rows)
             reader.skip(len(block), rows.next_line)
             left -= len(rows.lines)
         else:
-            for record in reader.records(layout, len(block) or CAREFUL_BYTES):
+            for record in reader.records(layout, CAREFUL_BYTES):
                 writer.write_record(record)
                 left -= not (record.problem and record.problem.reason == REPEATED_HEADER)
                 if not left:
