@@ -424,7 +424,6 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 
 # ==== end of the common block ====================================================================================
 
-
 COLUMNS = ("artist_id", "artist_name", "artist_data")
 RESPONSES = "/v1/responses"
 CHAT_COMPLETIONS = "/v1/chat/completions"
@@ -436,13 +435,11 @@ MAX_EXTRA_FIELDS = 20  # after which a record that is too wide is not read to it
 MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
-UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
 LINE_END = re.compile(rb"\r\n|\r|\n|\Z")
+UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
 REPEATED_HEADER = "repeated header"
 DELIMITER_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
-NULL_NAMES = frozenset(
-    b"NaN nan NAN NULL null Null N/A n/a #N/A #n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split()
-)
+NULL_NAMES = frozenset(b"NaN nan NAN NULL null Null N/A n/a #N/A #n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split())
 FOREIGN_FILES = {  # by their first bytes
     b"PK\x03\x04": "an Excel workbook or another zip file; open it and save it as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook; open it and save it as CSV UTF-8",
@@ -468,8 +465,9 @@ LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u20
 HIDDEN_BLANKS = b"\xf7\xf9\xfa".decode("utf-8", "surrogateescape")
 ALL_BLANKS = BLANKS + HIDDEN_BLANKS
 BLANK_BYTES = bytes({*ALL_BLANKS.encode("utf-8", "surrogateescape")})
+SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))
 NAME_THE_ENCODING = "name the encoding of the CSV with --encoding"
-UNDECODABLE = "mark_undecodable"  # an error handler, for encodings other than UTF-8
+UNDECODABLE = "mark_undecodable"  # an error handler: it decodes bytes that are not valid as a lone surrogate
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 
 
@@ -491,23 +489,30 @@ class Layout(NamedTuple):
     header_keys: list[str]  # the names of the header, as they are compared
 
 
+class Swallowing(NamedTuple):
+    """A row that seems to hold other rows: its line, and theirs."""
+
+    line: int
+    held: list[int]
+
+
 class Rows(NamedTuple):
-    """Valid rows: the line where each begins, and the trimmed values of each used column."""
+    """Rows of a block: the line where each begins, and for each used column the trimmed values."""
 
     lines: list[int]
     columns: list[list[bytes]]
-    swallowing: list[tuple[int, list[int]]]  # rows that seem to hold other rows, and the lines of those
-    needs_escapes: bool  # there are characters, apart from hidden ones, that JSON escapes
+    swallowing: list[Swallowing]
+    needs_escapes: bool  # values have characters, apart from hidden ones, that JSON escapes
     next_line: int
 
 
 class Record(NamedTuple):
-    """A record that was looked at by itself, with its problem if it has one."""
+    """A record that was read by itself, with its problem if it has one."""
 
     line: int
     fields: list[bytes]
     problem: Problem | None
-    size: int  # bytes up to where reading goes on: the next record, or after a problem the next line
+    size: int  # in bytes, up to the next record; if there is a problem, up to the next line
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -528,11 +533,12 @@ def is_blank(value: bytes) -> bool:
 
 
 def trim(values: list[bytes]) -> list[bytes]:
+    """Remove the blanks around values. Most values do not even begin or end with a byte that a blank could have."""
     return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
 
 
 def trim_value(value: bytes) -> bytes:
-    """Remove blanks around the value, also hidden ones."""
+    """Remove the blanks around a value, also those that a block hides."""
     text = to_text(value)
     trimmed = text.strip(ALL_BLANKS)
     return value if len(trimmed) == len(text) else trimmed.encode("utf-8", "surrogateescape")
@@ -586,7 +592,8 @@ def lines_like_rows(text: bytes, artist_id: bytes, layout: Layout) -> list[int]:
 
 
 def squeeze(name: str) -> str:
-    return name.casefold().translate(dict.fromkeys(map(ord, BLANKS + "-_")))
+    """The name without case, blanks, hyphens and underscores."""
+    return name.casefold().translate(SQUEEZED)
 
 
 # -- CSV: a block as a whole -------------------------------------------------------------------------------------
@@ -637,7 +644,7 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
 
 def lines_of_records(
     records: list[bytes], artist_ids: list[bytes], first_line: int, layout: Layout
-) -> tuple[list[int], list[tuple[int, list[int]]], int]:
+) -> tuple[list[int], list[Swallowing], int]:
     """The line where each record begins, which records seem to hold other rows, and the line after the last record."""
     lines, swallowing = [], []
     line = first_line
@@ -646,46 +653,56 @@ def lines_of_records(
         if HIDDEN[b"\n"] in record or HIDDEN[b"\r"] in record:
             text = record.translate(REVEAL)
             if offsets := lines_like_rows(text, artist_id, layout):
-                swallowing.append((line, [line + offset for offset in offsets]))
+                swallowing.append(Swallowing(line, [line + offset for offset in offsets]))
             line += count_line_ends(text)
         line += 1
     return lines, swallowing, line
 
 
-def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
-    """The rows of a block, at most `limit`; None if anything about the block needs a closer look.
+def plain_block(block: bytes, delimiter: bytes) -> bytes | None:
+    """The block with LF line ends and without quotes. None if its quotes or its line ends are out of the ordinary."""
+    if not block.endswith((b"\n", b"\r")):
+        block += b"\n"
+    plain = hide_quoted(block, delimiter) if b'"' in block else block
+    if plain and b"\r" in plain:
+        plain = plain.replace(b"\r\n", b"\n")
+    return None if plain and b"\r" in plain else plain
 
-    Each step handles the whole block at once, which takes a third of the time of going row by row.
+
+def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None:
+    """All fields of a plain block, each row's followed by a line end, and the width of the rows. None if widths differ.
+
+    Each line end becomes a field of its own. All rows have the same width if these fields stand at equal distances.
     """
-    delimiter, width, used = layout[:3]
+    width = plain.count(delimiter, 0, plain.index(b"\n")) + 1
+    separated = plain.replace(b"\n", delimiter + b"\n" + delimiter)
+    number = (len(separated) - len(plain)) // 2
+    fields = separated.split(delimiter)
+    is_even = len(fields) == number * (width + 1) + 1 and fields[width :: width + 1].count(b"\n") == number
+    return (fields, width) if is_even else None
+
+
+def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
+    """The rows of a block, at most `limit`. None if anything about the block needs a closer look.
+
+    Each step handles the whole block at once, which takes a tenth of the time of going record by record.
+    """
     try:
         text = block.decode()
     except UnicodeDecodeError:
         return None
-    if not block.endswith((b"\n", b"\r")):
-        block += b"\n"
-    plain = hide_quoted(block, delimiter) if b'"' in block else block
-    if plain is None:
+    plain = plain_block(block, layout.delimiter)
+    if not plain or not (split := split_rows(plain, layout.delimiter)):
         return None
-    if b"\r" in plain:
-        plain = plain.replace(b"\r\n", b"\n")
-        if b"\r" in plain:
-            return None
-    # Each line end becomes a field of its own. All rows have the same width if these fields stand at equal distances.
-    row_width = plain.count(delimiter, 0, plain.index(b"\n")) + 1
-    step = row_width + 1
-    rows = plain[:-1].replace(b"\n", delimiter + b"\n" + delimiter)
-    line_ends = (len(rows) - len(plain) + 1) // 2
-    fields = rows.split(delimiter)
-    if len(fields) != line_ends * step + row_width or fields[row_width::step].count(b"\n") != line_ends:
+    fields, width = split
+    step = width + 1
+    if width < layout.width or any(any(trim(fields[column:-1:step])) for column in range(layout.width, width)):
         return None
-    if row_width < width or any(any(trim(fields[column::step])) for column in range(width, row_width)):
-        return None
-    number = min(line_ends + 1, limit)
-    columns = [trim(fields[column : number * step : step]) for column in used]
+    number = min(len(fields) // step, limit)
+    columns = [trim(fields[column : number * step : step]) for column in layout.used]
     if needs_closer_look(columns[0], layout):
         return None
-    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + delimiter)
+    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + layout.delimiter)
     needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
     if HIDDEN[b"\n"] in plain or HIDDEN[b"\r"] in plain:
         records = plain.split(b"\n", number)[:number]
@@ -742,34 +759,37 @@ def excess(field: bytes, max_chars: int) -> int:
 def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: int = MAX_FIELD_CHARS) -> Parsed:
     """Read the record that begins on `line`, by the rules of csv.reader(strict=True)."""
 
-    def failed(reason: str, detail: str, noticed: int, is_open: bool = False) -> Parsed:
-        return Parsed([], at, Problem(reason, f"{detail} {noticed})"), is_open)
+    def line_at(end: int) -> int:
+        return line + count_line_ends(data, start, end)
 
     fields: list[bytes] = []
     at = start
     while True:
         field = read_field(data, at, layout.delimiter)
         if end := excess(field.value, max_chars):
-            noticed = line + count_line_ends(data, start, at) + count_line_ends(field.value[:end])
-            return failed("field too long", f"a field exceeds {max_chars} characters (noticed on line", noticed)
+            noticed = line_at(at) + count_line_ends(field.value[:end])
+            detail = f"a field exceeds {max_chars} characters (noticed on line {noticed})"
+            return Parsed([], at, Problem("field too long", detail))
         if not field.is_closed:
-            noticed = line + count_line_ends(data, start) - data.endswith((b"\n", b"\r"))
-            return failed("malformed quoting", "a quote is never closed (noticed at the end, line", noticed, True)
+            last_line = line_at(len(data)) - data.endswith((b"\n", b"\r"))
+            detail = f"a quote is never closed (noticed at the end, line {last_line})"
+            return Parsed([], at, Problem("malformed quoting", detail), is_open=True)
         fields.append(field.value)
         at = field.end
-        if not data.startswith(layout.delimiter, at):
+        is_too_wide = len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(field.value)
+        if is_too_wide or not data.startswith(layout.delimiter, at):
             break
-        if len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(field.value):
-            return Parsed(fields, at)
         at += len(layout.delimiter)
-    if not (line_end := LINE_END.match(data, at)):
-        noticed = line + count_line_ends(data, start, at)
-        return failed("malformed quoting", "text after a closing quote (noticed on line", noticed)
-    return Parsed(fields, line_end.end(), is_open=line_end.end() == len(data) and line_end[0] != b"\n")
+    line_end = LINE_END.match(data, at)
+    if not line_end and not is_too_wide:
+        detail = f"text after a closing quote (noticed on line {line_at(at)})"
+        return Parsed([], at, Problem("malformed quoting", detail))
+    end = line_end.end() if line_end else at
+    return Parsed(fields, end, is_open=end == len(data) and not data.endswith(b"\n"))
 
 
 def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> Problem | None:
-    """What is wrong with a record's number of fields, or a Problem for a repeated header. `text` is how it begins."""
+    """Tell a repeated header, and a wrong number of fields. `text` is the beginning of the record."""
     width, id_column = layout.width, layout.used[0]
     if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
         keys = [column_key(to_text(field)) for field in fields]
@@ -990,27 +1010,31 @@ class Table(NamedTuple):
 
 def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
     """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows."""
-    wanted = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
-    header = read_header(reader.lines(), [name or role for role, name in wanted.items()])
+    chosen = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
+    header = read_header(reader.lines(), [name or role for role, name in chosen.items()])
     if not header:
         raise CommandError("the CSV is empty; it needs a header and at least one row")
     if args.skip_header and not all(map(header.find, COLUMNS)):
         reader.skip_lines(header.line - 1)
-        return Table(delimiter_of_row(reader, header.delimiter), [*COLUMNS], {role: at for at, role in enumerate(COLUMNS)})
+        roles = {role: position for position, role in enumerate(COLUMNS)}
+        return Table(delimiter_of_row(reader, header.delimiter), [*COLUMNS], roles)
     if args.skip_header:
         console.warn(f"line {header.line}: names the columns, so it is taken as the header despite --skip-header")
-    if header.is_malformed:
-        raise CommandError(f"line {header.line}: the quotes of the header do not match; its columns are {header.listed()}")
     reader.skip_lines(header.last_line)
-    missing = [role for role in COLUMNS[:2] if not wanted[role] and not header.find(role)]
+    return Table(header.delimiter, header.names, find_roles(header, chosen))
+
+
+def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
+    """The positions of the columns by role: the one that an option has chosen, or the one named like the role."""
+    where = f"line {header.line}: the header"
+    if header.is_malformed:
+        raise CommandError(f"{where} has a quote too many or too few; its columns are {header.listed()}")
+    missing = [role for role in COLUMNS[:2] if not chosen[role] and not header.find(role)]
     if missing:
         options = " and ".join(f"--{role.removeprefix('artist_')}-column" for role in missing)
-        raise CommandError(f"line {header.line}: the header has no {' and no '.join(missing)}; its columns are "
-                           f"{header.listed()}; name the right ones with {options}, or use --skip-header if there is no header")
-    roles = {
-        role: header.position(name or role) for role, name in wanted.items() if name or header.find(role)
-    }
-    return Table(header.delimiter, header.names, roles)
+        advice = f"name the right ones with {options}, or use --skip-header if there is no header"
+        raise CommandError(f"{where} has no {' and no '.join(missing)}; its columns are {header.listed()}; {advice}")
+    return {role: header.position(name or role) for role, name in chosen.items() if name or header.find(role)}
 
 
 def delimiter_of_row(reader: CsvReader, likely: str) -> str:
@@ -1228,7 +1252,7 @@ class RequestWriter:
     ) -> None:
         self.line_of: dict[bytes, int] = {}  # the ids of the requests, and where each stands
         self.null_names: Counter[bytes] = Counter()
-        self.swallowing: list[tuple[int, list[int]]] = []  # rows that seem to hold other rows, and where
+        self.swallowing: list[Swallowing] = []
         self.batches = BatchCounter()
         self._template = template
         self._layout = layout
@@ -1248,7 +1272,7 @@ class RequestWriter:
             return
         values = [trim_value(record.fields[column]) for column in self._layout.used]
         if offsets := lines_like_rows(self._layout.delimiter.join(record.fields), values[0], self._layout):
-            self.swallowing.append((record.line, [record.line + offset for offset in offsets]))
+            self.swallowing.append(Swallowing(record.line, [record.line + offset for offset in offsets]))
         self._write_columns([record.line], [[value] for value in values], needs_escapes=True)
 
     def _write_columns(self, lines: list[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
@@ -1341,12 +1365,13 @@ def check_encoding(skipped: SkipReport, written: int, encoding: str, console: Co
     what = not_valid(encoding)
     invalid, rows = skipped.reasons[what], written + skipped.reasons.total()
     if invalid >= 2 and invalid > MAX_INVALID_SHARE * rows:
-        raise CommandError(f"{invalid} of {rows} rows are {what}, so the CSV has another encoding; {skipped.advice[what]}")
+        share = f"{invalid} of {rows} rows are {what}"
+        raise CommandError(f"{share}, so the CSV has another encoding; {skipped.advice[what]}")
     if invalid:
         console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {skipped.advice[what]}")
 
 
-def warn_of_swallowed_rows(swallowing: list[tuple[int, list[int]]], console: Console) -> None:
+def warn_of_swallowed_rows(swallowing: list[Swallowing], console: Console) -> None:
     for began, lines in swallowing[:MAX_LISTED]:
         listed = ", ".join(map(str, lines[:MAX_LISTED])) + (", …" if len(lines) > MAX_LISTED else "")
         one, many = f"line {listed}, which looks like a row", f"lines {listed}, which look like rows"
@@ -1388,7 +1413,8 @@ def convert(args: argparse.Namespace, console: Console) -> None:
                 raise CommandError(f"no valid row in {shown(args.input)} ({skipped.account(0)}); nothing was written")
     warn_of_swallowed_rows(writer.swallowing, console)
     warn_of_null_names(writer.null_names, console)
-    batches = f"; batch_tool.py create will make {writer.batches.count} batches of it" if writer.batches.count > 1 else ""
+    number = writer.batches.count
+    batches = f"; batch_tool.py create will make {number} batches of it" if number > 1 else ""
     console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({skipped.account(written)}){batches}")
 
 

@@ -234,7 +234,7 @@ BAD_HEADERS = pytest.mark.parametrize(
          "line 2: the header has no artist_id and no artist_name; its columns are artist_id,artist_name,artist_data; "
          f"{NAME_THEM}"),
         ('artist_id,artist_name,"artist_data\n1,A,x\n',
-         'line 1: the quotes of the header do not match; its columns are artist_id, artist_name, "artist_data'),
+         'line 1: the header has a quote too many or too few; its columns are artist_id, artist_name, "artist_data'),
         ("artist_id,artist_name,artist_data,Artist-Name\n1,A,x,B\n",
          'line 1: the header names "artist_name" 2 times; its columns are artist_id, artist_name, artist_data, '
          "Artist-Name"),
