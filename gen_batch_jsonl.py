@@ -574,10 +574,10 @@ def shape_of(artist_id: str) -> str:
 
 
 def lines_like_rows(text: bytes, artist_id: bytes, layout: Layout) -> list[int]:
-    """Which lines of a record, after its first, look like rows: the right number of fields, an id of the same shape.
+    """Which lines of a record, counted from its first, look like rows of their own.
 
-    `text` is the record without its quotes. Where ids are only letters or only digits, prose can look like a row, but
-    prose has a blank after its commas.
+    They have the right number of fields and an id of the same shape as `artist_id`. If ids are only letters or only
+    digits, a line of prose may look so too, but prose has blanks after its commas. `text` is the record without quotes.
     """
     shape = ""
     found = []
@@ -606,9 +606,9 @@ def last_line_end(data: bytes, start: int, end: int) -> int:
 
 
 def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
-    """Where the last line ends that has an even number of quotes before its end; `start` if there is none.
+    """The last line end before `end` with an even number of quotes before it; `start` if there is none.
 
-    If nothing follows the data, its end counts as a line end.
+    At the end of the file (`is_last`), the end of the data counts as a line end.
     """
     if not is_last:
         end = last_line_end(data, start, end)
@@ -620,10 +620,10 @@ def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
 
 
 def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
-    """The block without its quotes, with stand-ins for delimiters, line ends and quotes that stood inside them.
+    """Remove the quotes, and replace delimiters, line ends and quotes inside quoted fields by their stand-ins.
 
-    None if a quote is out of place. Every second piece between quotes lies outside of them. It is empty in the middle
-    of a doubled quote; otherwise a delimiter or line end must stand on both sides.
+    Returns None if a quote is out of place. Split at the quotes, every second piece lies outside of quoted fields. It
+    is empty in the middle of a doubled quote. Otherwise it begins and ends with a delimiter or a line end.
     """
     pieces = block.split(b'"')
     outside = pieces[2:-1:2]
@@ -713,7 +713,7 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
 
 
 def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether one of the ids has a hidden character, or reads like a name of the header without its punctuation."""
+    """Whether an id has a hidden character, or could be a name of the header: then its row may repeat the header."""
     ids = b",".join([b"", *artist_ids, b""])
     squeezed = squeeze(to_text(ids))
     return ids.translate(REVEAL) != ids or any(f",{squeeze(key)}," in squeezed for key in layout.header_keys if key)
@@ -789,7 +789,7 @@ def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: 
 
 
 def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> Problem | None:
-    """Tell a repeated header, and a wrong number of fields. `text` is the beginning of the record."""
+    """Recognise a repeated header and a wrong number of fields. `text` is the beginning of the record."""
     width, id_column = layout.width, layout.used[0]
     if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
         keys = [column_key(to_text(field)) for field in fields]
@@ -836,7 +836,7 @@ def not_valid(encoding: str) -> str:
 
 
 def windows_reading(value: bytes, at: int) -> str:
-    """How the part of the value around the byte `at` reads in windows-1252; empty if it is not that."""
+    """How the value reads in windows-1252 around the byte `at`. Empty if it is not valid there either."""
     try:
         return value[max(0, at - 30) : at + 30].decode("windows-1252").strip(BLANKS)
     except UnicodeDecodeError:
@@ -868,10 +868,10 @@ def read_text(path: str) -> str:
 
 
 class CsvReader:
-    """Reads a CSV as UTF-8, whatever its encoding: in blocks, or record by record.
+    """Reads a CSV in any encoding, and hands it out as UTF-8: in blocks, or record by record.
 
-    `line` is the number of the line that it reads next. Nothing is read before it is needed, so that a pipe can stay
-    open.
+    `line` is the number of the line that comes next. The reader never waits for more than the caller needs, so that a
+    run with --limit ends while its pipe is still open.
     """
 
     def __init__(self, source: io.BufferedReader, path: str, encoding: str, block_bytes: int = BLOCK_BYTES) -> None:
@@ -888,7 +888,7 @@ class CsvReader:
         self.encoding = self._detect_encoding(encoding)
 
     def _detect_encoding(self, encoding: str) -> str:
-        """Tell the encoding by the first bytes, and decode those that have been read."""
+        """Choose the encoding by the first bytes, and convert what has been read so far."""
         for mark, kind in FOREIGN_FILES.items():
             if self._data.startswith(mark):
                 raise CommandError(f"{self._path} is {kind}")
@@ -906,16 +906,16 @@ class CsvReader:
         return encoding
 
     def _to_utf_8(self, chunk: bytes) -> bytes:
-        """The chunk as UTF-8, and as bytes that are not valid UTF-8 where it is not valid in its own encoding."""
+        """Convert a chunk. What is not valid in its encoding becomes bytes that are not valid in UTF-8."""
         if self._decoder is None:
             return chunk
         try:
             return self._decoder.decode(chunk, final=self._is_ended).encode("utf-8", "surrogatepass")
-        except UnicodeError as error:
-            raise CommandError(f"cannot decode {self._path}: {error}; choose another --encoding") from None
+        except UnicodeError:  # some codecs know no error handlers
+            raise CommandError(f"{self._path} cannot be read in that encoding; choose another --encoding") from None
 
     def _fill(self) -> bool:
-        """Read what there is of the file; wait only if there is nothing yet. False if there is no more."""
+        """Read more of the file, as much as is there already. False at its end."""
         if self._is_ended:
             return False
         with os_errors_as(f"read {self._path}"):
@@ -932,7 +932,7 @@ class CsvReader:
         return self._at == len(self._data)
 
     def lines(self) -> Iterator[str]:
-        """The lines from here on. The position stays."""
+        """The lines from here on. Does not move the reader."""
         offset = 0
         while True:
             line = cast(re.Match[bytes], LINE.match(self._data, self._at + offset))[0]
@@ -956,7 +956,7 @@ class CsvReader:
         return len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0])
 
     def block(self) -> bytes:
-        """Whole rows from here on, if their quoting is well-formed; empty if no such block ends nearby."""
+        """The data from here to the last line end outside of quotes. Empty if there is none nearby. Does not move."""
         while True:
             window = self._at + 2 * self._block_bytes
             is_last = self._is_ended and window >= len(self._data)
@@ -965,7 +965,7 @@ class CsvReader:
                 return self._data[self._at : end]
 
     def record(self, layout: Layout) -> Record:
-        """The record that begins here. The position stays. A blank record has no fields and no problem."""
+        """The record that begins here. Does not move the reader. A blank record has no fields and no problem."""
         parsed = parse_record(self._data, self._at, self.line, layout)
         while parsed.is_open and self._fill():
             parsed = parse_record(self._data, self._at, self.line, layout)
@@ -983,7 +983,7 @@ class CsvReader:
         return Record(self.line, fields, problem, size)
 
     def records(self, layout: Layout, size: int) -> Iterator[Record]:
-        """The records from here on that are not blank, for at least `size` bytes."""
+        """Read records for at least `size` bytes, and yield those that are not blank."""
         while size > 0 and not self.is_at_end():
             record = self.record(layout)
             self.skip(record.size, self.line + count_line_ends(self._data, self._at, self._at + record.size))

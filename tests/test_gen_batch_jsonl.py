@@ -1878,7 +1878,8 @@ def test_a_signal_at_any_moment_leaves_a_whole_file_or_the_old_one() -> None:
 def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
     write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5_000)))
     os.mkfifo("fifo")
-    command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", "-" if output == "stdout" else "fifo", *STORED]
+    destination = "-" if output == "stdout" else "fifo"
+    command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", destination, *STORED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         reading = open("fifo", "rb") if output == "fifo" else process.stdout
         assert reading and process.stderr
