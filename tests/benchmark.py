@@ -30,12 +30,13 @@ RUNS = 5
 
 
 class Measured(NamedTuple):
-    seconds: float
+    seconds: float  # by the clock
     peak_mb: float
+    cpu: float = 0.0  # seconds, of all threads
 
 
 def run_process(command: list[str]) -> Measured:
-    """Wall-clock time and peak memory of a command; its own output is dropped."""
+    """The times and the peak memory of a command; its own output is dropped."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -43,7 +44,7 @@ def run_process(command: list[str]) -> Measured:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"benchmark.py: error: exit code {process.returncode}: {' '.join(command)}")
-    return Measured(seconds, usage.ru_maxrss / 1024)
+    return Measured(seconds, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
 
 
 def medians(commands: dict[str, list[str]], runs: int = RUNS) -> dict[str, Measured]:
@@ -53,7 +54,11 @@ def medians(commands: dict[str, list[str]], runs: int = RUNS) -> dict[str, Measu
         for name, command in commands.items():
             results[name].append(run_process(command))
     return {
-        name: Measured(statistics.median(each.seconds for each in taken), max(each.peak_mb for each in taken))
+        name: Measured(
+            statistics.median(each.seconds for each in taken),
+            max(each.peak_mb for each in taken),
+            statistics.median(each.cpu for each in taken),
+        )
         for name, taken in results.items()
     }
 
@@ -114,35 +119,52 @@ MLR = (
 )
 
 
-class Shape(NamedTuple):
-    """What the rows of a CSV look like: which field is quoted in a quarter of them, and the words it is made of."""
+NAMES = {
+    "latin": ("Björk José Zoë Émilie Anna John Łukasz Ann-Marie Jürgen", "Guðmundsdóttir Núñez Simon Müller O'Neil"),
+    "cyrillic": ("Анна Виктор Земфира Пётр Мумий Юлия", "Рамазанова Цой Тролль Чичерина"),
+    "japanese": ("東京 宇多田 山口 椎名 米津", "事変 ヒカル 林檎 玄師 百恵"),
+    "korean": ("김 이영 방탄 박효신", "소년단 철수"),
+    "arabic": ("فيروز أم عمرو", "الرحباني كلثوم دياب"),
+    "greek": ("Μίκης Νάνα Χάρις", "Θεοδωράκης Μούσχουρη Αλεξίου"),
+    "ascii": ("John Anna The DJ Mary", "Smith Quartet Waters Shadow Band"),
+}
+WORDS = {
+    "latin": "chanteuse née à Reykjavík depuis 1993 avec plusieurs albums très aimés et une tournée “mondiale” – où",
+    "cyrillic": "российская группа из города основанная в году известна альбомами и песнями которые знают все",
+    "japanese": "日本の音楽家。 東京都出身で、 数々の名曲を発表した シンガーソングライター 作曲家として知られる。",
+    "korean": "대한민국의 가수이자 작곡가로 서울에서 태어났다 많은 음반을 발표했다",
+    "arabic": "مغنية لبنانية ولدت في بيروت ولها العديد من الأغاني",
+    "greek": "Έλληνας συνθέτης γεννήθηκε στη Χίο με πολλά τραγούδια",
+    "ascii": "post rock trio from Leeds known for three records and one long tour with many guests born in Berlin",
+}
+SHARES = {"latin": 50, "cyrillic": 15, "japanese": 15, "korean": 8, "arabic": 6, "greek": 6}
+CORPORA = ("mixed scripts, a fifth quoted", "ASCII, a fifth quoted", "all quoted")
 
-    quoted: int = 2
-    words: str = "post rock trio from Leeds known for three records and one long tour with many guests"
-    doubled: bool = False  # quotes inside the quoted fields
-    stray_quotes: int = 0
+
+def artist(at: int, script: str, rng: random.Random) -> list[str]:
+    """An artist_id, artist_name and artist_data of about 200 bytes."""
+    first, last = NAMES[script]
+    words = rng.choices(WORDS[script].split(), k=12 if script == "japanese" else 18)
+    return [f"a{at}", f"{rng.choice(first.split())} {rng.choice(last.split())}", " ".join(words)]
 
 
-def rows_of(number: int, shape: Shape) -> Iterator[str]:
-    """Rows of about 200 bytes."""
+def rows_of(corpus: str, number: int) -> Iterator[str]:
     rng = random.Random(number)
-    words = shape.words.split()
-    stray = set(range(number // 20, number, max(1, number // 10))) if shape.stray_quotes else set()
-    for at in range(number):
-        prose = " ".join(rng.choices(words, k=33))
-        fields = [f"artist{at}", f"Name {at}", prose[:180]]
-        if at % 4 == 0:
-            more = ' ""more""' if shape.doubled else ""
-            fields[shape.quoted] = f'"{fields[shape.quoted]}, and{more}"'
-        if at in stray:
-            fields[1] = f'"{fields[1]}'
-        yield ",".join(fields) + "\n"
+    scripts = rng.choices([*SHARES], [*SHARES.values()], k=number)
+    for at, script in enumerate(scripts):
+        fields = artist(at, "ascii" if corpus.startswith("ASCII") else script, rng)
+        if at % 5 == 0:
+            fields[2] += ', and "more"' if at % 20 == 0 else ", and more"
+        quote_all = corpus == "all quoted"
+        yield ",".join(
+            '"' + field.replace('"', '""') + '"' if quote_all or "," in field else field for field in fields
+        ) + "\n"
 
 
-def write_csv(path: Path, number: int, shape: Shape) -> Path:
+def write_csv(path: Path, corpus: str, number: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         file.write("artist_id,artist_name,artist_data\n")
-        file.writelines(rows_of(number, shape))
+        file.writelines(rows_of(corpus, number))
     return path
 
 
@@ -172,54 +194,49 @@ def other_tools(source: Path, out: Path) -> dict[str, list[str]]:
 
 
 def benchmark_converter(folder: Path, quick: bool) -> None:
+    """CPU time, less that of a file with one row, as a ratio to a bare csv.reader pass over the same file."""
+    number = 60_000 if quick else 300_000
     out = folder / "out.jsonl"
-    table = []
-    for number in (10_000, 100_000) if quick else (10_000, 100_000, 1_000_000):
-        source = write_csv(folder / f"{number}.csv", number, Shape())
-        commands = {"ours": conversion(source, out), "bare": python(BARE, source), "plain": python(PLAIN, source, out)}
-        taken = medians(commands)
-        seconds, peak = taken["ours"]
-        speed = [f"{seconds:.2f}", f"{number / seconds:,.0f}"]
-        ratios = [f"{seconds / taken[other].seconds:.2f}" for other in ("bare", "plain")]
-        table.append([f"{number:,}", *speed, *ratios, f"{peak:.0f}", f"{40 + number * 125 / 1e6:.0f}"])
-    columns = ["rows", "s", "rows/s", "× bare csv.reader pass", "× csv.reader + json.dumps", "peak MB", "limit MB"]
-    print_table("Rows of 200 bytes, a quarter with the data quoted; each run in a process of its own", columns, table)
-
-    number = 100_000 if quick else 1_000_000
-    clean = folder / f"{number}.csv"
-    stray = write_csv(folder / "stray.csv", number, Shape(stray_quotes=10))
-    doubled = write_csv(folder / "doubled.csv", number, Shape(doubled=True))
-    middle = write_csv(folder / "middle.csv", number, Shape(quoted=1))
-    foreign = write_csv(folder / "foreign.csv", number, Shape(words="трио из Лидса 東京 ambient électronique пост-рок"))
-    taken = medians({
-        "10 stray quotes": conversion(stray, out),
-        "clean": conversion(clean, out),
-        "doubled quotes": conversion(doubled, out),
-        "quoted name": conversion(middle, out),
-        "its bare pass": python(BARE, middle),
-        "not ASCII": conversion(foreign, out),
-        "its bare pass ": python(BARE, foreign),
-    })
-    base = taken["clean"].seconds
-    print_table(f"Other content, {number:,} rows", ["file", "s", "× clean"],
-                [[name.strip(), f"{each.seconds:.2f}", f"{each.seconds / base:.2f}"] for name, each in taken.items()])
-
-    source = folder / "100000.csv"
     template = folder / "prompt.md"
     template.write_text("Write a biography.\n\nName: {{artist_name}}\nFacts: {{artist_data}}\n" + "Be brief. " * 10)
-    taken = medians({
-        "stored prompt": conversion(source, out),
-        "prompt template": conversion(source, out, "--prompt-file", str(template)),
-    })
-    base = taken["stored prompt"].seconds
-    print_table("Prompt template against stored prompt, 100,000 rows", ["prompt", "s", "× stored"],
-                [[name, f"{each.seconds:.2f}", f"{each.seconds / base:.2f}"] for name, each in taken.items()])
+    prompt = ("--prompt-file", str(template))
+    one = write_csv(folder / "one.csv", CORPORA[1], 1)
+    ratios, tools = [], []
+    for corpus in CORPORA:
+        source = write_csv(folder / "artists.csv", corpus, number)
+        commands = {
+            "bare": python(BARE, source),
+            "stored prompt": conversion(source, out),
+            "template": conversion(source, out, *prompt),
+            "plain": python(PLAIN, source, out),
+        }
+        others = other_tools(source, out)
+        starts = {"bare start": python(BARE, one), "our start": conversion(one, out)}
+        taken = medians(commands | others | starts)
+        bare = taken["bare"].cpu - taken["bare start"].cpu
+        start = {"bare": taken["bare start"].cpu, "plain": taken["bare start"].cpu}
+        cpu = {name: taken[name].cpu - start.get(name, taken["our start"].cpu) for name in commands}
+        ratios.append([
+            corpus, f"{bare:.2f}", *(f"{cpu[name] / bare:.2f}" for name in ("stored prompt", "template", "plain")),
+            f"{taken['stored prompt'].seconds:.2f}", f"{taken['stored prompt'].peak_mb:.0f}",
+        ])
+        tools += [
+            [corpus, name, f"{taken[name].seconds:.2f}", f"{taken[name].cpu:.2f}", f"{taken[name].peak_mb:.0f}"]
+            for name in ("stored prompt", *others)
+        ]
+    columns = ["corpus", "bare pass, s CPU", "× with a stored prompt", "× with a template",
+               "× csv.reader + json.dumps", "s by the clock", "peak MB"]
+    print_table(f"The converter against a bare csv.reader pass, {number:,} rows, CPU without start-up", columns, ratios)
+    print_table(f"The same job by other tools, {number:,} rows, with start-up",
+                ["corpus", "tool", "s", "s CPU", "peak MB"],
+                [[corpus, "gen_batch_jsonl.py" if name == "stored prompt" else name, *rest]
+                 for corpus, name, *rest in tools])
 
-    source = clean
-    commands = {"gen_batch_jsonl.py": conversion(source, out), **other_tools(source, out)}
-    taken = medians(commands, runs=3)
-    print_table(f"The same job by other tools, {number:,} rows", ["tool", "s", "peak MB"],
-                [[name, f"{each.seconds:.2f}", f"{each.peak_mb:.0f}"] for name, each in taken.items()])
+    rows = 100_000 if quick else 1_000_000
+    source = write_csv(folder / "artists.csv", CORPORA[0], rows)
+    seconds, peak, _ = medians({"ours": conversion(source, out)}, runs=3)["ours"]
+    print_table("A large file of mixed scripts", ["rows", "s", "rows/s", "peak MB"],
+                [[f"{rows:,}", f"{seconds:.2f}", f"{rows / seconds:,.0f}", f"{peak:.0f}"]])
 
 
 def benchmark_manager(_folder: Path, quick: bool) -> None:

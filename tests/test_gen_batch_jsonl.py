@@ -63,13 +63,25 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
 
 
-def open_reader(content: str) -> gen.RowReader:
-    text = io.StringIO(content, newline="")
-    return gen.RowReader(text, gen.read_header(text, False, gen.Console(None)))
+def open_reader(content: str | bytes, **options: Any) -> gen.CsvReader:
+    encoded = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    return gen.CsvReader(io.BytesIO(encoded), "in.csv", options.pop("encoding", "utf-8"), **options)  # type: ignore
 
 
-def read_rows(content: str, limit: int | None = None, block_chars: int = 1000) -> list[gen.Row]:
-    return [*itertools.chain.from_iterable(open_reader(content).batches(limit, block_chars))]
+def layout(delimiter: str = ",", names: Sequence[str] = gen.COLUMNS) -> gen.Layout:
+    used = [names.index(column) for column in gen.COLUMNS]
+    return gen.Layout(delimiter.encode(), len(names), used, [*gen.COLUMNS], [*names])
+
+
+def read_records(content: str | bytes, delimiter: str = ",", names: Sequence[str] = gen.COLUMNS) -> list[gen.Record]:
+    """Every record after the header, each looked at by itself."""
+    reader = open_reader(content)
+    reader.skip_lines(1)
+    return [*reader.records(layout(delimiter, names), sys.maxsize)]
+
+
+def fields_of(record: gen.Record) -> list[str]:
+    return [field.decode() for field in record.fields]
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -102,7 +114,8 @@ def test_the_shape_of_an_id_collapses_digits_and_letters(artist_id: str, shape: 
 
 def test_only_the_separators_that_would_cut_a_line_are_escaped() -> None:
     line = 'é\u2027\u2028\u2029\u202a\x84\x85\x86 "\U0001f600"'
-    assert gen.escape_separators(line.encode()).decode() == 'é\u2027\\u2028\\u2029\u202a\x84\\u0085\x86 "\U0001f600"'
+    escaped = 'é\u2027\\u2028\\u2029\u202a\x84\\u0085\x86 "\U0001f600"'
+    assert gen.escape_line_separators(line.encode()).decode() == escaped
 
 
 def test_a_long_value_is_cut_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,14 +165,6 @@ WELL_FORMED = pytest.mark.parametrize(
         pytest.param("artist_id,artist_name,artist_data\n1,A\0B,\0\n", [("1", "A\0B", "\0")], id="NUL"),
     ],
 )
-
-
-@WELL_FORMED
-def test_rows_are_read_as_written(content: str, rows: list[tuple[str, str, str]]) -> None:
-    text = io.StringIO(content.removeprefix("\ufeff"), newline="")
-    header = gen.read_header(text, False, gen.Console(None))
-    read = [fields for batch in gen.RowReader(text, header).batches() for _, fields, problem in batch if not problem]
-    assert [tuple(fields[at].strip() for at in header.layout.positions) for fields in read] == rows
 
 
 @WELL_FORMED
@@ -214,31 +219,28 @@ def test_a_real_file_is_converted_whole(capsys: pytest.CaptureFixture[str]) -> N
 
 # -- CSV: header -------------------------------------------------------------------------------------------------
 
+NAME_THEM = "name the right ones with --id-column and --name-column, or use --skip-header if there is no header"
 BAD_HEADERS = pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "the CSV is empty; it needs a header and at least one row"),
         ("\n\n , \n", "the CSV is empty; it needs a header and at least one row"),
-        ("id,artist_name,data\n1,A,x\n",
-         "line 1: the header lacks artist_id, artist_data (found: id, artist_name, data); rename the columns, or use "
-         "--skip-header for a file without a header"),
-        ("\n\nartist_id;artist_name;Data\n1;A;x\n",
-         "line 3: the header lacks artist_data (found: artist_id, artist_name, Data); rename the columns, or use "
-         "--skip-header for a file without a header"),
+        ("sep=;\n", "the CSV is empty; it needs a header and at least one row"),
+        ("id,name,data\n1,A,x\n",
+         f"line 1: the header has no artist_id and no artist_name; its columns are id, name, data; {NAME_THEM}"),
+        ("\n\nartist_id;name;Data\n1;A;x\n",
+         "line 3: the header has no artist_name; its columns are artist_id, name, Data; "
+         f"{NAME_THEM.replace('--id-column and ', '')}"),
+        ("sep=;\nartist_id,artist_name,artist_data\n1,A,x\n",
+         "line 2: the header has no artist_id and no artist_name; its columns are artist_id,artist_name,artist_data; "
+         f"{NAME_THEM}"),
         ('artist_id,artist_name,"artist_data\n1,A,x\n',
-         'line 1: the header lacks artist_data (found: artist_id, artist_name, "artist_data); rename the columns, or '
-         "use --skip-header for a file without a header"),
-        ("artist_id,artist_name,artist_data,Artist_Name\n1,A,x,B\n",
-         "the header names artist_name twice; rename one of the two"),
+         'line 1: the header has a quote too many or too few; its columns are artist_id, artist_name, "artist_data'),
+        ("artist_id,artist_name,artist_data,Artist-Name\n1,A,x,B\n",
+         'line 1: the header names "artist_name" 2 times; its columns are artist_id, artist_name, artist_data, '
+         "Artist-Name"),
     ],
 )
-
-
-@BAD_HEADERS
-def test_a_bad_header_is_refused(content: str, message: str) -> None:
-    with pytest.raises(gen.Failure) as failure:
-        gen.read_header(io.StringIO(content, newline=""), False, gen.Console(None))
-    assert str(failure.value) == message
 
 
 @BAD_HEADERS
@@ -246,17 +248,6 @@ def test_a_bad_header_ends_the_run(content: str, message: str, capsys: pytest.Ca
     assert convert(content) == 1
     assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
     assert not Path("out.jsonl").exists()
-
-
-@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize("options", [(), ("--skip-header",)])
-def test_utf_16_is_refused_with_advice(
-    codec: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert convert(f"{HEADER}1,A,x\n".encode(codec), *options) == 1
-    assert capsys.readouterr().err == (
-        "gen_batch_jsonl.py: error: the CSV is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 IN.csv > OUT.csv\n"
-    )
 
 
 def test_skip_header_names_the_columns_by_position(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +281,8 @@ def test_a_nul_in_the_first_row_is_not_taken_for_utf_16() -> None:
 
 # -- CSV: invalid rows -------------------------------------------------------------------------------------------
 
+MISSING = "a value is missing, or has a line break but no quotes around it"
+COMMA = "a value with a comma in it needs quotes around it"
 # what stands between the rows 1 and 9, the ids of it that are written, and the warnings
 MALFORMED = pytest.mark.parametrize(
     ("rows", "written", "warnings"),
@@ -306,22 +299,28 @@ MALFORMED = pytest.mark.parametrize(
           "line 6: text after a closing quote (noticed on line 6)"]),
         ('2,B,"x\n3,C,"y"\r\n"4",D,"z\n\nz"\n', ["3", "4"],
          ["line 3: text after a closing quote (noticed on line 4)"]),
-        ('2,B\n3,C,z,\n4,D,z\n', ["4"],
-         ["line 3: 2 fields instead of 3", "line 4: 4 fields instead of 3"]),
-        ("2\n", [], ["line 3: 1 field instead of 3"]),
+        ('2,B\n3,C,z,q\n4,D,z\n', ["4"],
+         [f'line 3: 2 fields instead of 3 in "2,B"; {MISSING}',
+          f'line 4: 4 fields instead of 3 in "3,C,z,q"; {COMMA}']),
+        ("2\n", [], [f'line 3: 1 field instead of 3 in "2"; {MISSING}']),
+        ("2;B;z\n", [],
+         ['line 3: 1 field instead of 3 in "2;B;z"; a semicolon separates its fields, and '
+          "a comma those of the header"]),
         ('2,B,C,"x\n3,C,z\n4"\n5,E,z\n', ["3", "5"],
-         ["line 3: 4 fields instead of 3", "line 5: 1 field instead of 3"]),
+         [f'line 3: 4 fields instead of 3 in "2,B,C,"x"; {COMMA}',
+          f'line 5: 1 field instead of 3 in "4""; {MISSING}']),
         ('2,"B\n3,C",x,"y\n4,D",z\n5,E,z\n', ["4", "5"],
-         ["line 3: 5 fields instead of 3", "line 4: 5 fields instead of 3"]),
+         [f'line 3: 5 fields instead of 3 in "2,"B"; {COMMA}',
+          f'line 4: 5 fields instead of 3 in "3,C",x,"y"; {COMMA}']),
     ],
 )
 
 
 @MALFORMED
 def test_a_malformed_row_costs_itself(rows: str, written: list[str], warnings: list[str]) -> None:
-    read = read_rows(f"{HEADER}1,A,z\n{rows}9,Z,z\n")
-    assert [fields[0] for _, fields, problem in read if not problem] == ["1", *written, "9"]
-    assert [f"line {line}: {problem.detail}" for line, _, problem in read if problem] == warnings
+    read = read_records(f"{HEADER}1,A,z\n{rows}9,Z,z\n")
+    assert [fields_of(record)[0] for record in read if not record.problem] == ["1", *written, "9"]
+    assert [f"line {record.line}: {record.problem.detail}" for record in read if record.problem] == warnings
 
 
 @MALFORMED
@@ -352,20 +351,23 @@ INVALID_VALUES = pytest.mark.parametrize(
 
 
 @INVALID_VALUES
-def test_a_row_with_an_invalid_value_is_given_to_skipped(row: bytes, reason: str, detail: str) -> None:
-    def render(*columns: Sequence[str]) -> bytes:
-        return "".join(itertools.chain(*columns)).encode()
-
-    skipped = gen.Skipped(gen.Console(None), strict=False, verbose=False)
-    writer = gen.RequestWriter((0, 1, 2), render, io.BytesIO(), skipped)
-    writer.write(read_rows(f"{HEADER}1,A,x\n" + row.decode("utf-8", "surrogateescape")))
+def test_a_row_with_an_invalid_value_is_given_to_the_report(row: bytes, reason: str, detail: str) -> None:
+    skipped = gen.SkipReport(gen.Console(None), strict=False, verbose=False)
+    template = gen.RequestTemplate([b"", b" ", b"\n"], [0, 1])
+    writer = gen.RequestWriter(template, layout(), "utf-8", io.BytesIO(), skipped)
+    for record in read_records(f"{HEADER}1,A,x\n".encode() + row):
+        writer.write_record(record)
     assert skipped.reasons == {reason: 1}
 
 
-FROM_EXCEL = (
-    "gen_batch_jsonl.py: warning: some rows are not valid UTF-8; if the CSV comes from Excel, convert it first: "
-    "iconv -f WINDOWS-1252 -t UTF-8 IN.csv > OUT.csv\n"
-)
+def offer(row: bytes) -> str:
+    """The warning about the only row that is not valid UTF-8."""
+    value = next(field for field in row.replace(b'"', b"").split(b",") if not field.isascii())
+    try:
+        advice = f'if "{value.decode("windows-1252")}" on line 3 looks right, add --encoding windows-1252'
+    except UnicodeDecodeError:
+        advice = "name the encoding of the CSV with --encoding"
+    return f"gen_batch_jsonl.py: warning: 1 row is not valid UTF-8; {gen.escape_controls(advice)}\n"
 
 
 @INVALID_VALUES
@@ -376,14 +378,9 @@ def test_a_row_with_an_invalid_value_is_skipped(
     assert [artist_id for artist_id, _, _ in variables()] == ["1", "8"]
     assert capsys.readouterr().err == (
         f"gen_batch_jsonl.py: warning: line 3: {detail}; row skipped\n"
-        f"{FROM_EXCEL if reason == 'not valid UTF-8' else ''}"
+        f"{offer(row) if reason == 'not valid UTF-8' else ''}"
         f"Wrote 2 requests to out.jsonl (3 rows read, 1 skipped: 1 {reason})\n"
     )
-
-
-def test_a_file_without_a_valid_row_gets_the_advice_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert(HEADER.encode() + b"1,Ren\xe9,x\n") == 1
-    assert FROM_EXCEL in capsys.readouterr().err
 
 
 def test_bytes_that_are_not_utf_8_in_another_column_are_ignored() -> None:
@@ -426,14 +423,14 @@ def test_a_quote_never_closed_is_noticed_at_the_longest_field(capsys: pytest.Cap
     assert variables() == [("2", "B", "y")]
     warned = capsys.readouterr().err.splitlines()
     assert warned[0].endswith("line 2: a field exceeds 10485760 characters (noticed on line 13); row skipped")
-    assert warned[1].endswith("line 3: 2 fields instead of 3; row skipped")
+    assert f'line 3: 2 fields instead of 3 in "{"x" * 80}…"; {MISSING}; row skipped' in warned[1]
     assert warned[-1].endswith("(14 rows read, 13 skipped: 12 wrong number of fields, 1 field too long)")
 
 
 def test_a_stray_quote_costs_only_its_own_row() -> None:
     """One fault at a random place of a file whose quoted fields begin with a letter, as names and prose do."""
     words = ["plain", '"quoted"', '"with, comma"', '"say ""so"" twice"', '"two\nlines"', '"three\n\n, lines"']
-    for seed in range(300):
+    for seed in range(200):
         rng = random.Random(seed)
         rows = [f"{number},{rng.choice(words)},{rng.choice(words)}\n" for number in range(12)]
         expected = [tuple(row) for row in csv.reader(io.StringIO("".join(rows), newline=""))]
@@ -456,7 +453,7 @@ def test_a_stray_quote_costs_only_its_own_row() -> None:
 
 
 def naive_rows(content: str, width: int, delimiter: str) -> Iterator[tuple[int, str, object]]:
-    """What RowReader should yield: csv is started anew at the line after each row that fails."""
+    """What the reader should yield: csv is started anew at the line after each row that fails."""
     lines = io.StringIO(content, newline="").readlines()
     at = 1
     while at < len(lines):
@@ -468,7 +465,9 @@ def naive_rows(content: str, width: int, delimiter: str) -> Iterator[tuple[int, 
             yield at + 1, reason, at + records.line_num
             at += 1
             continue
-        if not any(field.strip() for field in fields):
+        if not any(field.strip(gen.BLANKS) for field in fields[width:]):
+            fields = fields[:width]
+        if not any(field.strip(gen.BLANKS) for field in fields):
             at += records.line_num
         elif len(fields) != width:
             yield at + 1, "wrong number of fields", len(fields)
@@ -478,12 +477,11 @@ def naive_rows(content: str, width: int, delimiter: str) -> Iterator[tuple[int, 
             at += records.line_num
 
 
-def simplified(row: gen.Row) -> tuple[int, str, object]:
-    line, fields, problem = row
-    if problem is None:
-        return line, "", fields
-    numbers = re.findall(r"(?:on|end,) line (\d+)|^(\d+) field", problem.detail)[0]
-    return line, problem.reason, int("".join(numbers))
+def simplified(record: gen.Record) -> tuple[int, str, object]:
+    if record.problem is None:
+        return record.line, "", fields_of(record)
+    numbers = re.findall(r"(?:on|end,) line (\d+)|^(\d+) field", record.problem.detail)[0]
+    return record.line, record.problem.reason, int("".join(numbers))
 
 
 def random_garbage(rng: random.Random, width: int) -> str:
@@ -501,36 +499,128 @@ def random_garbage(rng: random.Random, width: int) -> str:
     return "".join(",".join(rng.choices(cells, k=each)) + "\n" for each in widths)
 
 
-@pytest.fixture
-def short_fields() -> Iterator[None]:
-    before = csv.field_size_limit(60)
-    yield
-    csv.field_size_limit(before)
-
-
-def test_a_blank_row_of_several_lines_inside_a_bad_row_is_passed_over() -> None:
-    content = f'{HEADER}"\n", ","","","\n"\n1,A,x\n'.replace(",", "\t")
-    assert [simplified(row) for row in read_rows(content)] == [
-        (2, "wrong number of fields", 5),
-        (5, "", ["1", "A", "x"]),
-    ]
-
-
-@pytest.mark.usefixtures("short_fields")
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_garbage_is_read_as_by_restarting_after_every_row_that_fails(delimiter: str, newline: str) -> None:
-    for seed in range(200):
+def test_garbage_is_read_as_by_restarting_csv_after_every_row_that_fails(delimiter: str, newline: str) -> None:
+    for seed in range(120):
         rng = random.Random(f"{seed}{delimiter}{newline}")
         names = [*gen.COLUMNS, *"xyz"[: rng.randrange(4)]]
         rng.shuffle(names)
         body = random_garbage(rng, len(names))
         content = f"{','.join(names)}\n{body}".translate({ord(","): delimiter, ord("\n"): newline})
         expected = [*naive_rows(content, len(names), delimiter)]
-        for block_chars in (1, 20, 1000):
-            assert [*map(simplified, read_rows(content, None, block_chars))] == expected, (seed, body)
-        limit = rng.randrange(1, 8)
-        assert [*map(simplified, read_rows(content, limit))] == expected[:limit], (seed, body, limit)
+        assert [*map(simplified, read_records(content, delimiter, names))] == expected, (seed, body)
+
+
+def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) -> list[Any]:
+    """The requests of a CSV that is read in blocks of that size."""
+    out = io.BytesIO()
+    console = gen.Console(None)
+    reader = open_reader(content, block_bytes=block_bytes)
+    header = gen.read_header(reader.lines(), gen.COLUMNS)
+    assert header is not None
+    reader.skip_lines(header.last_line)
+    args = gen.build_parser(console).parse_args([*FILES, *STORED])
+    table = gen.Table(header.delimiter, header.names, {name: header.position(name) for name in gen.COLUMNS})
+    template, used = gen.build_request(args, table)
+    skipped = gen.SkipReport(console, strict=True, verbose=False)
+    writer = gen.RequestWriter(template, table.layout(used), "utf-8", out, skipped)
+    gen.write_requests(reader, table.layout(used), writer, limit, lambda: None)
+    converted = [json.loads(line) for line in out.getvalue().split(b"\n")[:-1]]
+    return [(each["custom_id"], *each["body"]["prompt"]["variables"].values()) for each in converted]
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_blocks_of_any_size_are_read_as_csv_reads_them(delimiter: str, newline: str) -> None:
+    for seed in range(40):
+        rng = random.Random(f"{seed}{delimiter}{newline}")
+        rows = [[f"{n}", random_value(rng) + "n", random_value(rng)] for n in range(rng.randrange(1, 25))]
+        lines = [[*gen.COLUMNS], *rows]
+        written = [delimiter.join(written_as_csv(value, rng) for value in line) for line in lines]
+        content = newline.join(written) + rng.choice(["", newline])
+        read = [*csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)][1:]
+        assert read == rows, seed
+        expected = [tuple(value.strip(gen.BLANKS) for value in row) for row in rows]
+        for block_bytes in (1, 7, 30, 100, 1 << 17):
+            assert convert_in_blocks(content, block_bytes) == expected, (seed, block_bytes)
+        assert convert_in_blocks(content, 50, limit=3) == expected[:3], seed
+
+
+def test_rows_of_a_byte_to_a_megabyte_cross_the_borders_of_blocks() -> None:
+    rng = random.Random(11)
+    rows = []
+    for number, size in enumerate([1, 10, 1000, 131_000, 131_060, 131_072, 262_144, 1_000_000, 5, 3, 999] * 2):
+        fill = rng.choice(["x", "é", "東", ",", '"', "\n", "\r\n", 'a,"b"\n'])
+        rows.append((str(number), "n", fill.strip() and (fill * size)[:size].strip()))
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([gen.COLUMNS, *rows])
+    expected = [(number, name, data.strip()) for number, name, data in rows]
+    assert convert_in_blocks(text.getvalue(), gen.BLOCK_BYTES) == expected
+    assert convert_in_blocks(text.getvalue(), 1000) == expected
+
+
+def test_a_block_and_its_records_by_themselves_are_read_alike() -> None:
+    """Where a block can be read as a whole, every record of it gives the same values and the same line."""
+    as_whole = 0
+    for seed in range(1000):
+        rng = random.Random(seed)
+        lines = ([f"{at}", random_value(rng) + "n", random_value(rng)] for at in range(rng.randrange(1, 5)))
+        body = "".join(",".join(written_as_csv(value, rng) for value in line) + "\n" for line in lines)
+        at = rng.randrange(len(body))
+        body = rng.choice([body, body[:at] + rng.choice('",\n\ra') + body[at:], body[:at] + body[at + 1 :]])
+        rows = gen.rows_of_block(body.encode(), 2, layout(), sys.maxsize) if body.count('"') % 2 == 0 else None
+        if rows is not None and all(rows.columns[0]) and all(rows.columns[1]):
+            as_whole += 1
+            records = read_records(HEADER + body)
+            assert [record.line for record in records] == rows.lines, body
+            values = [[gen.trim_value(record.fields[column]) for record in records] for column in range(3)]
+            assert [[value.translate(gen.REVEAL) for value in column] for column in rows.columns] == values, body
+    assert as_whole > 100
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "1,A,x\n2,B\n3\n4,D,z\n",
+        "1,A,x\n2\n3\n",
+        "1,A,x\n\n2,B,y\n",
+        '1,A,x\n2,B 7" single,y\n3,C 7" single,z\n',
+        '1,"A"x,y\n',
+        '1,A,"x""\n2,B,"y"\n"',
+        "1,A,x\r2,B,y\n",
+        "artist_id,artist_name,artist_data\n",
+        '"1,2",A,x\n',
+    ],
+)
+def test_a_block_with_anything_odd_is_not_read_as_a_whole(block: str) -> None:
+    assert gen.rows_of_block(block.encode(), 1, layout(), sys.maxsize) is None
+
+
+def test_rows_of_other_widths_that_fit_together_are_not_taken_for_rows() -> None:
+    names = [*gen.COLUMNS, "born"]
+    assert gen.rows_of_block(b"1,A,x,y\n2,B\n3\n4,D,z,y\n", 1, layout(",", names), sys.maxsize) is None
+
+
+ALL_BLANKS = [char for char in map(chr, range(0x110000)) if char.isspace() or char in "\u200b\ufeff"]
+
+
+def test_every_blank_that_strip_knows_is_trimmed() -> None:
+    assert {*ALL_BLANKS} == {*gen.BLANKS}
+    for delimiter in gen.DELIMITERS:
+        rows = [
+            (f'"{blank}1{at}{blank}"', f'"A{blank}B {blank}"', f'"{blank} x"') for at, blank in enumerate(ALL_BLANKS)
+        ]
+        expected = [(f"1{at}", f"A{blank}B", "x") for at, blank in enumerate(ALL_BLANKS)]
+        lines = [delimiter.join(row) for row in [gen.COLUMNS, *rows]]
+        for block_bytes in (1, 1 << 17):
+            assert convert_in_blocks("\n".join(lines), block_bytes) == expected
+
+
+@pytest.mark.parametrize("blank", [blank for blank in ALL_BLANKS if blank not in "\n\r"])
+def test_a_blank_in_a_field_without_quotes_is_trimmed(blank: str) -> None:
+    assert convert(f"{HEADER}{blank}1,{blank}A{blank}B{blank},x{blank}{blank}\n") == 0
+    assert variables() == [("1", f"A{blank}B", "x")]
 
 
 STRAY_QUOTES = pytest.mark.parametrize(
@@ -550,7 +640,7 @@ STRAY_QUOTES = pytest.mark.parametrize(
 
 @STRAY_QUOTES
 def test_stray_quotes_cost_work_in_proportion(row: str) -> None:
-    """The work is counted in calls: every record that csv is asked for and every line that it is given is one."""
+    """The work is counted in calls, once every record reaches the greatest number of fields."""
 
     def count_calls(number: int) -> int:
         content = HEADER + "".join(row.format(at) for at in range(number))
@@ -562,12 +652,56 @@ def test_stray_quotes_cost_work_in_proportion(row: str) -> None:
 
         sys.setprofile(count)
         try:
-            read_rows(content)
+            read_records(content)
         finally:
             sys.setprofile(None)
         return calls
 
-    assert count_calls(1200) < 4.4 * count_calls(300)
+    assert count_calls(1200) < 5 * count_calls(300)
+
+
+def test_a_row_with_very_many_fields_costs_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,A{',x' * 500}\n2,B,y{',' * 500}\n") == 0
+    assert variables() == [("2", "B", "y")]
+    assert 'line 2: more than 23 fields instead of 3 in "1,A,x,x,' in capsys.readouterr().err
+
+
+def test_a_field_is_too_long_where_csv_says_so() -> None:
+    before = csv.field_size_limit(60)
+    try:
+        for seed in range(500):
+            content = random_garbage(random.Random(seed), 3) + "x"
+            records = csv.reader(io.StringIO(content, newline=""), strict=True)
+            parsed = gen.parse_record(content.encode(), 0, 1, layout(), max_chars=60)
+            try:
+                fields = next(records)
+                assert not parsed.problem and [field.decode() for field in parsed.fields] == (fields or [""]), seed
+            except csv.Error as error:
+                assert parsed.problem, seed
+                assert (parsed.problem.reason == "field too long") == ("field larger" in str(error)), seed
+                assert f"line {records.line_num})" in parsed.problem.detail, seed
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_rows_that_cannot_be_written_leave_the_rest_of_their_block(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f'{HEADER}1,A,x\n2,"B, C",x\n,D,x\n1,E,x\n3, ,x\n4,F,"x\ny"\n2,G,x\n5,H,x\n') == 0
+    assert [artist_id for artist_id, _, _ in variables()] == ["1", "2", "4", "5"]
+    *warned, last = capsys.readouterr().err.splitlines()
+    assert [warning.removeprefix("gen_batch_jsonl.py: warning: ") for warning in warned] == [
+        "line 4: artist_id is empty; row skipped",
+        'line 5: artist_id "1" was already used on line 2; row skipped',
+        "line 6: artist_name is empty; row skipped",
+        'line 9: artist_id "2" was already used on line 3; row skipped',
+    ]
+    assert last.startswith("Wrote 4 requests to out.jsonl (8 rows read, 4 skipped: ")
+
+
+def test_an_id_is_the_same_in_a_block_and_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = '7,A 7" single,x\n'
+    assert convert(f'{HEADER}"a,""\n1",A,x\n{odd}"a,""\n1",B,x\nb,C,x\n') == 0
+    assert [artist_id for artist_id, _, _ in variables()] == ['a,"\n1', "7", "b"]
+    assert 'line 5: artist_id "a,"\\n1" was already used on line 2; row skipped' in capsys.readouterr().err
 
 
 SWALLOWING = pytest.mark.parametrize(
@@ -576,14 +710,14 @@ SWALLOWING = pytest.mark.parametrize(
         ('a1,A,"x\na2,B,y\na3,C,z"\n', [(2, [3, 4])],
          ["line 2: a quoted field holds lines 3, 4, which look like rows; check the quotes on line 2"]),
         ('a1,A,"x\nborn in 1950\na30,C,z"\n', [(2, [4])],
-         ["line 2: a quoted field holds line 4, which looks like a row of its own; check the quotes on line 2"]),
+         ["line 2: a quoted field holds line 4, which looks like a row; check the quotes on line 2"]),
         ('7,A,x\n8,"B\n9,C"",y\n10,D"",z\n",x\n', [(3, [4, 5])],
          ["line 3: a quoted field holds lines 4, 5, which look like rows; check the quotes on line 3"]),
         ('a1,A,"Born in Leeds, lives in York, paints\nSculptor, painter, teacher"\n', [], []),
         ('a1,A,"x\nsculptor,painter,teacher"\n', [], []),
         ('a1,A,"x\na2,B"\n', [], []),
         ('a1,A,"x\na2, B, y"\n', [(2, [3])],
-         ["line 2: a quoted field holds line 3, which looks like a row of its own; check the quotes on line 2"]),
+         ["line 2: a quoted field holds line 3, which looks like a row; check the quotes on line 2"]),
         ('ab,A,"x\ncd, B, y"\n', [], []),
         ('1930,A,"x\n1999, Berlin, y"\n', [], []),
         ('a1,A,"x\n\n\ny"\n', [], []),
@@ -595,9 +729,14 @@ SWALLOWING = pytest.mark.parametrize(
 def test_lines_that_look_like_rows_are_noted(
     rows: str, swallowing: list[tuple[int, list[int]]], warnings: list[str]
 ) -> None:
-    reader = open_reader(HEADER + rows)
-    assert all(problem is None for batch in reader.batches() for _, _, problem in batch)
-    assert reader.swallowing == swallowing
+    block = gen.rows_of_block(rows.encode(), 2, layout(), sys.maxsize)
+    assert block is not None and block.swallowing == swallowing
+    found = [(record.line, lines_like_rows(record)) for record in read_records(HEADER + rows)]
+    assert [(line, [line + offset for offset in offsets]) for line, offsets in found if offsets] == swallowing
+
+
+def lines_like_rows(record: gen.Record) -> list[int]:
+    return gen.lines_like_rows(b",".join(record.fields), record.fields[0], layout())
 
 
 @SWALLOWING
@@ -616,6 +755,251 @@ def test_many_swallowed_rows_are_summed_up(capsys: pytest.CaptureFixture[str]) -
     *warned, summed, _ = capsys.readouterr().err.splitlines()
     assert len(warned) == 20
     assert summed == "gen_batch_jsonl.py: warning: rows may have been swallowed in 3 more places"
+
+
+# -- CSV: files as people have them ------------------------------------------------------------------------------
+
+NO_DATA = (
+    "gen_batch_jsonl.py: warning: the CSV has no artist_data, so it is empty in every request; "
+    "if another column holds it, name that with --data-column"
+)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Artist ID,Artist Name,Artist Data",
+        "ARTIST-ID,artist - name, Artist_DATA\u200b",
+        "\ufeff\ufeffartist id,artist  name,artist\u00a0data",
+        '"Artist ID","ARTIST_NAME","artist-data"',
+    ],
+)
+def test_names_of_columns_are_compared_loosely(header: str) -> None:
+    assert convert(f"{header}\n1,A,x\n") == 0
+    assert variables() == [("1", "A", "x")]
+
+
+@pytest.mark.parametrize("sep", ["sep=;", "SEP=;", '"sep=;"', "sep=;;;", "\ufeffsep=;"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_line_of_excel_tells_the_delimiter(sep: str, newline: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(newline.join([sep, "artist_id;artist_name;artist_data", "1;A, B;x", "2;;y"])) == 0
+    assert variables() == [("1", "A, B", "x")]
+    assert "line 4: artist_name is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+def test_a_header_may_be_separated_by(delimiter: str) -> None:
+    assert convert(f"{HEADER}1,A,x\n".replace(",", delimiter)) == 0
+    assert variables() == [("1", "A", "x")]
+
+
+@pytest.mark.parametrize("delimiter", gen.DELIMITERS)
+def test_a_file_without_a_header_may_be_separated_by(delimiter: str) -> None:
+    assert convert(delimiter.join(["1", "A", "x"]) + "\n", "--skip-header") == 0
+    assert variables() == [("1", "A", "x")]
+
+
+def test_options_name_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--id-column", "ID", "--name-column", "stage name", "--data-column", "Bio-Facts")
+    assert convert("id,Stage_Name,bio facts,artist_name\n1,A,x,other\n", *options) == 0
+    assert variables() == [("1", "A", "x")]
+    assert capsys.readouterr().err == "Wrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--id-column", "nr"), 'has no column "nr"'),
+        (("--name-column", "born"), 'names "born" 2 times'),
+        (("--data-column", "facts"), 'has no column "facts"'),
+    ],
+)
+def test_an_option_that_names_no_single_column_ends_the_run(
+    options: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert("artist_id,artist_name,artist_data,born,Born,\n1,A,x,,,\n", *options) == 1
+    assert capsys.readouterr().err == (
+        f"gen_batch_jsonl.py: error: line 1: the header {problem}; "
+        "its columns are artist_id, artist_name, artist_data, born, Born\n"
+    )
+
+
+def test_a_file_without_data_is_converted_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("artist_id,artist_name\n1,A\n") == 0
+    assert variables() == [("1", "A", "")]
+    assert capsys.readouterr().err == f"{NO_DATA}\nWrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
+
+
+def test_where_a_template_would_help_the_warning_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("artist_id,artist_name,born\n1,A,1960\n") == 0
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"{NO_DATA}; a stored prompt gets only the name and the data, a template (--prompt-file) can use every column"
+    )
+    write("prompt.md", "{{artist_name}} {{artist_data}} {{born}}")
+    assert main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == NO_DATA
+    assert requests()[0]["body"]["input"] == "A  1960"
+
+
+def test_blank_fields_past_the_header_are_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f'{HEADER}1,A,x,,,\n2,B,y, ,"\n"\n3,C,z,,,!\n') == 0
+    assert variables() == [("1", "A", "x"), ("2", "B", "y")]
+    assert f'line 5: 6 fields instead of 3 in "3,C,z,,,!"; {COMMA}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", ["artist_id,artist_name,artist_data", ' Artist ID,"ARTIST-NAME",artist_data,,'])
+@pytest.mark.parametrize("options", [(), ("--strict",), ("--limit", "2")])
+def test_a_repeated_header_is_skipped(
+    again: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(f"{HEADER}1,A,x\n{again}\n2,B,y\n", *options) == 0
+    assert variables() == [("1", "A", "x"), ("2", "B", "y")]
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 3: repeats the header; row skipped\n"
+        "Wrote 2 requests to out.jsonl (3 rows read, 1 skipped: 1 repeated header)\n"
+    )
+
+
+def test_an_artist_with_the_name_of_a_column_is_an_artist() -> None:
+    assert convert(f"{HEADER}artist_id,Artist ID,artist_data\nartist-id-7,artist_name,artist_data\n") == 0
+    assert variables() == [
+        ("artist_id", "Artist ID", "artist_data"), ("artist-id-7", "artist_name", "artist_data"),
+    ]
+
+
+@pytest.mark.parametrize("again", ["artist_name,artist_id,artist_data", "artist_id,artist_data,artist_name"])
+def test_a_header_in_another_order_ends_the_run(again: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,A,x\n{again}\nB,2,y\n") == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: error: line 3: names the columns again, but not as the header does; "
+        "convert the parts of the file one by one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PK\x03\x04\x14\0\x06\0\x08\0", "an Excel workbook or another zip file"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook"),
+        (b"\x1f\x8b\x08\0", "a gzip file"),
+        (b"\xfd7zXZ\0", "an xz file"),
+        (b"%PDF-1.7\n", "a PDF file"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--skip-header",), ("--encoding", "windows-1252")])
+def test_a_file_that_is_no_csv_is_refused(
+    content: bytes, kind: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(content, *options) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"gen_batch_jsonl.py: error: in.csv is {kind}; ")
+
+
+def test_names_that_read_like_a_null_are_kept_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,NaN,x\n2, #N/A ,x\n3,A,NULL\n4,\"NaN\",x\n5,\\N,x\n6,,x\n") == 0
+    assert [name for _, name, _ in variables()] == ["NaN", "#N/A", "A", "NaN", "\\N"]
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "gen_batch_jsonl.py: warning: 4 names read like an empty cell: NaN (2), #N/A (1), \\N (1); "
+        "the requests are written all the same"
+    )
+
+
+# -- CSV: encodings ----------------------------------------------------------------------------------------------
+
+FOREIGN = f"{HEADER}1,Björk,Reykjavík\n2,Café Tacvba,“rock”\n"
+FOREIGN_VARIABLES = [("1", "Björk", "Reykjavík"), ("2", "Café Tacvba", "“rock”")]
+
+
+@pytest.mark.parametrize(
+    ("codec", "option"),
+    [
+        ("windows-1252", "windows-1252"), ("cp1252", "CP1252"), ("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be"),
+        ("utf-8", "UTF8"), ("utf-8-sig", "ascii"), ("utf-16", "utf-8"), ("utf-32", "windows-1252"), ("utf-7", "utf-7"),
+        ("gb18030", "gb18030"), ("mac-roman", "macintosh"),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_file_in_its_encoding_is_read(
+    codec: str, option: str, newline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(FOREIGN.replace("\n", newline).encode(codec), "--encoding", option) == 0
+    assert variables() == FOREIGN_VARIABLES
+    assert capsys.readouterr().err == "Wrote 2 requests to out.jsonl (2 rows read, 0 skipped)\n"
+
+
+def test_characters_may_be_cut_by_the_borders_of_blocks() -> None:
+    for codec in ("utf-16", "utf-32", "gb18030", "shift_jis"):
+        reader = open_reader((HEADER + "1,東京,日本\n" * 50).encode(codec), encoding=codec, block_bytes=3)
+        next(reader.lines())
+        reader.skip_lines(1)
+        records = reader.records(layout(), sys.maxsize)
+        assert [fields_of(record) for record in records] == [["1", "東京", "日本"]] * 50
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("options", [(), ("--skip-header",), ("--encoding", "windows-1252")])
+def test_utf_16_without_a_mark_is_refused_with_advice(
+    codec: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(FOREIGN.encode(codec), *options) == 1
+    assert capsys.readouterr().err == (
+        f"gen_batch_jsonl.py: error: in.csv looks like UTF-16; if it is, add --encoding {codec}\n"
+    )
+
+
+def test_a_file_in_another_encoding_is_refused_with_an_offer(capsys: pytest.CaptureFixture[str]) -> None:
+    write("out.jsonl", "old")
+    rows = "".join(f"{number},A,x\n" for number in range(3, 30))
+    assert convert(FOREIGN.encode("windows-1252") + rows.encode()) == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 2: artist_name is not valid UTF-8; row skipped\n"
+        "gen_batch_jsonl.py: warning: line 3: artist_name is not valid UTF-8; row skipped\n"
+        "gen_batch_jsonl.py: error: 2 of 29 rows are not valid UTF-8, so the CSV has another encoding; "
+        'if "Björk" on line 2 looks right, add --encoding windows-1252\n'
+    )
+    assert Path("out.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize(("valid", "code"), [(38, 0), (37, 1)])
+def test_the_encoding_is_another_where_more_than_a_twentieth_of_the_rows_is_not_valid(valid: int, code: int) -> None:
+    rows = "".join(f"{number},A,x\n" for number in range(3, valid + 3))
+    assert convert(FOREIGN.encode("windows-1252") + rows.encode()) == code
+
+
+def test_a_row_that_is_not_valid_in_an_encoding_that_was_named_gets_no_offer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = f"{HEADER}1,Bj\x81rk,x\n2,A,y\n".encode("latin-1")
+    assert convert(content, "--encoding", "windows-1252") == 0
+    assert variables() == [("2", "A", "y")]
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: warning: line 2: artist_name is not valid windows-1252; row skipped\n"
+        "gen_batch_jsonl.py: warning: 1 row is not valid windows-1252; name the encoding of the CSV with --encoding\n"
+        "Wrote 1 request to out.jsonl (2 rows read, 1 skipped: 1 not valid windows-1252)\n"
+    )
+
+
+def test_strict_names_the_option_for_the_encoding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(FOREIGN.encode("windows-1252"), "--strict") == 1
+    assert capsys.readouterr().err == (
+        "gen_batch_jsonl.py: error: line 2: artist_name is not valid UTF-8; "
+        'if "Björk" on line 2 looks right, add --encoding windows-1252\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["no-such", "base64", "undefined", "\0", "rot13", ""])
+def test_an_unknown_encoding_exits_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        convert(FOREIGN, "--encoding", name)
+    assert ended.value.code == 2
+    assert "argument --encoding: not an encoding that Python knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["idna", "punycode", "unicode_escape", "utf-7", "cp037", "iso2022_jp"])
+def test_an_unsuitable_encoding_ends_the_run_without_a_traceback(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(FOREIGN, "--encoding", name) in (0, 1)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(("gen_batch_jsonl.py: error: ", "Wrote "))
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -695,16 +1079,20 @@ def test_an_output_that_cannot_be_written_is_named(
 
 
 def test_an_error_of_reading_is_not_blamed_on_the_output() -> None:
-    def batches() -> Iterator[list[gen.Row]]:
-        yield [(2, ["1", "A", "x"], None)]
-        raise OSError(errno.EIO, "Input/output error")
+    class Failing(io.BytesIO):
+        def read1(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > len(HEADER):
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read1(size)
 
+    reader = gen.CsvReader(Failing(f"{HEADER}1,A,x\n".encode()), "in.csv", "utf-8")  # type: ignore[arg-type]
     with (
-        pytest.raises(gen.Failure, match=r"^cannot read in\.csv: Input/output error$"),
+        pytest.raises(gen.CommandError, match=r"^cannot read in\.csv: Input/output error$"),
         gen.open_output("out.jsonl") as out,
     ):
-        for _ in gen.read_through(batches(), "in.csv"):
-            out.write(b"{}")
+        reader.skip_lines(2)
+        out.write(b"{}")
+        reader.is_at_end()
     assert os.listdir() == []
 
 
@@ -714,7 +1102,7 @@ def test_stdin_and_stdout_are_dashes(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert main(["--in", source, "--out", destination, *STORED]) == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["custom_id"] == "1"
-        assert err == "Wrote 1 request to /dev/stdout (1 row read, 0 skipped)\n"
+        assert err == "Wrote 1 request to stdout (1 row read, 0 skipped)\n"
 
 
 def test_what_was_written_to_stdout_before_a_failure_stays(capsys: pytest.CaptureFixture[str]) -> None:
@@ -741,7 +1129,7 @@ def test_fifos_are_read_and_written() -> None:
 def test_a_pause_of_whoever_writes_to_stdin_is_not_the_end() -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, ROOT / SCRIPT, "--in", "-", "--out", "out.jsonl", *STORED]
+    command = [sys.executable, str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *STORED]
     with subprocess.Popen(command, stdin=reader, stderr=subprocess.DEVNULL) as process, open(writer, "w") as text:
         text.write(f"{HEADER}1,A,x\n")
         text.flush()
@@ -848,16 +1236,6 @@ STRANGE_VALUES = pytest.mark.parametrize(
 
 @STRANGE_VALUES
 @pytest.mark.parametrize("prompt", ["stored", "template"])
-def test_a_value_is_rendered_as_it_is(value: str, prompt: str) -> None:
-    write("prompt.md", TEMPLATE)
-    options = ("--prompt-id", "p") if prompt == "stored" else TEMPLATE_ARGS
-    render = gen.request_renderer(gen.parse_args([*FILES, *options]))
-    lines = render(["1", "2", "3"], [value, "B", value], ["x", value, value])
-    check_rendered(lines, [("1", value, "x"), ("2", "B", value), ("3", value, value)], prompt)
-
-
-@STRANGE_VALUES
-@pytest.mark.parametrize("prompt", ["stored", "template"])
 def test_a_value_is_written_as_it_is(value: str, prompt: str) -> None:
     write("prompt.md", TEMPLATE)
     text = io.StringIO(newline="")
@@ -899,6 +1277,24 @@ def test_the_metadata_is_cut_to_what_the_api_takes(length: int) -> None:
     assert name in body["input"]
 
 
+def test_a_template_can_use_every_column() -> None:
+    write("prompt.md", "{{artist_name}} ({{artist_id}}), {{ Place-of-Birth }}: {{artist_data}}{{born}}{{country}}")
+    rows = '1,A,"{{born}} ""x""",Reykjavík,1965,"Iceland, \t\\"\n2,B,,,,\n'
+    content = f"artist_id,artist_name,artist_data,Place of birth,born,country,\n{rows.replace(chr(10), ',' + chr(10))}"
+    write("in.csv", content)
+    assert main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert [request["body"]["input"] for request in requests()] == [
+        'A (1), Reykjavík: {{born}} "x"1965Iceland, \t\\', "B (2), : ",
+    ]
+
+
+def test_the_column_that_an_option_names_may_stand_in_the_template() -> None:
+    write("in.csv", "id,Künstler,artist_name\n1,A,other\n")
+    write("prompt.md", "{{ künstler }}")
+    assert main([*FILES, *TEMPLATE_ARGS, "--id-column", "ID", "--name-column", "KÜNSTLER"]) == 0
+    assert requests()[0]["body"] == {"model": "m", "input": "A", "metadata": {"artist_name": "A"}}
+
+
 @pytest.mark.parametrize(
     ("text", "filled"),
     [
@@ -916,34 +1312,36 @@ def test_placeholders_are_replaced_by_the_values(text: str, filled: str) -> None
     assert json.loads(line)["body"]["input"] == filled
 
 
+THERE_ARE = "there are artist_id, artist_name, artist_data, born, Born, country"
 BAD_TEMPLATES = pytest.mark.parametrize(
     ("text", "message"),
     [
         ("For {{artist_name}}\n\n{{ name }}",
-         "prompt.md line 3: unknown placeholder {{ name }}; there are {{artist_name}} and {{artist_data}}"),
-        ("{{Artist_Name}}",
-         "prompt.md line 1: unknown placeholder {{Artist_Name}}; there are {{artist_name}} and {{artist_data}}"),
-        ("{{artist_name}} {{}}",
-         "prompt.md line 1: unknown placeholder {{}}; there are {{artist_name}} and {{artist_data}}"),
-        ("{{artist_name}} {{a\nb}}",
-         "prompt.md line 1: unknown placeholder {{a\\nb}}; there are {{artist_name}} and {{artist_data}}"),
-        ("Facts: {{artist_data}}", "prompt.md: the template has no {{artist_name}}; every prompt would be for nobody"),
-        ("", "prompt.md: the template has no {{artist_name}}; every prompt would be for nobody"),
+         f"prompt.md line 3: the placeholder {{{{ name }}}} names no column; {THERE_ARE}"),
+        ("{{artist_name}} {{}}", f"prompt.md line 1: the placeholder {{{{}}}} names no column; {THERE_ARE}"),
+        ("{{artist_name}} {{a\nb}}", f"prompt.md line 1: the placeholder {{{{a\\nb}}}} names no column; {THERE_ARE}"),
+        ("{{artist_name}} {{ BORN }}",
+         f"prompt.md line 1: the placeholder {{{{ BORN }}}} names 2 columns; rename them in the CSV; {THERE_ARE}"),
+        ("Facts: {{artist_data}}",
+         "prompt.md: the template has no {{artist_name}}, so no prompt would name its artist"),
+        ("", "prompt.md: the template has no {{artist_name}}, so no prompt would name its artist"),
     ],
 )
 
 
 @BAD_TEMPLATES
 def test_a_bad_template_is_refused(text: str, message: str) -> None:
-    with pytest.raises(gen.Failure) as failure:
-        gen.fill_placeholders(text, gen.new_slots(), "prompt.md")
-    assert gen.escape_controls(str(failure.value)) == message
+    roles = {role: at for at, role in enumerate(gen.COLUMNS)}
+    table = gen.Table(",", [*gen.COLUMNS, "born", "Born", "", "country"], roles)
+    with pytest.raises(gen.CommandError) as error:
+        gen.fill_placeholders(text, "prompt.md", table, str)
+    assert gen.escape_controls(str(error.value)) == message
 
 
 @BAD_TEMPLATES
 def test_a_bad_template_ends_the_run(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     write("prompt.md", text)
-    write("in.csv", f"{HEADER}1,A,x\n")
+    write("in.csv", "artist_id,artist_name,artist_data,born,Born,,country\n1,A,x,1,2,,3\n")
     assert main([*FILES, *TEMPLATE_ARGS]) == 1
     assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
     assert not Path("out.jsonl").exists()
@@ -970,7 +1368,7 @@ BAD_BODY_FILES = pytest.mark.parametrize(
         ("", "body.json: not valid JSON: Expecting value: line 1 column 1 (char 0)"),
         ('{"a": NaN}', "body.json: not valid JSON: NaN is not allowed"),
         ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not allowed"),
-        ("[1]", 'body.json: not a JSON object; write the body fields as {"max_output_tokens": 400, ...}'),
+        ("[1]", 'body.json: not a JSON object; write the fields as {"max_output_tokens": 400, ...}'),
         ('{"model": "x"}', 'body.json: the field "model" is written by this tool; use --model'),
         ('{"prompt": 1}', 'body.json: the field "prompt" is written by this tool; take it out of the file'),
     ],
@@ -980,7 +1378,7 @@ BAD_BODY_FILES = pytest.mark.parametrize(
 @BAD_BODY_FILES
 def test_a_bad_body_file_is_refused(text: str, message: str) -> None:
     write("body.json", text)
-    with pytest.raises(gen.Failure) as failure:
+    with pytest.raises(gen.CommandError) as failure:
         gen.read_body_fields("body.json", {"prompt": {}})
     assert str(failure.value) == message
 
@@ -995,7 +1393,7 @@ def test_a_bad_body_file_ends_the_run(text: str, message: str, capsys: pytest.Ca
 @pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": "\\ud800"}', "[" * 100_000])
 def test_a_body_file_that_python_could_not_write_again_is_not_valid_json(text: str) -> None:
     write("body.json", text)
-    with pytest.raises(gen.Failure, match=r"^body\.json: not valid JSON: "):
+    with pytest.raises(gen.CommandError, match=r"^body\.json: not valid JSON: "):
         gen.read_body_fields("body.json", {})
 
 
@@ -1036,13 +1434,16 @@ def test_twenty_skipped_rows_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert convert(f"{HEADER}1,A,x\n" + "1,B,x\n" * 25) == 0
     *listed, more, _ = capsys.readouterr().err.splitlines()
     assert len(listed) == 20
-    assert more == "gen_batch_jsonl.py: warning: more rows are skipped; --verbose names every one"
+    assert more == "gen_batch_jsonl.py: warning: more rows are skipped; --verbose lists all of them"
 
 
 def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("artist_name;artist_id;x;artist_data\nA;1;;x\n" + "B;1;;x\n" * 25, "--verbose") == 0
     first, *listed, _ = capsys.readouterr().err.splitlines()
-    assert first == "artist_id, artist_name, artist_data are columns 2, 1, 4 of 4, separated by ';'"
+    assert first == (
+        "artist_id is column 2, artist_name is column 1, artist_data is column 4 of 4, separated by a semicolon, "
+        "read as utf-8"
+    )
     assert [line.split(": ")[2] for line in listed] == [f"line {number}" for number in range(3, 28)]
 
 
@@ -1050,7 +1451,7 @@ def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureF
     ("row", "detail"),
     [
         ("2,,x\n", "line 3: artist_name is empty"),
-        ("2,B\n", "line 3: 2 fields instead of 3"),
+        ("2,B\n", f'line 3: 2 fields instead of 3 in "2,B"; {MISSING}'),
         ('2,B,"x\n', "line 3: a quote is never closed (noticed at the end, line 4)"),
     ],
 )
@@ -1075,7 +1476,7 @@ def test_no_valid_row_is_an_error_and_no_output(
     write("out.jsonl", "old")
     assert convert(HEADER + rows) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"gen_batch_jsonl.py: error: no valid row in in.csv ({accounted}); out.jsonl is not written"
+        f"gen_batch_jsonl.py: error: no valid row in in.csv ({accounted}); nothing was written"
     )
     assert Path("out.jsonl").read_text() == "old"
 
@@ -1152,7 +1553,7 @@ def test_more_requests_than_a_batch_takes_are_announced(capsys: pytest.CaptureFi
 
 
 def test_batches_are_counted_by_bytes() -> None:
-    parts = gen.Parts()
+    parts = gen.BatchCounter()
     half = bytes(gen.MAX_BATCH_BYTES // 2)
     parts.add(half, 1)
     parts.add(half, 1)
@@ -1163,7 +1564,7 @@ def test_batches_are_counted_by_bytes() -> None:
 
 def test_batches_are_counted_alike_however_the_lines_come() -> None:
     rng = random.Random(3)
-    together, apart = gen.Parts(), gen.Parts()
+    together, apart = gen.BatchCounter(), gen.BatchCounter()
     for _ in range(400):
         number = rng.randrange(1, 700)
         together.add(b"{}\n" * number, number)
@@ -1194,7 +1595,7 @@ class Terminal:
 
 
 def run_on_terminal(terminal: Terminal, rows: int, started: float = 0) -> None:
-    """Progress over a file of 10 MB, asked twice a second; the console says a line at the end."""
+    """Progress over a file of 10 MB, asked twice a second; the console prints a line at the end."""
     with open("in.csv", "wb") as file:
         file.truncate(10_000_000)
     console = gen.Console(terminal.stream)
@@ -1203,8 +1604,8 @@ def run_on_terminal(terminal: Terminal, rows: int, started: float = 0) -> None:
         progress = gen.Progress(console, source, clock=lambda: next(ticks))
         for number in range(1, rows + 1):
             source.seek(number * 1_000_000)
-            progress.show(number * 100)
-    console.say("done")
+            progress.report(number * 100)
+    console.message("done")
 
 
 def test_a_run_of_less_than_a_second_shows_no_progress() -> None:
@@ -1269,6 +1670,8 @@ USAGE_ERRORS = pytest.mark.parametrize(
          "environment variable PROMPT_ID: has control characters or is not valid UTF-8: 'a\\nb'"),
         ("--in i --out o --prompt-id p", {"MODEL": "a\tb"},
          "environment variable MODEL: has control characters or is not valid UTF-8: 'a\\tb'"),
+        ("--in i --out o --prompt-id p --skip-header --id-column x", {},
+         "--id-column, --name-column and --data-column need a header; they do not go with --skip-header"),
         ("--in i --out o --prompt-id p", {"PROMPT_VERSION": "\udcff"},
          "environment variable PROMPT_VERSION: has control characters or is not valid UTF-8: '\\udcff'"),
     ],
@@ -1399,6 +1802,7 @@ def test_help_is_the_manual_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert gen.__doc__ and gen.__doc__.strip() in out
     options = ("--in CSV", "--out JSONL", "--prompt-id ID", "--prompt-file FILE", "--prompt-version V", "--endpoint",
                "--instructions-file FILE", "--model MODEL", "--body-file JSON", "--limit N", "--skip-header",
+               "--encoding NAME", "--id-column NAME", "--name-column NAME", "--data-column NAME",
                "--strict", "--verbose")
     assert all(option in out for option in options)
 
@@ -1474,7 +1878,8 @@ def test_a_signal_at_any_moment_leaves_a_whole_file_or_the_old_one() -> None:
 def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
     write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5_000)))
     os.mkfifo("fifo")
-    command = [sys.executable, ROOT / SCRIPT, "--in", "in.csv", "--out", "-" if output == "stdout" else "fifo", *STORED]
+    destination = "-" if output == "stdout" else "fifo"
+    command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", destination, *STORED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         reading = open("fifo", "rb") if output == "fifo" else process.stdout
         assert reading and process.stderr
@@ -1484,6 +1889,35 @@ def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
             process.terminate()
             assert process.wait(timeout=30) == 143
         assert process.stderr.read() == b"gen_batch_jsonl.py: stopped\n"
+
+
+def test_an_interrupt_during_the_imports_is_no_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *STORED]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stderr=pipe, encoding="utf-8") as process:
+        assert process.stderr
+        while " argparse" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "KeyboardInterrupt" not in err
+    assert os.listdir() == []
+
+
+def test_every_byte_reaches_a_slow_reader_of_a_pipe_that_does_not_block() -> None:
+    write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5000)))
+    for unbuffered in ("", "1"):
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", "-", *STORED]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen(command, stdout=writing, stderr=subprocess.DEVNULL, env=environment) as process:
+            os.close(writing)
+            time.sleep(0.3)
+            with open(reading, "rb") as pipe:
+                assert pipe.read().count(b"\n") == 5000
+        assert process.returncode == 0
 
 
 def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -1499,21 +1933,24 @@ def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         (f"GEN --in {SAMPLE} --out - >&-", 1, ""),
         (f"GEN --in <(cat {SAMPLE}; echo a1,,) --out - --strict | true; exit $PIPESTATUS", 1, ""),
         (f"GEN --in {SAMPLE} --out - > /dev/full", 1,
-         "gen_batch_jsonl.py: error: cannot write /dev/stdout: No space left on device\n"),
+         "gen_batch_jsonl.py: error: cannot write stdout: No space left on device\n"),
         ("GEN --in - --out out.jsonl <&-", 1,
          "gen_batch_jsonl.py: error: stdin is closed; there is nothing to read\n"),
         (f"GEN --in {SAMPLE} --out out.jsonl >&- <&-", 0, "Wrote 3 requests to out.jsonl (3 rows read, 0 skipped)\n"),
         (f"GEN --in {SAMPLE} --out out.jsonl 2>&-", 0, ""),
         (f"GEN --in {SAMPLE} --out out.jsonl 2> /dev/full", 0, ""),
         ("GEN --help > /dev/full", 1,
-         "gen_batch_jsonl.py: error: cannot write /dev/stdout: No space left on device\n"),
+         "gen_batch_jsonl.py: error: cannot write stdout: No space left on device\n"),
         ("GEN --help | true; exit $PIPESTATUS", 1, ""),
         ("GEN --nonsense 2>&-", 2, ""),
         ("GEN --nonsense 2> /dev/full", 2, ""),
     ],
 )
-def test_closed_and_full_streams_end_the_run_without_a_traceback(command: str, code: int, message: str) -> None:
-    finished = shell(command)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_and_full_streams_end_the_run_without_a_traceback(
+    command: str, code: int, message: str, unbuffered: str
+) -> None:
+    finished = shell(command, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     if "--strict" in command:
         assert (finished.returncode, finished.stdout) == (1, "")
         assert "Traceback" not in finished.stderr and "Exception" not in finished.stderr
