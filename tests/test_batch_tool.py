@@ -811,7 +811,6 @@ def test_the_prices_are_dollars_for_a_million_tokens(api: LocalBatchAPI, tool: T
     "answer, shown, code",
     [
         ("400", "error: bad_request: Bad Request, as the local mock server was told to.", 1),
-        ("422", "error: unprocessable_entity: Unprocessable Entity, as the local mock server was told to.", 1),
         ("refusal", "error: refusal: Refused, as the local mock server was told to.", 1),
         ("no_text", "error: no_text", 1),
         ("error_200", "error: server_error: Internal Server Error, as the local mock server was told to.", 1),
@@ -828,6 +827,15 @@ def test_an_answer_without_a_bio_shows_its_error_and_is_exit_1_if_it_is_the_only
     assert tool("preview", "--in", "requests.jsonl") == code
     assert capsys.readouterr().out == f"a1 Artist a1\n{shown}\n"
     assert len(api.answered) == 1
+
+
+def test_a_request_that_is_refused_by_itself_does_not_keep_the_others_from_being_sent(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file()
+    api.faults.append(Fault("POST", status=422, message="Too long", code="too_long"))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == f"a1 Artist a1\nerror: too_long: Too long\n\na2 Artist a2\n{bio_of('a2')}\n"
 
 
 def test_one_success_is_enough(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -1186,12 +1194,13 @@ def test_a_refused_batch_deletes_its_file(status: int, api: LocalBatchAPI, tool:
 
 
 def test_a_file_that_cannot_be_deleted_is_told(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
-    api.faults += [Fault("POST", "/batches$", status=422, message="No"), Fault("DELETE", status=403, message="Never")]
+    api.faults += [Fault("POST", "/batches$", status=422, message="No", code="no"),
+                   Fault("DELETE", status=403, message="Never")]
     assert tool("create", "--in", requests_file()) == 1
     (file_id,) = api.files
     assert capsys.readouterr().err == (
         warning(f"file {file_id} was not deleted: DELETE_FILE: HTTP 403: Never (forbidden)")
-        + error("CREATE_BATCH: HTTP 422: No (unprocessable_entity)")
+        + error("CREATE_BATCH: HTTP 422: No (no)")
     )
 
 
