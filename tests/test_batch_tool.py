@@ -3897,10 +3897,17 @@ def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(number: signal
     assert (batch.status, asked(api, "POST")) == ("in_progress", 0)
 
 
-@pytest.mark.parametrize("module", ["csv", "openai"])
-def test_ctrl_c_during_the_imports_is_no_traceback(module: str, api: LocalBatchAPI, monkeypatch: Environment) -> None:
+INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.01)\n"
+IN_CALLBACK = f"class Callback:\n def __del__(self):\n  {'; '.join(INTERRUPT.splitlines())}\nCallback()\n"
+
+
+@pytest.mark.parametrize("module, code", [("csv", INTERRUPT), ("openai", INTERRUPT), ("openai", IN_CALLBACK)],
+                         ids=["csv", "openai", "callback"])
+def test_ctrl_c_during_the_imports_is_no_traceback(
+    module: str, code: str, api: LocalBatchAPI, monkeypatch: Environment
+) -> None:
     Path("modules").mkdir()
-    Path("modules", f"{module}.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n")
+    Path("modules", f"{module}.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(Path("modules").absolute()))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the process does not inherit that it is ignored
     done = run("batch_tool.py", "list")
