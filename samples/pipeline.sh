@@ -36,10 +36,9 @@ done
 [[ $# -le 2 ]] || fail "more than a CSV and an OUT; see --help" 2
 csv=${1:-$samples/input.csv}
 out=${2:-bios.csv}
-work=${out%.csv}
-[[ $local_api == no ]] || work=$work.local # made-up bios must not pass for paid ones later
-requests=$work.requests.jsonl
-results=$work.results.jsonl
+requests=${out%.csv}.requests.jsonl
+results=${out%.csv}.results.jsonl
+[[ $local_api == no ]] || results=${out%.csv}.local.results.jsonl # made-up bios must not pass for paid ones later
 model=${MODEL:-gpt-6-luna}
 if [[ ${#prompt[@]} -gt 0 ]]; then
     prompt_used="stored prompt ${prompt[1]}"

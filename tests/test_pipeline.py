@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,8 @@ def test_the_sample_goes_through_with_no_key_and_a_stored_prompt(work: Path) -> 
     assert '"body": {"model": "m1", "prompt": {"id": "bio_gen"' in (work / "bios.requests.jsonl").read_text()
     assert [row["artist_name"] for row in rows(work / "bios.csv")] == ["NewJeans", "Stereolab", "Perfume"]
     assert all("made-up" in row["bio"] and not row["error"] for row in rows(work / "bios.csv"))
-    assert {path.name for path in work.iterdir()} == {"bios.csv", "bios.requests.jsonl", "bios.results.jsonl", "logs"}
+    names = {path.name for path in work.iterdir()}
+    assert names == {"bios.csv", "bios.requests.jsonl", "bios.local.results.jsonl", "logs"}
 
 
 @pytest.mark.skipif(not TATE.exists(), reason="the real CSV is not here")
@@ -59,7 +62,7 @@ def test_without_a_key_it_says_so_before_anything_else(work: Path) -> None:
 def test_a_missing_csv_ends_it_with_the_converters_error(work: Path) -> None:
     result = pipeline("--local", "nowhere.csv")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "gen_batch_jsonl.py: error: cannot read nowhere.csv: No such file or directory\n"
+    assert result.stderr.endswith("\ngen_batch_jsonl.py: error: cannot read nowhere.csv: No such file or directory\n")
     assert not list(work.iterdir())
 
 
@@ -68,6 +71,31 @@ def test_invalid_arguments_exit_2(work: Path, args: tuple[str, ...]) -> None:
     result = pipeline(*args)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("pipeline.sh: error: ")
+
+
+def test_run_again_with_a_changed_spreadsheet_it_pays_for_the_changes(api: LocalBatchAPI, work: Path) -> None:
+    artists = work / "artists.csv"
+    shutil.copy(ROOT / "samples" / "input.csv", artists)
+    for row in ("", "a4,Björk,Icelandic singer\n"):
+        with artists.open("a", encoding="utf-8") as file:
+            file.write(row)
+        result = pipeline(artists, INTERVAL="0.1")
+        assert result.returncode == 0, result.stderr
+    assert api.executions == Counter(["a1", "a2", "a3", "a4"])
+    assert [row["artist_name"] for row in rows(work / "bios.csv")] == ["NewJeans", "Stereolab", "Perfume", "Björk"]
+
+
+@pytest.mark.parametrize(
+    "environment, used",
+    [
+        ({}, f"{ROOT}/samples/bio_prompt.md; model: gpt-6-luna"),
+        ({"PROMPT_ID": "left_over", "MODEL": "m1"}, "stored prompt left_over (from PROMPT_ID); model: m1"),
+        ({"PROMPT_FILE": "nowhere.md"}, "nowhere.md (from PROMPT_FILE); model: gpt-6-luna"),
+    ],
+)
+def test_it_says_which_prompt_and_model_it_uses(work: Path, environment: dict[str, str], used: str) -> None:
+    result = pipeline("--local", "nowhere.csv", **environment)
+    assert result.stderr.startswith(f"pipeline.sh: prompt: {used}\n")
 
 
 def test_bios_are_exported_even_where_some_requests_failed(api: LocalBatchAPI, work: Path) -> None:

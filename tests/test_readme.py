@@ -73,8 +73,8 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
         if isinstance(action, argparse._HelpAction):
             continue
         value = "E" if action.choices else f"{action.metavar or ''}{'…' if action.nargs == '+' else ''}"
-        flags = [flag for flag in action.option_strings if flag.startswith("--")]
-        yield ", ".join(f"`{flag} {value}`".replace(" `", "`") for flag in flags), parser._get_formatter()._expand_help(action)
+        flags = [f"`{flag} {value}`".replace(" `", "`") for flag in action.option_strings if flag.startswith("--")]
+        yield ", ".join(flags), parser._get_formatter()._expand_help(action)
 
 
 def table_rows(title: str) -> list[list[str]]:
