@@ -2647,34 +2647,30 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
 def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> dict[str, int]:
     """Save the files of a batch. The sizes of those saved, by `results` and `errors`.
 
-    An error file that is gone at the server draws a warning. An error file that an earlier job left beside new
-    results is removed.
+    An error file that is gone at the server draws a warning; a gone output file raises CommandError, after the error
+    file was saved. An error file that an earlier job left beside new results is removed.
     """
-    sizes = {}
-    if batch.output_file_id:
+    sizes: dict[str, int] = {}
+    gone = set()
+    for kind, file_id in (("results", batch.output_file_id), ("errors", batch.error_file_id)):
         try:
-            sizes["results"] = save_file(api, batch.output_file_id, paths["results"], skip_complete=skip_complete)
+            if file_id and (size := save_file(api, file_id, paths[kind], skip_complete=skip_complete)):
+                sizes[kind] = size
         except Refused as failure:
             if failure.status != 404:
                 raise
-            raise CommandError(gone_output(batch)) from None
-    if batch.error_file_id:
-        try:
-            sizes["errors"] = save_file(api, batch.error_file_id, paths["errors"], skip_complete=skip_complete)
-        except Refused as failure:
-            if failure.status != 404:
-                raise
-            api.console.warn(f"the error file of batch {batch.id} is gone at the server")
-            return {kind: size for kind, size in sizes.items() if size}
-    if sizes.get("results") and not sizes.get("errors"):
+            gone.add(kind)
+    if "errors" in gone:
+        api.console.warn(f"the error file of batch {batch.id} is gone at the server")
+    if "results" in gone:
+        raise CommandError(
+            f"the output file of batch {batch.id} is gone at the server; an earlier download may still have its "
+            "results, and run --force sends its requests, and pays for them, again"
+        )
+    if "results" in sizes and "errors" not in sizes.keys() | gone:
         with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
             os.unlink(paths["errors"])
-    return {kind: size for kind, size in sizes.items() if size}
-
-
-def gone_output(batch: Batch) -> str:
-    return (f"the output file of batch {batch.id} is gone at the server; an earlier download may still have its "
-            "results, and run --force sends its requests, and pays for them, again")
+    return sizes
 
 
 # ---- commands, in the order a batch lives
