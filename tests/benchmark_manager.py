@@ -1,17 +1,19 @@
-"""The manager's part of the benchmark: offline commands, transfers, and whole runs against the stand-in."""
+"""The manager's part of the benchmark: offline commands, transfers, and whole runs against the local mock server."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmark import ROOT, Measured, medians, run_process
+from benchmark import ROOT, SHARES, Measured, artist, medians, run_process
 
 sys.path.insert(0, str(ROOT / "samples"))
 
@@ -19,22 +21,33 @@ from local_batch_api import LocalBatchAPI
 
 MANAGER = str(ROOT / "batch_tool.py")
 LOADS = "import json, sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        json.loads(line)"
+PASS = "import sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        pass"
+START = "pass"
+
+
+def artist_of(number: int) -> list[str]:
+    """The id, name and facts of an artist, in one of many scripts."""
+    rng = random.Random(number)
+    (script,) = rng.choices([*SHARES], [*SHARES.values()])
+    return artist(number, script, rng)
 
 
 def request_line(number: int) -> str:
-    """A request of about 400 bytes."""
-    data = f"Fact {number} about an artist; " * 8
-    body = {"model": "gpt-x", "input": f"Write a bio. {data}", "metadata": {"artist_name": f"Artist {number}"}}
-    return json.dumps({"custom_id": f"a{number}", "method": "POST", "url": "/v1/responses", "body": body}) + "\n"
+    """A request of about 600 bytes."""
+    custom_id, name, facts = artist_of(number)
+    text = f"Write a biography of 80 to 120 words.\n\nName: {name}\nFacts: {facts}\n{'Be brief. ' * 10}"
+    body = {"model": "gpt-x", "input": text, "metadata": {"artist_name": name}}
+    request = {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": body}
+    return json.dumps(request, ensure_ascii=False) + "\n"
 
 
-def result_line(number: int) -> str:
-    """A result of about a kilobyte; one in a hundred is a server error."""
+def result_line(number: int, request_sha256: str = "") -> str:
+    """A result of about 1.4 kilobytes; one in a hundred is a server error."""
+    custom_id, name, facts = artist_of(number)
     if number % 100 == 7:
         response = {"status_code": 500, "request_id": "r", "body": {"error": {"code": "server_error", "message": "m"}}}
     else:
-        text = f"Artist {number} has made “records” since 1990. " * 11
-        content = [{"type": "output_text", "annotations": [], "text": text}]
+        content = [{"type": "output_text", "annotations": [], "text": f"{name}: {facts}. " * 4}]
         body = {
             "id": f"resp_{number}", "object": "response", "status": "completed", "error": None, "model": "gpt-x",
             "output": [{"id": "rs", "type": "reasoning", "summary": []},
@@ -42,7 +55,10 @@ def result_line(number: int) -> str:
             "usage": {"input_tokens": 120, "output_tokens": 150, "total_tokens": 270},
         }
         response = {"status_code": 200, "request_id": f"req_{number}", "body": body}
-    return json.dumps({"id": f"b{number}", "custom_id": f"a{number}", "response": response, "error": None}) + "\n"
+    result = {"id": f"b{number}", "custom_id": custom_id, "response": response, "error": None}
+    if request_sha256:
+        result["request_sha256"] = request_sha256
+    return json.dumps(result, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, lines: Iterator[str]) -> Path:
@@ -55,8 +71,8 @@ def manager(*args: str | Path) -> list[str]:
     return [sys.executable, MANAGER, *map(str, args)]
 
 
-def bare(*paths: Path) -> list[str]:
-    return [sys.executable, "-c", LOADS, *map(str, paths)]
+def bare(program: str, *paths: Path) -> list[str]:
+    return [sys.executable, "-c", program, *map(str, paths)]
 
 
 def row(*cells: object) -> str:
@@ -73,24 +89,48 @@ def megabytes(measured: Measured) -> str:
 
 def offline_table(folder: Path, number: int) -> Iterator[str]:
     requests = write_lines(folder / "requests.jsonl", map(request_line, range(number)))
-    results = write_lines(folder / "results.jsonl", map(result_line, reversed(range(number))))
-    files = ("--in", requests, "--results", results, "--out", folder / "out")
+    in_order = write_lines(folder / "in_order.jsonl", map(result_line, range(number)))
+    in_reverse = write_lines(folder / "in_reverse.jsonl", map(result_line, reversed(range(number))))
+    out = folder / "out"
     commands = {
         "validate": manager("validate", "--in", requests),
-        "retry": manager("retry", *files),
-        "export": manager("export", *files),
+        "retry": manager("retry", "--in", requests, "--results", in_order, "--out", out),
+        "export, results in order": manager("export", "--in", requests, "--results", in_order, "--out", out),
+        "export, results in reverse": manager("export", "--in", requests, "--results", in_reverse, "--out", out),
     }
-    baselines = {"validate": bare(requests), "retry": bare(requests, results), "export": bare(requests, results)}
-    times = medians({**commands, "requests": baselines["validate"], "both": baselines["retry"]})
+    others = {"requests": bare(LOADS, requests), "both": bare(LOADS, requests, in_order), "start": bare(START),
+              "help": manager("--help")}
+    times = medians({**commands, **others})
     yield f"{number:,} requests of {requests.stat().st_size // number} bytes, results of " \
-          f"{results.stat().st_size // number} bytes:"
+          f"{in_order.stat().st_size // number} bytes, mixed scripts, CPU with start-up:"
     yield ""
-    yield row("command", "time", "peak memory", "`json.loads` of the same lines", "ratio")
+    yield row("command", "CPU", "peak memory", "`json.loads` of the same lines", "ratio")
     yield "|---|---|---|---|---|"
     for name in commands:
         base = times["requests" if name == "validate" else "both"]
-        ratio = f"{times[name].seconds / base.seconds:.2f}"
-        yield row(name, seconds(times[name]), megabytes(times[name]), seconds(base), ratio)
+        cpu = f"{times[name].cpu:.2f} s"
+        yield row(name, cpu, megabytes(times[name]), f"{base.cpu:.2f} s", f"{times[name].cpu / base.cpu:.2f}")
+    yield ""
+    yield f"`--help`: {times['help'].cpu / times['start'].cpu:.1f} × a bare interpreter."
+
+
+def update_table(folder: Path, number: int, new: int) -> Iterator[str]:
+    """`run` where nearly all requests have a result already, beside a plain pass over both files."""
+    requests, results = folder / "requests.jsonl", folder / "results.jsonl"
+    with requests.open("w", encoding="utf-8") as to_send, results.open("w", encoding="utf-8") as have:
+        for at in range(number):
+            line = request_line(at)
+            to_send.write(line)
+            if at % (number // new) and at % 100 != 7:
+                have.write(result_line(at, hashlib.sha256(line.rstrip("\n").encode()).hexdigest()))
+    with mock_server(queue_limit=number):
+        measured = run_process(manager("run", "--in", requests, "--out", results, "--interval", "0.5"))
+    plain = run_process(bare(PASS, requests, results))
+    loads = run_process(bare(LOADS, requests, results))
+    yield row(f"{number:,} requests, about {number // 100 + new:,} of them new", "CPU", "by the clock", "peak memory")
+    yield "|---|---|---|---|"
+    for name, each in (("`run`", measured), ("a plain pass over both files", plain), ("`json.loads` of both", loads)):
+        yield row(name, f"{each.cpu:.2f} s", seconds(each), megabytes(each))
 
 
 def transfer_table(folder: Path, api: LocalBatchAPI, download_mb: int, upload_mb: int) -> Iterator[str]:
@@ -110,7 +150,7 @@ def transfer_table(folder: Path, api: LocalBatchAPI, download_mb: int, upload_mb
 
 
 @contextlib.contextmanager
-def stand_in(queue_limit: int) -> Iterator[None]:
+def mock_server(queue_limit: int) -> Iterator[None]:
     """The API in a process of its own, as a child's peak memory is never below its parent's."""
     command = [sys.executable, str(ROOT / "samples" / "local_batch_api.py"), "--step", "0"]
     with subprocess.Popen([*command, "--queue-limit", str(queue_limit)], stdout=subprocess.PIPE, text=True) as server:
@@ -127,7 +167,7 @@ def run_table(folder: Path, numbers: list[int]) -> Iterator[str]:
     for number in numbers:
         requests = write_lines(folder / "requests.jsonl", map(request_line, range(number)))
         command = manager("run", "--in", requests, "--out", folder / "out", "--interval", "0.5")
-        with stand_in(queue_limit=number // 4):
+        with mock_server(queue_limit=number // 4):
             measured = run_process([*command, "--max-requests", str(number // 20)])
         speed, grown = number / measured.seconds, (measured.peak_mb - small) * 1e6 / number
         yield row(f"{number:,} requests", 20, seconds(measured), f"{speed:,.0f}", megabytes(measured), f"{grown:.0f}")
@@ -145,6 +185,8 @@ def tables(quick: bool) -> Iterator[str]:
         yield from transfer_table(folder, api, *((30, 20) if quick else (300, 200)))
         yield ""
         yield from run_table(folder, [5_000, 20_000] if quick else [250_000, 1_000_000])
+        yield ""
+        yield from update_table(folder, 20_000 if quick else 1_000_000, 100 if quick else 1_000)
 
 
 if __name__ == "__main__":
