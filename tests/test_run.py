@@ -1551,6 +1551,17 @@ def test_notes_of_files_of_another_name_or_service_are_left_alone(
     assert [exchange for exchange in api.exchanges if exchange.method == "DELETE"] == []
 
 
+def test_the_batches_of_many_notes_that_are_gone_are_waited_for_once(api: LocalBatchAPI) -> None:
+    for count in range(1, 5):
+        edit(*bios(count))
+        assert create() == 0
+    api.batches.clear()
+    edit(*bios(5))
+    time = FakeTime()
+    assert run(time=time) == 0
+    assert (time.now, posts(api)) == (20, 5)
+
+
 @pytest.mark.parametrize("habits", HABITS_OF_NOTES)
 def test_two_versions_at_once_pay_once_for_what_they_share(api: LocalBatchAPI, habits: tuple[str, ...]) -> None:
     api.queue_limit, api.hold = 2, "in_progress"
