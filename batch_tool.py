@@ -2109,13 +2109,15 @@ def bio_of(line: BestLine | None) -> Bio:
     return Bio(text, error, shown_count(input_tokens), shown_count(output_tokens))
 
 
+def csv_field(field: str) -> str:
+    if "," in field or '"' in field or "\n" in field or "\r" in field:
+        return '"' + field.replace('"', '""') + '"'
+    return field
+
+
 def csv_line(fields: Iterable[str]) -> bytes:
     """The fields as csv.writer writes them, in a quarter of the time. A lone surrogate becomes a question mark."""
-    written = [
-        '"' + field.replace('"', '""') + '"' if "," in field or '"' in field or "\n" in field or "\r" in field else field
-        for field in fields
-    ]
-    return (",".join(written) + "\r\n").encode(errors="replace")
+    return (",".join(map(csv_field, fields)) + "\r\n").encode(errors="replace")
 
 
 def excel_line(fields: Iterable[str]) -> bytes:
