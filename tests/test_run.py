@@ -433,7 +433,7 @@ def test_stopped_after_the_post_the_same_command_at_once_pays_nothing_again(
     api: LocalBatchAPI, habits: tuple[str, ...], stop: str, options: tuple[str, ...]
 ) -> None:
     api.habits, api.list_delay, api.step = {*habits}, 10, 5
-    time = live_in(api, FakeTime(STOPS[stop]))
+    time = live_in(api, FakeTime(at={0.1: STOPS[stop]}))
     content = write_requests("a1", "a2", "a3")
     stopped_run("--max-requests", "2", time=time)
     assert run(*options, time=time) == 0
@@ -456,7 +456,7 @@ def test_create_at_once_after_run_submits_nothing_again(
     api: LocalBatchAPI, options: tuple[str, ...], code: int
 ) -> None:
     api.habits, api.list_delay, api.step = {"no-metadata"}, 10, 5
-    time = live_in(api, FakeTime(kill))
+    time = live_in(api, FakeTime(at={0.1: kill}))
     content = write_requests(*numbered(5))
     stopped_run("--max-requests", "2", time=time)
     assert create(*options, time=time) == code
@@ -1505,7 +1505,7 @@ def test_edited_at_once_after_the_post_its_batch_is_found_by_the_note(
     if command == "create":
         assert create("--max-requests", "2", time=time) == 0
     else:
-        time.events = [kill]
+        time.at = {0.1: kill}
         stopped_run("--max-requests", "2", time=time)
     changed = edit(request("new"), *bios(2), with_prompt("a3", "changed"))
     assert run(time=time) == 0
@@ -1990,7 +1990,8 @@ def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed
             time.sleep(15)
         was_elsewhere = is_elsewhere
         api.faults = random_faults(chance)
-        time.at = {time.now + chance.uniform(0, 60): api.carry_out, time.now + chance.uniform(0, 500): kill}
+        killed_after = chance.uniform(0, chance.choice([5, 500]))
+        time.at = {time.now + chance.uniform(0, 60): api.carry_out, time.now + killed_after: kill}
         options = ("--max-requests", str(chance.randrange(1, 6)))
         with contextlib.suppress(Killed):
             if number == 0 and chance.random() < 0.4:  # later on the file may be another version, which it does not see
