@@ -1478,7 +1478,7 @@ class Api(NamedTuple):
 
     def upload(self, requests: Input, part: Part, name: str) -> str:
         """The id of the uploaded part. A file of the wrong size is deleted, and the upload repeated."""
-        send = self.client.with_options(timeout=UPLOAD_SECONDS).files.with_raw_response.create
+        send = functools.partial(self.client.files.with_raw_response.create, timeout=UPLOAD_SECONDS)
         logged = {"file": name, **part._asdict()}
 
         def attempt() -> tuple[str, Json]:
@@ -1510,7 +1510,7 @@ class Api(NamedTuple):
 
     def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
         timeout = max(1, min(POLL_SECONDS, self.clock.seconds_left()))
-        send = self.client.with_options(timeout=timeout).batches.with_raw_response.retrieve
+        send = functools.partial(self.client.batches.with_raw_response.retrieve, timeout=timeout)
 
         def parse(content: Json) -> Batch:
             batch = Batch.parse(content)
@@ -1649,11 +1649,12 @@ class Api(NamedTuple):
         import httpx2
         import openai
 
-        client = self.client.with_options(timeout=ANSWER_SECONDS)
-
         def attempt() -> tuple[Json, Json]:
             try:
-                response = client.post(url.removeprefix("/v1"), cast_to=httpx2.Response, body=body)
+                path = url.removeprefix("/v1")
+                response = self.client.post(
+                    path, cast_to=httpx2.Response, body=body, options={"timeout": ANSWER_SECONDS}
+                )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:  # of this request, not of all
                 response = error.response
             answer = {

@@ -1035,7 +1035,7 @@ class LocalBatchAPI(BatchService):
         self.port = self.server.server_address[1]
         self.temporary = tempfile.TemporaryDirectory(prefix="local_batch_api.", ignore_cleanup_errors=True)
         self.folder = Path(self.temporary.name)
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.002,), daemon=True).start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
