@@ -55,7 +55,7 @@ fi
 # the packages: those of the active virtual environment, else of .venv, which is made on first use
 environment=${VIRTUAL_ENV:-$project/.venv}
 python=$environment/bin/python
-if ! "$python" -c 'import openai' 2>/dev/null; then
+if ! "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("openai"))' 2>/dev/null; then
     echo "pipeline.sh: installing requirements.txt into $environment" >&2
     [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$environment"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt"

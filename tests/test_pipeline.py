@@ -94,7 +94,7 @@ def test_run_again_with_a_changed_spreadsheet_it_pays_for_the_changes(api: Local
     ],
 )
 def test_it_says_which_prompt_and_model_it_uses(work: Path, environment: dict[str, str], used: str) -> None:
-    result = pipeline("--local", "nowhere.csv", **environment)
+    result = pipeline("nowhere.csv", OPENAI_API_KEY="unused", **environment)
     assert result.stderr.startswith(f"pipeline.sh: prompt: {used}\n")
 
 

@@ -1975,7 +1975,7 @@ def random_faults(chance: random.Random) -> list[Fault]:
 def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
     """Killed at any moment, with a late listing, lost POSTs, flaky rows, a small queue, other parts, and edits."""
     chance = random.Random(seed)
-    api.list_delay, api.step = chance.choice([0, 5, 10]), chance.choice([1, 20, 200])
+    api.list_delay, api.step = chance.choice([0, 5, 10]), chance.choice([1, 20, 60])
     api.queue_limit = chance.choice([None, 3, 6])
     api.habits = {chance.choice(["short-endpoint", "both-files", "no-bytes", "late-output", "no-metadata"])}
     requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
@@ -2022,7 +2022,7 @@ def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed
 def test_whatever_others_do_meanwhile_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
     """Another machine, or a run of an edited file, at work at the same time, with a listing that is whole."""
     chance = random.Random(seed)
-    api.step, api.queue_limit = chance.choice([1, 20, 200]), chance.choice([None, 3, 6])
+    api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
     requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
     api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
     time = live_in(api, FakeTime())
