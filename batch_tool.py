@@ -293,22 +293,22 @@ class Console:
                 redirect_to_null(self._stream)
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints help to stdout and usage errors through the console. Accepts no abbreviated option."""
+class UsageError(Exception):
+    """The arguments are invalid. Its text are the lines to show: the usage, then the error."""
 
-    def __init__(self, console: Console, **options: Any) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """Prints help to stdout, and raises UsageError. Accepts no abbreviated option."""
+
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self._console = console
 
     def print_help(self, file: object = None) -> None:
         with open_output(STDOUT) as stdout:
             stdout.write(self.format_help().encode())
 
     def error(self, message: str) -> NoReturn:
-        for line in self.format_usage().splitlines():
-            self._console.message(line)
-        self._console.message(f"{self.prog}: error: {message}")
-        raise SystemExit(2)
+        raise UsageError(f"{self.format_usage()}{self.prog}: error: {escape_controls(message)}")
 
 
 @contextlib.contextmanager
@@ -3831,10 +3831,10 @@ ONLINE = ("--log-file", "--verbose")
 Command = Callable[[argparse.Namespace, Console, Clock], int]
 
 
-def build_parser(console: Console) -> argparse.ArgumentParser:
-    parser = Parser(console, prog=PROG, description=__doc__)
-    parser_class: Any = functools.partial(Parser, console)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=parser_class)
+@functools.cache
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROG, description=__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(command: Command, text: str, *flags: str) -> None:
         name = command.__name__.removeprefix("cmd_")
@@ -3880,8 +3880,8 @@ def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--out and --log-file are the same file; choose another for the log")
 
 
-def parse_args(argv: Sequence[str] | None, console: Console) -> argparse.Namespace:
-    parser = build_parser(console)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
     check_paths(parser, args)
     if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
@@ -3907,9 +3907,13 @@ def main(
     console = Console(sys.stderr, functools.partial(redact, hidden=secrets_in_environment()))
     try:
         with stopping_on_signals():
-            args = parse_args(argv, console)
+            args = parse_args(argv)
             command: Command = args.command
             return command(args, console, Clock(sleep, clock))
+    except UsageError as error:
+        for line in str(error).splitlines():
+            console.message(line)
+        raise SystemExit(2) from None
     except CommandError as error:
         console.error(str(error))
         return 1

@@ -30,6 +30,7 @@ import argparse
 import codecs
 import contextlib
 import csv
+import functools
 import gc
 import io
 import json
@@ -286,22 +287,22 @@ class Console:
                 redirect_to_null(self._stream)
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints help to stdout and usage errors through the console. Accepts no abbreviated option."""
+class UsageError(Exception):
+    """The arguments are invalid. Its text are the lines to show: the usage, then the error."""
 
-    def __init__(self, console: Console, **options: Any) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """Prints help to stdout, and raises UsageError. Accepts no abbreviated option."""
+
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self._console = console
 
     def print_help(self, file: object = None) -> None:
         with open_output(STDOUT) as stdout:
             stdout.write(self.format_help().encode())
 
     def error(self, message: str) -> NoReturn:
-        for line in self.format_usage().splitlines():
-            self._console.message(line)
-        self._console.message(f"{self.prog}: error: {message}")
-        raise SystemExit(2)
+        raise UsageError(f"{self.format_usage()}{self.prog}: error: {escape_controls(message)}")
 
 
 @contextlib.contextmanager
@@ -1427,8 +1428,9 @@ def describe(table: Table) -> str:
 # -- command line ------------------------------------------------------------------------------------------------
 
 
-def build_parser(console: Console) -> argparse.ArgumentParser:
-    parser = Parser(console, prog=PROG, description=__doc__)
+@functools.cache
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
     add("--in", dest="input", required=True, type=input_path, metavar="CSV", help="CSV to read, - for stdin")
     add("--out", dest="output", required=True, type=output_path, metavar="JSONL", help="JSONL to write, - for stdout")
@@ -1507,12 +1509,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(sys.stderr)
     try:
         with stopping_on_signals():
-            parser = build_parser(console)
+            parser = build_parser()
             args = parser.parse_args(argv)
             complete_from_environment(parser, args)
             check_combinations(parser, args)
             convert(args, console)
         return 0
+    except UsageError as error:
+        for line in str(error).splitlines():
+            console.message(line)
+        raise SystemExit(2) from None
     except CommandError as error:
         console.error(str(error))
         return 1

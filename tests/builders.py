@@ -60,7 +60,7 @@ def live_in(api: LocalBatchAPI, time: FakeTime) -> FakeTime:
 
 
 def subparsers() -> argparse._SubParsersAction[argparse.ArgumentParser]:
-    parser = batch_tool.build_parser(batch_tool.Console(None))
+    parser = batch_tool.build_parser()
     (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     return action
 

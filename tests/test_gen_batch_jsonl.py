@@ -520,7 +520,7 @@ def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) 
     header = gen.read_header(reader.lines(), gen.COLUMNS)
     assert header is not None
     reader.skip_lines(header.last_line)
-    args = gen.build_parser(console).parse_args([*FILES, *STORED])
+    args = gen.build_parser().parse_args([*FILES, *STORED])
     table = gen.Table(header.delimiter, header.names, {name: header.position(name) for name in gen.COLUMNS})
     template, used = gen.build_request(args, table)
     skipped = gen.SkipReport(console, strict=True, verbose=False)

@@ -87,7 +87,7 @@ def table_rows(title: str) -> list[list[str]]:
 def test_the_converters_options_have_the_texts_of_its_help() -> None:
     rows = [row for row in table_rows("Convert: `gen_batch_jsonl.py`") if row[0].startswith("`--")]
     shown = [(row[0], row[2] + (f" [{row[1].strip('`')}]" if row[1] else "")) for row in rows]
-    assert shown == list(options_of(gen_batch_jsonl.build_parser(gen_batch_jsonl.Console(None))))
+    assert shown == list(options_of(gen_batch_jsonl.build_parser()))
 
 
 def test_the_options_of_every_command_have_the_texts_of_its_help() -> None:
