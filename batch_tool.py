@@ -3391,11 +3391,17 @@ class Run:
     """Brings every request to a success or its last error.
 
     All state follows from the request file, --out, and the batches at the server. `flights` are the active batches
-    by id, `spool` is a temporary file for what is downloaded.
+    by id, `to_send` the positions of the requests that need a result, `spool` a temporary file for downloads.
     """
 
     def __init__(
-        self, args: argparse.Namespace, submitter: Submitter, requests: Input, results: Results, spool: BinaryIO
+        self,
+        args: argparse.Namespace,
+        submitter: Submitter,
+        requests: Input,
+        results: Results,
+        to_send: set[int],
+        spool: BinaryIO,
     ) -> None:
         self.flights: dict[str, Flight] = {}
         self._args = args
@@ -3408,21 +3414,17 @@ class Run:
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
         self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
-        self._to_send: set[int] = set()
+        self._to_send = to_send
         self._is_cut_short = False  # others have submitted meanwhile, so this round submits nothing more
 
-    def rounds(self, parts: Sequence[Part], to_send: set[int], listed: Iterable[Batch]) -> None:
-        """Take what earlier batches did, then submit the rest; --attempts bounds the rounds that submit something.
-
-        `to_send` are the positions of the requests that need a result, `listed` the batches at the server.
-        """
-        self._to_send = to_send
+    def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
+        """Take what the listed batches did, then submit the rest, in at most --attempts rounds."""
         self._adopt_earlier(parts, listed)
         attempts_left: int = self._args.attempts
         is_cancelled = False
         number = 0
         while True:
-            pending = self._pending(to_send) if attempts_left and not is_cancelled else set()
+            pending = self._pending(self._to_send) if attempts_left and not is_cancelled else set()
             if pending and self._requests.is_changed():
                 self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
                 pending = set()
@@ -3438,15 +3440,15 @@ class Run:
             attempts_left -= done.submitted
             is_cancelled = is_cancelled or done.cancelled
 
-    def _pending(self, to_send: set[int]) -> set[int]:
-        """The positions to submit now: those without a result that no active batch has."""
+    def _pending(self, positions: set[int]) -> set[int]:
+        """Which of these requests to submit now: those without a result that no active batch has."""
         flights = self.flights.values()
         if any(flight.positions is None for flight in flights):
             return set()  # only its results tell which requests it has
-        pending = {position for position in to_send if self._results.outcome_at(position) in TO_SEND}
+        pending = {position for position in positions if self._results.outcome_at(position) in TO_SEND}
         pending.difference_update(*(flight.positions or () for flight in flights))
-        for batch, positions in self._gone:
-            if left := len(pending if positions is None else pending & positions):
+        for batch, gone in self._gone:
+            if left := len(pending if gone is None else pending & gone):
                 raise CommandError(
                     f"the output file of batch {batch.id} is gone at the server, and {plural(left, 'request')} of it "
                     "would have to be paid for again; name an earlier download with --results, or use --force"
@@ -3619,8 +3621,8 @@ class Run:
         digests = self._input_digests(batch)
         same = set() if digests is None else self._same_requests(digests) & pending
         if digests is None:
-            self._console.warn(f"the input file of batch {batch.id}, which is of an earlier version of "
-                               f"{self._requests.name}, cannot be had; requests that it has may be paid for again")
+            self._console.warn(f"batch {batch.id} is of an earlier version of {self._requests.name}, but its input file "
+                               "is not available; requests that it has may be paid for again")
         elif same:
             self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
                                   f"has {plural(len(same), 'request')} of this one already")
@@ -3646,7 +3648,7 @@ class Run:
                 self._api.download(batch.input_file_id, self._api.size_of(batch.input_file_id), copy, name)
                 for line in Input.of(copy, name).lines():
                     digests[str_field(read_object(line), "custom_id")] = digest_of(line)
-        except (Refused, ValueError):
+        except (Refused, WrongSize, ValueError):
             return None
         return digests
 
@@ -3723,7 +3725,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
                 listed = first_listing(api, force=args.force)
                 patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
                 submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
-                Run(args, submitter, requests, results, spool).rounds(parts, to_send, listed)
+                Run(args, submitter, requests, results, to_send, spool).rounds(parts, listed)
 
             within_timeout(send, args.timeout, console, clock)
         if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
