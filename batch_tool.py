@@ -3621,8 +3621,8 @@ class Run:
         digests = self._input_digests(batch)
         same = set() if digests is None else self._same_requests(digests) & pending
         if digests is None:
-            self._console.warn(f"batch {batch.id} is of an earlier version of {self._requests.name}, but its input file "
-                               "is not available; requests that it has may be paid for again")
+            self._console.warn(f"batch {batch.id} is of an earlier version of {self._requests.name}, but its input "
+                               "file is not available; requests that it has may be paid for again")
         elif same:
             self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
                                   f"has {plural(len(same), 'request')} of this one already")
