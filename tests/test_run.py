@@ -1588,8 +1588,8 @@ def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
     content = edit(*bios(2))
     assert run() == 0
     assert (
-        f"warning: the input file of batch {batch.id}, which is of an earlier version of requests.jsonl, cannot be "
-        "had; requests that it has may be paid for again"
+        f"warning: batch {batch.id} is of an earlier version of requests.jsonl, but its input file is not available; "
+        "requests that it has may be paid for again"
     ) in capsys.readouterr().err
     assert_paid_once(api, content)
 
