@@ -465,7 +465,8 @@ LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u20
 
 HIDDEN_BLANKS = b"\xf7\xf9\xfa".decode("utf-8", "surrogateescape")
 ALL_BLANKS = BLANKS + HIDDEN_BLANKS
-BLANK_BYTES = bytes({*ALL_BLANKS.encode("utf-8", "surrogateescape")})
+ENCODED_BLANKS = tuple(char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS)
+BLANK_BYTES = bytes({*b"".join(ENCODED_BLANKS)})
 SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))
 NAME_THE_ENCODING = "name the encoding of the CSV with --encoding"
 UNDECODABLE = "mark_undecodable"  # an error handler: it decodes bytes that are not valid as a lone surrogate
@@ -540,9 +541,9 @@ def trim(values: list[bytes]) -> list[bytes]:
 
 def trim_value(value: bytes) -> bytes:
     """Remove the blanks around a value, also those that a block hides."""
-    text = to_text(value)
-    trimmed = text.strip(ALL_BLANKS)
-    return value if len(trimmed) == len(text) else trimmed.encode("utf-8", "surrogateescape")
+    if value.startswith(ENCODED_BLANKS) or value.endswith(ENCODED_BLANKS):
+        return to_text(value).strip(ALL_BLANKS).encode("utf-8", "surrogateescape")
+    return value
 
 
 def escape(text: bytes) -> bytes:
