@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import errno
 import fcntl
 import functools
 import gc
@@ -448,6 +449,7 @@ MAX_PAUSE = 60.0  # seconds between two tries, where the server does not ask for
 QUIET_PAUSE_SECONDS = 5  # a longer pause is reported
 POLL_SECONDS = 60  # time-out of one poll
 UPLOAD_SECONDS = 600  # time-out of the response to an upload
+MODEL_SECONDS = 10  # time-out of the look at a model, which may go without a response
 ANSWER_SECONDS = 600  # time-out of one request of `preview`, which waits for the model
 MAX_SECONDS = 10**8  # of --interval and --timeout; sleep() takes not much more
 YOUNG_SECONDS = 120  # a batch this young may still be unknown (404)
@@ -1626,9 +1628,9 @@ class Api(NamedTuple):
         """Raise CommandError where the model does not exist; warn where it is about to be shut down."""
         if not model or not isinstance(model, str):
             return
-        send = self.client.models.with_raw_response.retrieve
+        send = functools.partial(self.client.models.with_raw_response.retrieve, timeout=MODEL_SECONDS)
         try:
-            content = self.call_sdk("GET_MODEL", {"model": model}, send, dict, Retry(tries=1))
+            content = self.call_sdk("GET_MODEL", {"model": model}, send, dict, Retry(tries=1, rate_limit_budget=0))
         except ApiError as failure:
             if failure.status == 404 and "model_not_found" in failure.codes:
                 advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
@@ -2219,6 +2221,8 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
     with contextlib.ExitStack() as stack:
         file, others = None, []
         try:
+            if not os.path.isabs(directory):
+                raise OSError(errno.ENOENT, "it is not an absolute path")
             os.makedirs(directory, mode=0o700, exist_ok=True)
             remove_old_notes(directory)
             file = stack.enter_context(open_note_file(os.path.join(directory, entry)))

@@ -1129,8 +1129,8 @@ def test_a_model_that_is_soon_shut_down_draws_a_warning(
 
 @pytest.mark.parametrize(
     "answer",
-    [{"status": 404}, {"status": 403}, {"status": 500}, {"action": "reset"}, {"status": 200, "body": b"<html>"},
-     {"status": 200, "body": b'{"shutdown_date": "soon"}'}, {"status": 200, "body": b'{"shutdown_date": 5}'}],
+    [{"status": 404}, {"status": 403}, {"status": 429}, {"status": 500}, {"action": "reset"},
+     {"status": 200, "body": b"<html>"}, {"status": 200, "body": b'{"shutdown_date": "soon"}'}, {"status": 200, "body": b'{"shutdown_date": 5}'}],
     ids=in_short,
 )
 def test_any_other_answer_about_the_model_changes_nothing(
@@ -1572,14 +1572,18 @@ def test_notes_older_than_thirty_days_are_removed(api: LocalBatchAPI, tool: Tool
     assert note_path() != old
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"), [("/dev/null/x", "Not a directory"), ("relative", "it is not an absolute path")]
+)
 def test_a_note_that_cannot_be_written_draws_a_warning(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+    state: str, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/x")
+    monkeypatch.setenv("XDG_STATE_HOME", state)
     assert tool("create", "--in", requests_file()) == 0
     words = "do not start another create or run of requests.jsonl meanwhile"
-    reason = f"cannot lock a note in /dev/null/x/batch_tool: Not a directory; {words}"
-    assert capsys.readouterr() == (ids(only_batch(api)), warning(reason))
+    told = warning(f"cannot lock a note in {state}/batch_tool: {reason}; {words}")
+    assert capsys.readouterr() == (ids(only_batch(api)), told)
+    assert not Path("relative").exists()
 
 
 def test_a_service_that_keeps_no_metadata_draws_one_warning(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:

@@ -530,10 +530,10 @@ def test_without_a_place_for_notes_it_warns_and_works(
     api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", "file")
+    monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
     content = write_requests("a1")
     assert run() == 0
-    assert "batch_tool.py: warning: cannot lock a note in file/batch_tool: Not a directory" in capsys.readouterr().err
+    assert "/file/batch_tool: Not a directory; do not start another create or run" in capsys.readouterr().err
     assert_paid_once(api, content)
 
 
