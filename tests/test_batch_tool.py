@@ -1130,7 +1130,8 @@ def test_a_model_that_is_soon_shut_down_draws_a_warning(
 @pytest.mark.parametrize(
     "answer",
     [{"status": 404}, {"status": 403}, {"status": 429}, {"status": 500}, {"action": "reset"},
-     {"status": 200, "body": b"<html>"}, {"status": 200, "body": b'{"shutdown_date": "soon"}'}, {"status": 200, "body": b'{"shutdown_date": 5}'}],
+     {"status": 200, "body": b"<html>"}, {"status": 200, "body": b'{"shutdown_date": "soon"}'},
+     {"status": 200, "body": b'{"shutdown_date": 5}'}],
     ids=in_short,
 )
 def test_any_other_answer_about_the_model_changes_nothing(
