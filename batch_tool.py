@@ -3423,7 +3423,7 @@ class Run:
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
         """Take what the listed batches did, then submit the rest, in at most --attempts rounds."""
-        self._adopt_earlier(parts, listed)
+        self._pick_up_earlier(parts, listed)
         attempts_left: int = self._args.attempts
         is_cancelled = False
         number = 0
@@ -3550,8 +3550,8 @@ class Run:
         except AlreadySubmitted as found:
             if not queued.refused:
                 queued.file_id = ""  # it is deleted
-            adopted = [self._adopt_found(batch, queued.part) for batch in found.batches]
-            if not any(adopted):
+            picked_up = [self._pick_up_found(batch, queued.part) for batch in found.batches]
+            if not any(picked_up):
                 return self._submit(queued, queue)
             self._is_cut_short = True  # they may have requests of later parts, too; another round does what is left
             queue.clear()
@@ -3562,12 +3562,12 @@ class Run:
         self.flights[batch.id] = Flight(batch, set(), None, queued, now)
         return True
 
-    def _adopt_found(self, batch: Batch, part: Part) -> bool:
+    def _pick_up_found(self, batch: Batch, part: Part) -> bool:
         """Take or follow a batch that has shown up before a POST. Whether it has requests that are to be sent."""
         if not self._submitter.is_of_file(batch, [part]):
             self._submitter.known.add(batch.id)
-            return self._adopt_other_version(batch)
-        self._adopt(batch, None)
+            return self._pick_up_other_version(batch)
+        self._pick_up(batch, None)
         return True
 
     def _look_for_rivals(self) -> None:
@@ -3593,18 +3593,18 @@ class Run:
 
     # earlier batches
 
-    def _adopt_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
+    def _pick_up_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
         """Take the results of earlier batches that have ended, and follow those that run."""
         part_of = {part.sha256: part for part in parts}
         batches = [batch for batch in self._submitter.earlier_batches(listed) if batch.may_have_success]
         for batch in batches:
             if self._submitter.is_of_file(batch, parts):
-                self._adopt(batch, part_of.get(self._submitter.part_sha256(batch)))
+                self._pick_up(batch, part_of.get(self._submitter.part_sha256(batch)))
         for batch in reversed(batches):
             if batch.id not in self._submitter.known and self._submitter.is_of_other_version(batch):
-                self._adopt_other_version(batch)
+                self._pick_up_other_version(batch)
 
-    def _adopt(self, batch: Batch, part: Part | None) -> None:
+    def _pick_up(self, batch: Batch, part: Part | None) -> None:
         """Take or follow a batch of this request file, of this part of it if it is one of the present division."""
         self._submitter.known.add(batch.id)
         if part:
@@ -3617,7 +3617,7 @@ class Run:
             flight = Flight(batch, None if digests is None else self._same_requests(digests))
         self._follow(flight)
 
-    def _adopt_other_version(self, batch: Batch) -> bool:
+    def _pick_up_other_version(self, batch: Batch) -> bool:
         """Take or follow a batch of another version of the file. Whether it has requests that need a result."""
         if not (pending := self._pending(self._to_send)):
             return False
@@ -3644,7 +3644,7 @@ class Run:
             self.flights[batch.id] = flight
 
     def _input_digests(self, batch: Batch) -> dict[str, bytes] | None:
-        """The digests of the requests of a batch by custom_id, by its input file; None where that cannot be had."""
+        """The digests of the requests of a batch by custom_id, by its input file; None where that is gone."""
         digests: dict[str, bytes] = {}
         try:
             with temporary_file() as copy:
