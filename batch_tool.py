@@ -3395,17 +3395,11 @@ class Run:
     """Brings every request to a success or its last error.
 
     All state follows from the request file, --out, and the batches at the server. `flights` are the active batches
-    by id, `to_send` the positions of the requests that need a result, `spool` a temporary file for downloads.
+    by id, `spool` is a temporary file for what is downloaded.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        submitter: Submitter,
-        requests: Input,
-        results: Results,
-        to_send: set[int],
-        spool: BinaryIO,
+        self, args: argparse.Namespace, submitter: Submitter, requests: Input, results: Results, spool: BinaryIO
     ) -> None:
         self.flights: dict[str, Flight] = {}
         self._args = args
@@ -3418,7 +3412,6 @@ class Run:
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
         self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
-        self._to_send = to_send
         self._is_cut_short = False  # others have submitted meanwhile, so this round submits nothing more
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
@@ -3428,7 +3421,7 @@ class Run:
         is_cancelled = False
         number = 0
         while True:
-            pending = self._pending(self._to_send) if attempts_left and not is_cancelled else set()
+            pending = self._pending() if attempts_left and not is_cancelled else set()
             if pending and self._requests.is_changed():
                 self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
                 pending = set()
@@ -3444,12 +3437,12 @@ class Run:
             attempts_left -= done.submitted
             is_cancelled = is_cancelled or done.cancelled
 
-    def _pending(self, positions: set[int]) -> set[int]:
-        """Which of these requests to submit now: those without a result that no active batch has."""
+    def _pending(self) -> set[int]:
+        """The positions of the requests to submit now: those without a result that no active batch has."""
         flights = self.flights.values()
         if any(flight.positions is None for flight in flights):
             return set()  # only its results tell which requests it has
-        pending = {position for position in positions if self._results.outcome_at(position) in TO_SEND}
+        pending = self._results.positions(TO_SEND)
         pending.difference_update(*(flight.positions or () for flight in flights))
         for batch, gone in self._gone:
             if left := len(pending if gone is None else pending & gone):
@@ -3518,7 +3511,7 @@ class Run:
 
     def _is_still_to_send(self, flight: Flight) -> bool:
         """Whether no other batch has, or will have, the result of a request of this one."""
-        return flight.positions is not None and flight.positions <= self._pending(flight.positions)
+        return flight.positions is not None and flight.positions <= self._pending()
 
     def _refused(self, batch: Batch, queued: QueuedPart) -> QueuedPart:
         self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
@@ -3619,7 +3612,7 @@ class Run:
 
     def _pick_up_other_version(self, batch: Batch) -> bool:
         """Take or follow a batch of another version of the file. Whether it has requests that need a result."""
-        if not (pending := self._pending(self._to_send)):
+        if not (pending := self._pending()):
             return False
         self._submitter.known.add(batch.id)
         digests = self._input_digests(batch)
@@ -3718,8 +3711,9 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         stamp = out_stamp(args.output)
         read_out(args.output, earlier, stack)
         results = Results(index, console) if args.force else earlier
-        to_send = results.positions(TO_SEND)
-        if have := len(results.best) - len(to_send):
+        outcomes = results.outcomes()
+        to_send = sum(outcomes[kind] for kind in TO_SEND)
+        if have := len(results.best) - to_send:
             console.message(f"{have:,} of {len(results.best):,} requests have a result already")
         if to_send:
             spool = stack.enter_context(temporary_file())
@@ -3729,7 +3723,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
                 listed = first_listing(api, force=args.force)
                 patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
                 submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
-                Run(args, submitter, requests, results, to_send, spool).rounds(parts, listed)
+                Run(args, submitter, requests, results, spool).rounds(parts, listed)
 
             within_timeout(send, args.timeout, console, clock)
         if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
