@@ -3880,23 +3880,27 @@ def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
     assert (Path("out").read_text(), leftovers()) == ("old", [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(number: signal.Signals, api: LocalBatchAPI) -> None:
+def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(api: LocalBatchAPI) -> None:
     batch = api.new_batch("in_progress", id="batch_1")
-    signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-    with started("wait", "--batch-id", "batch_1") as process:
-        assert process.stderr
-        progress = process.stderr.readline()
-        process.send_signal(number)
-        said = [process.stderr.readline(), process.stderr.readline()]
-        process.send_signal(number)  # while the interpreter ends
-        assert process.communicate(timeout=30) == ("", "")
-    assert process.returncode == 128 + number
-    assert progress == "batches: 1 in_progress; 0:00:00 elapsed\n"
-    assert said == [
-        "the batches keep running on the server; to resume waiting: batch_tool.py wait --batch-id batch_1\n",
-        "batch_tool.py: stopped\n",
-    ]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        wait = ("wait", "--batch-id", "batch_1", "--log-file")
+        processes = [stack.enter_context(started(*wait, f"{number}.log")) for number in numbers]
+        for number, process in zip(numbers, processes, strict=True):
+            assert process.stderr
+            progress = process.stderr.readline()
+            process.send_signal(number)
+            said = [process.stderr.readline(), process.stderr.readline()]
+            process.send_signal(number)  # while the interpreter ends
+            assert process.communicate(timeout=30) == ("", "")
+            assert process.returncode == 128 + number
+            assert progress == "batches: 1 in_progress; 0:00:00 elapsed\n"
+            assert said == [
+                "the batches keep running on the server; to resume waiting: batch_tool.py wait --batch-id batch_1\n",
+                "batch_tool.py: stopped\n",
+            ]
     assert (batch.status, asked(api, "POST")) == ("in_progress", 0)
 
 

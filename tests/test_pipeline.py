@@ -60,7 +60,7 @@ def test_without_a_key_it_says_so_before_anything_else(work: Path) -> None:
 
 
 def test_a_missing_csv_ends_it_with_the_converters_error(work: Path) -> None:
-    result = pipeline("--local", "nowhere.csv")
+    result = pipeline("nowhere.csv", OPENAI_API_KEY="unused")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.endswith("\ngen_batch_jsonl.py: error: cannot read nowhere.csv: No such file or directory\n")
     assert not list(work.iterdir())
