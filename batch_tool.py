@@ -1799,6 +1799,17 @@ def response_text(body: Json) -> tuple[str, str]:
     return chat_text(message.get("content")), str(message.get("refusal") or "")
 
 
+def classify_text(body: Json) -> Outcome:
+    """The outcome of a complete Response or chat completion, by what it says."""
+    text, refusal = response_text(body)
+    finish_reason = next((choice.get("finish_reason") for choice in objects(body.get("choices"))), None)
+    if finish_reason in ("length", "content_filter"):
+        return Outcome(REJECTED, "incomplete", finish_reason)
+    if refusal:
+        return Outcome(REJECTED, "refusal", refusal)
+    return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
+
+
 def classify_body(body: Any, top_error: Any) -> Outcome:
     """The outcome of a response with HTTP 200. What is not understood is rejected: it may have been paid for."""
     if not isinstance(body, dict):
@@ -1816,17 +1827,6 @@ def classify_body(body: Any, top_error: Any) -> Outcome:
     if status not in (None, "completed"):
         return Outcome(REJECTED, "not_understood", f"status is {quoted(status)}")
     return classify_text(body) if "output" in body or "choices" in body else SUCCESS
-
-
-def classify_text(body: Json) -> Outcome:
-    """The outcome of a complete Response or chat completion, by what it says."""
-    text, refusal = response_text(body)
-    finish_reason = next((choice.get("finish_reason") for choice in objects(body.get("choices"))), None)
-    if finish_reason in ("length", "content_filter"):
-        return Outcome(REJECTED, "incomplete", finish_reason)
-    if refusal:
-        return Outcome(REJECTED, "refusal", refusal)
-    return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
 
 
 def classify(result: Json) -> Outcome:

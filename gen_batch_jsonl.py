@@ -534,16 +534,23 @@ def is_blank(value: bytes) -> bool:
     return not to_text(value).strip(BLANKS)
 
 
-def trim(values: list[bytes]) -> list[bytes]:
-    """Remove the blanks around values. Most values do not even begin or end with a byte that a blank could have."""
-    return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
-
-
 def trim_value(value: bytes) -> bytes:
     """Remove the blanks around a value, also those that a block hides."""
     if value.startswith(ENCODED_BLANKS) or value.endswith(ENCODED_BLANKS):
         return to_text(value).strip(ALL_BLANKS).encode("utf-8", "surrogateescape")
     return value
+
+
+def trim(values: list[bytes]) -> list[bytes]:
+    """Remove the blanks around values. Most values do not even begin or end with a byte that a blank could have."""
+    return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
+
+
+def escape_line_separators(text: bytes) -> bytes:
+    """Escape the characters at which some readers would cut a line of JSON."""
+    for char, escaped in LINE_SEPARATORS.items():
+        text = text.replace(char.encode(), escaped)
+    return text
 
 
 def escape(text: bytes) -> bytes:
@@ -553,13 +560,6 @@ def escape(text: bytes) -> bytes:
             if char in special:
                 text = text.replace(char, escaped)
     return escape_line_separators(text)
-
-
-def escape_line_separators(text: bytes) -> bytes:
-    """Escape the characters at which some readers would cut a line of JSON."""
-    for char, escaped in LINE_SEPARATORS.items():
-        text = text.replace(char.encode(), escaped)
-    return text
 
 
 def count_line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
@@ -684,6 +684,13 @@ def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None
     return (fields, width) if is_even else None
 
 
+def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
+    """Whether an id has a hidden character, or could be a name of the header: then its row may repeat the header."""
+    ids = b",".join([b"", *artist_ids, b""])
+    squeezed = squeeze(to_text(ids))
+    return ids.translate(REVEAL) != ids or any(f",{squeeze(key)}," in squeezed for key in layout.header_keys if key)
+
+
 def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
     """The rows of a block, at most `limit`. None if anything about the block needs a closer look.
 
@@ -712,13 +719,6 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         return Rows(lines, columns, swallowing, needs_escapes, next_line)
     next_line = first_line + number
     return Rows([*range(first_line, next_line)], columns, [], needs_escapes, next_line)
-
-
-def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether an id has a hidden character, or could be a name of the header: then its row may repeat the header."""
-    ids = b",".join([b"", *artist_ids, b""])
-    squeezed = squeeze(to_text(ids))
-    return ids.translate(REVEAL) != ids or any(f",{squeeze(key)}," in squeezed for key in layout.header_keys if key)
 
 
 # -- CSV: a record by itself -------------------------------------------------------------------------------------
@@ -790,19 +790,6 @@ def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: 
     return Parsed(fields, end, is_open=end == len(data) and not data.endswith(b"\n"))
 
 
-def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> Problem | None:
-    """Recognise a repeated header and a wrong number of fields. `text` is the beginning of the record."""
-    width, id_column = layout.width, layout.used[0]
-    if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
-        keys = [column_key(to_text(field)) for field in fields]
-        if keys == layout.header_keys:
-            return Problem(REPEATED_HEADER, "repeats the header")
-        if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
-            raise CommandError(f"line {line}: names the columns again, but not as the header does; "
-                               "convert the parts of the file one by one")
-    return None if len(fields) == width else wrong_width(len(fields), to_text(text.splitlines()[0]), layout)
-
-
 def wrong_width(number: int, row: str, layout: Layout) -> Problem:
     """Show the beginning of the row, and the likely cause."""
     delimiter = to_text(layout.delimiter)
@@ -820,17 +807,17 @@ def wrong_width(number: int, row: str, layout: Layout) -> Problem:
     return Problem("wrong number of fields", f"{fields} instead of {layout.width} in {quoted(row)}; {cause}")
 
 
-def undecodable(line: int, fields: list[bytes], layout: Layout, encoding: str) -> Problem | None:
-    """The first value that the requests use and that is not valid in the file's encoding."""
-    for column, name in zip(layout.used, layout.names, strict=True):
-        try:
-            fields[column].decode()
-        except UnicodeDecodeError as error:
-            what = not_valid(encoding)
-            reading = windows_reading(fields[column], error.start) if encoding == "utf-8" else ""
-            offer = f'if "{reading}" on line {line} looks right, add --encoding windows-1252'
-            return Problem(what, f"{name} is {what}", offer if reading else NAME_THE_ENCODING)
-    return None
+def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> Problem | None:
+    """Recognise a repeated header and a wrong number of fields. `text` is the beginning of the record."""
+    width, id_column = layout.width, layout.used[0]
+    if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
+        keys = [column_key(to_text(field)) for field in fields]
+        if keys == layout.header_keys:
+            return Problem(REPEATED_HEADER, "repeats the header")
+        if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
+            raise CommandError(f"line {line}: names the columns again, but not as the header does; "
+                               "convert the parts of the file one by one")
+    return None if len(fields) == width else wrong_width(len(fields), to_text(text.splitlines()[0]), layout)
 
 
 def not_valid(encoding: str) -> str:
@@ -843,6 +830,19 @@ def windows_reading(value: bytes, at: int) -> str:
         return value[max(0, at - 30) : at + 30].decode("windows-1252").strip(BLANKS)
     except UnicodeDecodeError:
         return ""
+
+
+def undecodable(line: int, fields: list[bytes], layout: Layout, encoding: str) -> Problem | None:
+    """The first value that the requests use and that is not valid in the file's encoding."""
+    for column, name in zip(layout.used, layout.names, strict=True):
+        try:
+            fields[column].decode()
+        except UnicodeDecodeError as error:
+            what = not_valid(encoding)
+            reading = windows_reading(fields[column], error.start) if encoding == "utf-8" else ""
+            offer = f'if "{reading}" on line {line} looks right, add --encoding windows-1252'
+            return Problem(what, f"{name} is {what}", offer if reading else NAME_THE_ENCODING)
+    return None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -1010,22 +1010,6 @@ class Table(NamedTuple):
         return Layout(self.delimiter.encode(), len(keys), used, [names.get(at, self.names[at]) for at in used], keys)
 
 
-def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
-    """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows."""
-    chosen = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
-    header = read_header(reader.lines(), [name or role for role, name in chosen.items()])
-    if not header:
-        raise CommandError("the CSV is empty; it needs a header and at least one row")
-    if args.skip_header and not all(map(header.find, COLUMNS)):
-        reader.skip_lines(header.line - 1)
-        roles = {role: position for position, role in enumerate(COLUMNS)}
-        return Table(delimiter_of_row(reader, header.delimiter), [*COLUMNS], roles)
-    if args.skip_header:
-        console.warn(f"line {header.line}: names the columns, so it is taken as the header despite --skip-header")
-    reader.skip_lines(header.last_line)
-    return Table(header.delimiter, header.names, find_roles(header, chosen))
-
-
 def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
     """The positions of the columns by role: the one that an option has chosen, or the one named like the role."""
     where = f"line {header.line}: the header"
@@ -1046,6 +1030,22 @@ def delimiter_of_row(reader: CsvReader, likely: str) -> str:
         if len(reader.record(layout).fields) == len(COLUMNS):
             return delimiter
     return ","
+
+
+def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
+    """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows."""
+    chosen = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
+    header = read_header(reader.lines(), [name or role for role, name in chosen.items()])
+    if not header:
+        raise CommandError("the CSV is empty; it needs a header and at least one row")
+    if args.skip_header and not all(map(header.find, COLUMNS)):
+        reader.skip_lines(header.line - 1)
+        roles = {role: position for position, role in enumerate(COLUMNS)}
+        return Table(delimiter_of_row(reader, header.delimiter), [*COLUMNS], roles)
+    if args.skip_header:
+        console.warn(f"line {header.line}: names the columns, so it is taken as the header despite --skip-header")
+    reader.skip_lines(header.last_line)
+    return Table(header.delimiter, header.names, find_roles(header, chosen))
 
 
 def warn_of_missing_data(table: Table, is_stored_prompt: bool, console: Console) -> None:
@@ -1085,29 +1085,6 @@ class RequestTemplate(NamedTuple):
         return b"".join(pieces)
 
 
-def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTemplate, list[int]]:
-    """The template of the requests, and the positions of the columns that it uses.
-
-    The request is written as JSON once, with slots in place of a row's values. They are random, so that no text has
-    one by accident.
-    """
-    nonce = secrets.token_hex(16)
-
-    def slot(position: int) -> str:
-        return f"<{nonce} {position}>"
-
-    body = stored_prompt_body(args, table, slot) if args.prompt_id else template_body(args, table, slot)
-    if args.body_file:
-        body |= read_body_fields(args.body_file, body)
-    id_column, name_column = table.roles["artist_id"], table.roles["artist_name"]
-    request = {"custom_id": slot(id_column), "method": "POST", "url": args.endpoint, "body": body}
-    pieces = re.split(f"<{nonce} (-?[0-9]+)>", json.dumps(request, ensure_ascii=False) + "\n")
-    positions = [int(position) for position in pieces[1::2]]
-    used = [id_column, name_column, *sorted({*positions} - {id_column, name_column, SHORT_NAME})]
-    columns = [SHORT_NAME if position == SHORT_NAME else used.index(position) for position in positions]
-    return RequestTemplate([escape_line_separators(piece.encode()) for piece in pieces[::2]], columns), used
-
-
 def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[str, Any]:
     prompt: dict[str, Any] = {"id": args.prompt_id}
     if args.prompt_version:
@@ -1115,18 +1092,6 @@ def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot) -> di
     facts = slot(table.roles["artist_data"]) if "artist_data" in table.roles else ""
     prompt["variables"] = {"artist_name": slot(table.roles["artist_name"]), "artist_data": facts}
     return {"model": args.model, "prompt": prompt} if args.model else {"prompt": prompt}
-
-
-def template_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[str, Any]:
-    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot)
-    instructions = read_text(args.instructions_file) if args.instructions_file else None
-    body: dict[str, Any] = {"model": args.model}
-    if args.endpoint == CHAT_COMPLETIONS:
-        system = [] if instructions is None else [{"role": "system", "content": instructions}]
-        return body | {"messages": [*system, {"role": "user", "content": text}]}
-    if instructions is not None:
-        body["instructions"] = instructions
-    return body | {"input": text, "metadata": {"artist_name": slot(SHORT_NAME)}}
 
 
 def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str:
@@ -1152,6 +1117,18 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str
     return filled
 
 
+def template_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[str, Any]:
+    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot)
+    instructions = read_text(args.instructions_file) if args.instructions_file else None
+    body: dict[str, Any] = {"model": args.model}
+    if args.endpoint == CHAT_COMPLETIONS:
+        system = [] if instructions is None else [{"role": "system", "content": instructions}]
+        return body | {"messages": [*system, {"role": "user", "content": text}]}
+    if instructions is not None:
+        body["instructions"] = instructions
+    return body | {"input": text, "metadata": {"artist_name": slot(SHORT_NAME)}}
+
+
 def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The further body fields of --body-file. Raises CommandError if one is the model, or is in `body` already."""
 
@@ -1171,6 +1148,29 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
             advice = "use --model" if name == "model" else "take it out of the file"
             raise CommandError(f'{shown(path)}: the field "{name}" is written by this tool; {advice}')
     return fields
+
+
+def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTemplate, list[int]]:
+    """The template of the requests, and the positions of the columns that it uses.
+
+    The request is written as JSON once, with slots in place of a row's values. They are random, so that no text has
+    one by accident.
+    """
+    nonce = secrets.token_hex(16)
+
+    def slot(position: int) -> str:
+        return f"<{nonce} {position}>"
+
+    body = stored_prompt_body(args, table, slot) if args.prompt_id else template_body(args, table, slot)
+    if args.body_file:
+        body |= read_body_fields(args.body_file, body)
+    id_column, name_column = table.roles["artist_id"], table.roles["artist_name"]
+    request = {"custom_id": slot(id_column), "method": "POST", "url": args.endpoint, "body": body}
+    pieces = re.split(f"<{nonce} (-?[0-9]+)>", json.dumps(request, ensure_ascii=False) + "\n")
+    positions = [int(position) for position in pieces[1::2]]
+    used = [id_column, name_column, *sorted({*positions} - {id_column, name_column, SHORT_NAME})]
+    columns = [SHORT_NAME if position == SHORT_NAME else used.index(position) for position in positions]
+    return RequestTemplate([escape_line_separators(piece.encode()) for piece in pieces[::2]], columns), used
 
 
 # -- conversion --------------------------------------------------------------------------------------------------
@@ -1244,6 +1244,27 @@ class BatchCounter:
             self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS, MAX_BATCH_BYTES
         self._requests_left -= requests
         self._bytes_left -= len(lines)
+
+
+def put_back_hidden(lines: bytes) -> bytes:
+    """Replace the stand-ins in lines of JSON by what they stand for."""
+    for char, stand_in in HIDDEN.items():
+        lines = lines.replace(stand_in, JSON_ESCAPES.get(char, char))
+    return lines
+
+
+def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
+    """Escape all values at once, which is faster than one by one."""
+    values = escape(SEPARATOR.join(chain.from_iterable(columns))).split(SEPARATOR)
+    height = len(columns[0])
+    return [values[at : at + height] for at in range(0, len(values), height)]
+
+
+def shorten(names: list[bytes]) -> list[bytes]:
+    """The names cut to what the API takes as metadata."""
+    if max(map(len, names)) <= MAX_METADATA_CHARS:
+        return names
+    return [to_text(name)[:MAX_METADATA_CHARS].encode("utf-8", "surrogateescape") for name in names]
 
 
 class RequestWriter:
@@ -1320,27 +1341,6 @@ class RequestWriter:
         return Problem("duplicate artist_id", detail)
 
 
-def shorten(names: list[bytes]) -> list[bytes]:
-    """The names cut to what the API takes as metadata."""
-    if max(map(len, names)) <= MAX_METADATA_CHARS:
-        return names
-    return [to_text(name)[:MAX_METADATA_CHARS].encode("utf-8", "surrogateescape") for name in names]
-
-
-def put_back_hidden(lines: bytes) -> bytes:
-    """Replace the stand-ins in lines of JSON by what they stand for."""
-    for char, stand_in in HIDDEN.items():
-        lines = lines.replace(stand_in, JSON_ESCAPES.get(char, char))
-    return lines
-
-
-def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
-    """Escape all values at once, which is faster than one by one."""
-    values = escape(SEPARATOR.join(chain.from_iterable(columns))).split(SEPARATOR)
-    height = len(columns[0])
-    return [values[at : at + height] for at in range(0, len(values), height)]
-
-
 def write_requests(
     reader: CsvReader, layout: Layout, writer: RequestWriter, limit: int, report: Callable[[], None]
 ) -> None:
@@ -1390,6 +1390,12 @@ def warn_of_null_names(null_names: Counter[bytes], console: Console) -> None:
                      "the requests are written all the same")
 
 
+def describe(table: Table) -> str:
+    """Where the columns stand, for --verbose."""
+    roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
+    return f"{roles} of {len(table.names)}, separated by {DELIMITER_NAMES[table.delimiter]}"
+
+
 def convert(args: argparse.Namespace, console: Console) -> None:
     if not args.model:
         console.warn("no --model (or MODEL): the Batch API refuses requests without body.model")
@@ -1418,12 +1424,6 @@ def convert(args: argparse.Namespace, console: Console) -> None:
     number = writer.batches.count
     batches = f"; batch_tool.py create will make {number} batches of it" if number > 1 else ""
     console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({skipped.account(written)}){batches}")
-
-
-def describe(table: Table) -> str:
-    """Where the columns stand, for --verbose."""
-    roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
-    return f"{roles} of {len(table.names)}, separated by {DELIMITER_NAMES[table.delimiter]}"
 
 
 # -- command line ------------------------------------------------------------------------------------------------
