@@ -364,6 +364,14 @@ def encoding_of(start: bytes, encoding: str) -> str:
     return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
 
 
+def listed_columns(names: Iterable[str]) -> str:
+    """The names of columns, for a message that says so if they were not decoded well."""
+    text = ", ".join(filter(None, names)) or "without names"
+    is_garbled = re.search("[\0\udc80-\udcff]", text)  # UTF-16 read as bytes, or bytes that could not be decoded
+    advice = " (read in the wrong encoding; name the right one with --encoding)" if is_garbled else ""
+    return text[:300] + ("…" if len(text) > 300 else "") + advice
+
+
 class Header(NamedTuple):
     """The header of a CSV: what separates its fields, the names as they stand there, its first and its last line.
 
@@ -385,13 +393,8 @@ class Header(NamedTuple):
         found = self.find(name)
         if len(found) != 1:
             problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
-            raise CommandError(f"line {self.line}: the header {problem}; its columns are {self.listed()}")
+            raise CommandError(f"line {self.line}: the header {problem}; its columns are {listed_columns(self.names)}")
         return found[0]
-
-    def listed(self) -> str:
-        """The names, for a message."""
-        names = ", ".join(name for name in self.names if name) or "without names"
-        return names[:300] + ("…" if len(names) > 300 else "")
 
 
 def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
@@ -870,6 +873,8 @@ def guess_content(first_line: bytes) -> str:
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "not JSONL in UTF-8 but a file in UTF-16; if it is a CSV, convert it with gen_batch_jsonl.py first"
     text = first_line.removeprefix(b"\xef\xbb\xbf").strip()
+    if text != first_line.strip() and text.startswith(b"{"):
+        return "a byte-order mark stands before the first request; save the file without it"
     if not text or text.startswith((b"{", b"[")):
         return ""
     if any(delimiter.encode() in text for delimiter in DELIMITERS):
@@ -3192,6 +3197,8 @@ def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple
     """
     start = os.pread(spreadsheet.file.fileno(), 4, 0)
     spreadsheet.file.seek(0)
+    if start == b"PK\x03\x04":
+        raise CommandError(f"{spreadsheet.name} is an Excel workbook or another zip file; save it as CSV UTF-8")
     text = io.TextIOWrapper(cast(io.BufferedReader, spreadsheet.file), encoding_of(start, encoding), "surrogateescape",
                             newline="")
     try:

@@ -357,6 +357,14 @@ def encoding_of(start: bytes, encoding: str) -> str:
     return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
 
 
+def listed_columns(names: Iterable[str]) -> str:
+    """The names of columns, for a message that says so if they were not decoded well."""
+    text = ", ".join(filter(None, names)) or "without names"
+    is_garbled = re.search("[\0\udc80-\udcff]", text)  # UTF-16 read as bytes, or bytes that could not be decoded
+    advice = " (read in the wrong encoding; name the right one with --encoding)" if is_garbled else ""
+    return text[:300] + ("…" if len(text) > 300 else "") + advice
+
+
 class Header(NamedTuple):
     """The header of a CSV: what separates its fields, the names as they stand there, its first and its last line.
 
@@ -378,13 +386,8 @@ class Header(NamedTuple):
         found = self.find(name)
         if len(found) != 1:
             problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
-            raise CommandError(f"line {self.line}: the header {problem}; its columns are {self.listed()}")
+            raise CommandError(f"line {self.line}: the header {problem}; its columns are {listed_columns(self.names)}")
         return found[0]
-
-    def listed(self) -> str:
-        """The names, for a message."""
-        names = ", ".join(name for name in self.names if name) or "without names"
-        return names[:300] + ("…" if len(names) > 300 else "")
 
 
 def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
@@ -604,7 +607,9 @@ def squeeze(name: str) -> str:
 def last_line_end(data: bytes, start: int, end: int) -> int:
     """Where the last line before `end` ends; `start` if there is none. A CR just before `end` may be half a CRLF."""
     found = data.rfind(b"\n", start, end)
-    return max(found if found >= 0 else data.rfind(b"\r", start, end - 1), start - 1) + 1
+    if found < 0:
+        found = data.rfind(b"\r", start, max(start, end - 1))  # -1 would mean the end of the data
+    return max(found, start - 1) + 1
 
 
 def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
@@ -1013,13 +1018,14 @@ class Table(NamedTuple):
 def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
     """The positions of the columns by role: the one that an option has chosen, or the one named like the role."""
     where = f"line {header.line}: the header"
+    columns = listed_columns(header.names)
     if header.is_malformed:
-        raise CommandError(f"{where} has a quote too many or too few; its columns are {header.listed()}")
+        raise CommandError(f"{where} has a quote too many or too few; its columns are {columns}")
     missing = [role for role in COLUMNS[:2] if not chosen[role] and not header.find(role)]
     if missing:
         options = " and ".join(f"--{role.removeprefix('artist_')}-column" for role in missing)
         advice = f"name the right ones with {options}, or use --skip-header if there is no header"
-        raise CommandError(f"{where} has no {' and no '.join(missing)}; its columns are {header.listed()}; {advice}")
+        raise CommandError(f"{where} has no {' and no '.join(missing)}; its columns are {columns}; {advice}")
     return {role: header.position(name or role) for role, name in chosen.items() if name or header.find(role)}
 
 
@@ -1108,7 +1114,7 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str
             return ""
         line = template.count("\n", 0, match.start()) + 1
         problem = f"names {len(found)} columns; rename them in the CSV" if found else "names no column"
-        names = ", ".join(dict.fromkeys([*COLUMNS, *filter(None, table.names)]))
+        names = listed_columns(dict.fromkeys([*COLUMNS, *table.names]))
         raise CommandError(f"{path} line {line}: the placeholder {match[0]} {problem}; there are {names}")
 
     filled = PLACEHOLDER.sub(fill, template)

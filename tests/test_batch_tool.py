@@ -350,6 +350,8 @@ def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: 
         (b"PK\x03\x04\x14\n\n\n",
          "not JSONL but an Excel workbook or a zip file; save it as CSV, and convert that with gen_batch_jsonl.py"),
         (b"\x1f\x8b\x08\n\n", "not JSONL but a gzip file; decompress it first"),
+        (b'\xef\xbb\xbf{"custom_id": "a1"}\n',
+         "a byte-order mark stands before the first request; save the file without it"),
         (b"NewJeans\n" * 9, "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
     ],
     ids=in_short,
@@ -3355,6 +3357,10 @@ def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys
         (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes, "
                                            "so that every row can be matched"),
         (b'artist_id,"x"y\na1,o\n', [], " line 1: malformed quoting; correct the quotes"),
+        (b"PK\x03\x04\x14\0", [], " is an Excel workbook or another zip file; save it as CSV UTF-8"),
+        (b"K\xfcnstler,x\na1,o\n", ["--id-column", "Künstler"],
+         ' line 1: the header has no column "Künstler"; its columns are K\\udcfcnstler, x (read in the wrong encoding; '
+         "name the right one with --encoding); see --id-column"),
         (b"", [], " is empty; it needs a header and at least one row"),
         (b"\n ,\n", [], " is empty; it needs a header and at least one row"),
         (b"\nid,name\na1,o\n", [],

@@ -597,6 +597,19 @@ def test_a_block_with_anything_odd_is_not_read_as_a_whole(block: str) -> None:
     assert gen.rows_of_block(block.encode(), 1, layout(), sys.maxsize) is None
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_block_that_begins_with_a_quote_never_closed_has_no_end(newline: str, is_last: bool) -> None:
+    block = f'"1,A,x{newline}2,B,y{newline}'.encode()
+    assert gen.block_end(block, 0, len(block), is_last) == 0
+
+
+def test_a_long_file_of_quoted_fields_with_cr_line_ends_is_read_to_its_end() -> None:
+    rows = [(str(number), "A", "x" * 500) for number in range(600)]
+    assert convert("\r".join(['"' + '","'.join(row) + '"' for row in [gen.COLUMNS, *rows]])) == 0
+    assert variables() == rows
+
+
 def test_rows_of_other_widths_that_fit_together_are_not_taken_for_rows() -> None:
     names = [*gen.COLUMNS, "born"]
     assert gen.rows_of_block(b"1,A,x,y\n2,B\n3\n4,D,z,y\n", 1, layout(",", names), sys.maxsize) is None
@@ -946,6 +959,19 @@ def test_utf_16_without_a_mark_is_refused_with_advice(
     assert capsys.readouterr().err == (
         f"gen_batch_jsonl.py: error: in.csv looks like UTF-16; if it is, add --encoding {codec}\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--name-column", "--data-column"])
+def test_a_header_in_another_encoding_is_told(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = "artist_id,artist_name,Künstler\n1,A,x\n".encode("windows-1252")
+    assert convert(content, option, "Künstler") == 1
+    assert capsys.readouterr().err == (
+        'gen_batch_jsonl.py: error: line 1: the header has no column "Künstler"; its columns are artist_id, artist_name, '
+        "K\\udcfcnstler (read in the wrong encoding; name the right one with --encoding)\n"
+    )
+    write("prompt.md", "{{artist_name}} {{Künstler}}")
+    assert main([*FILES, "--prompt-file", "prompt.md", "--model", "m"]) == 1
+    assert "K\\udcfcnstler (read in the wrong encoding; " in capsys.readouterr().err
 
 
 def test_a_file_in_another_encoding_is_refused_with_an_offer(capsys: pytest.CaptureFixture[str]) -> None:
