@@ -27,7 +27,7 @@ prompt=()
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --local) local_api=yes ;;
-        --prompt-id) prompt=(--prompt-id "${2:?--prompt-id needs an ID}"); shift ;;
+        --prompt-id) [[ -n ${2:-} ]] || fail "--prompt-id needs an ID" 2; prompt=(--prompt-id "$2"); shift ;;
         --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
         *) fail "unknown option $1; see --help" 2 ;;
     esac
@@ -36,6 +36,8 @@ done
 [[ $# -le 2 ]] || fail "more than a CSV and an OUT; see --help" 2
 csv=${1:-$samples/input.csv}
 out=${2:-bios.csv}
+[[ $out != -* && $out != */ && ! -d $out ]] || fail "OUT is not the name of a file: $out" 2
+[[ ! $csv -ef $out ]] || fail "$csv would be read and written over; choose another OUT" 2
 requests=${out%.csv}.requests.jsonl
 results=${out%.csv}.results.jsonl
 [[ $local_api == no ]] || results=${out%.csv}.local.results.jsonl # made-up bios must not pass for paid ones later

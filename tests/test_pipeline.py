@@ -63,11 +63,25 @@ def test_a_missing_csv_ends_it_with_the_converters_error(work: Path) -> None:
     assert not list(work.iterdir())
 
 
-@pytest.mark.parametrize("args", [("--nonsense",), ("a.csv", "b.csv", "c.csv")])
+@pytest.mark.parametrize(
+    "args",
+    [("--nonsense",), ("--prompt-id",), ("a.csv", "b.csv", "c.csv"), ("a.csv", "-"), ("a.csv", "out/"), ("a.csv", ".")],
+)
 def test_invalid_arguments_exit_2(work: Path, args: tuple[str, ...]) -> None:
-    result = pipeline(*args)
+    result = pipeline(*args, OPENAI_API_KEY="unused")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("pipeline.sh: error: ")
+    assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("args", [("bios.csv",), ("artists.csv", "bios.csv")])
+def test_the_spreadsheet_is_not_written_over(work: Path, args: tuple[str, ...]) -> None:
+    (work / "bios.csv").write_text("artist_id,artist_name\n1,A\n")
+    (work / "artists.csv").symlink_to("bios.csv")
+    result = pipeline("--local", *args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"pipeline.sh: error: {args[0]} would be read and written over; choose another OUT\n"
+    assert (work / "bios.csv").read_text() == "artist_id,artist_name\n1,A\n"
 
 
 def test_run_again_with_a_changed_spreadsheet_it_pays_for_the_changes(api: LocalBatchAPI, work: Path) -> None:
