@@ -1941,8 +1941,8 @@ def test_pauses_by_a_table(case: str) -> None:
 
 # ---- any sequence
 
-SEEDS = range(20)
-SEEDS_AT_ONCE = range(6)
+SEEDS = range(24)
+SEEDS_AT_ONCE = range(8)
 
 
 def random_edit(chance: random.Random, requests: list[Any], number: int) -> None:
