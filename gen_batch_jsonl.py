@@ -468,7 +468,9 @@ LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u20
 
 HIDDEN_BLANKS = b"\xf7\xf9\xfa".decode("utf-8", "surrogateescape")
 ALL_BLANKS = BLANKS + HIDDEN_BLANKS
-ENCODED_BLANKS = tuple(char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS)
+ENCODED_BLANKS = [char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS]
+SHORT_BLANKS = b"".join(blank for blank in ENCODED_BLANKS if len(blank) == 1)
+LONG_BLANKS = frozenset(blank for blank in ENCODED_BLANKS if len(blank) > 1)  # two or three bytes
 BLANK_BYTES = bytes({*b"".join(ENCODED_BLANKS)})
 SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))
 NAME_THE_ENCODING = "name the encoding of the CSV with --encoding"
@@ -504,7 +506,7 @@ class Swallowing(NamedTuple):
 class Rows(NamedTuple):
     """Rows of a block: the line where each begins, and for each used column the trimmed values."""
 
-    lines: list[int]
+    lines: Sequence[int]
     columns: list[list[bytes]]
     swallowing: list[Swallowing]
     needs_escapes: bool  # values have characters, apart from hidden ones, that JSON escapes
@@ -539,9 +541,10 @@ def is_blank(value: bytes) -> bool:
 
 def trim_value(value: bytes) -> bytes:
     """Remove the blanks around a value, also those that a block hides."""
-    if value.startswith(ENCODED_BLANKS) or value.endswith(ENCODED_BLANKS):
-        return to_text(value).strip(ALL_BLANKS).encode("utf-8", "surrogateescape")
-    return value
+    edges = (value[:2], value[:3], value[-2:], value[-3:])
+    if value.strip(SHORT_BLANKS) is value and LONG_BLANKS.isdisjoint(edges):
+        return value
+    return to_text(value).strip(ALL_BLANKS).encode("utf-8", "surrogateescape")
 
 
 def trim(values: list[bytes]) -> list[bytes]:
@@ -635,10 +638,9 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
     pieces = block.split(b'"')
     outside = pieces[2:-1:2]
     kinds = {*outside}
-    before, after = (delimiter, b"\n"), (delimiter, b"\n", b"\r\n")
-    if not all(piece.startswith(after) and piece.endswith(before) for piece in kinds - {b""}):
-        return None
-    if not (pieces[0] == b"" or pieces[0].endswith(before)) or not pieces[-1].startswith(after):
+    ends = {piece[-1:] for piece in (pieces[0], *kinds)}
+    starts = {piece[:1] for piece in (*kinds, pieces[-1])}
+    if not ends <= {b"", delimiter, b"\n"} or not starts <= {b"", delimiter, b"\n", b"\r"}:
         return None
     inside = b'"'.join(pieces[1::2])
     for char in (delimiter, b"\n", b"\r"):
@@ -723,7 +725,7 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         lines, swallowing, next_line = lines_of_records(records, columns[0], first_line, layout)
         return Rows(lines, columns, swallowing, needs_escapes, next_line)
     next_line = first_line + number
-    return Rows([*range(first_line, next_line)], columns, [], needs_escapes, next_line)
+    return Rows(range(first_line, next_line), columns, [], needs_escapes, next_line)
 
 
 # -- CSV: a record by itself -------------------------------------------------------------------------------------
@@ -1273,13 +1275,42 @@ def shorten(names: list[bytes]) -> list[bytes]:
     return [to_text(name)[:MAX_METADATA_CHARS].encode("utf-8", "surrogateescape") for name in names]
 
 
+class UsedIds:
+    """The ids of the requests, and the line of each."""
+
+    def __init__(self) -> None:
+        self._ids: set[bytes] = set()
+        self._line_of: dict[bytes, int] = {}  # made when a repeated id is met: a dict takes twice as long as a set
+        self._later_ids: list[bytes] = []  # not in `_line_of` yet
+        self._later_lines: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, ids: list[bytes], lines: Sequence[int]) -> bool:
+        """Add ids, each with its line. If one of them is used already, add none and return False."""
+        before = len(self._ids)
+        self._ids.update(ids)
+        if len(self._ids) == before + len(ids):
+            self._later_ids += ids
+            self._later_lines += lines
+            return True
+        self._ids.difference_update({*ids} - self.lines().keys())
+        return False
+
+    def lines(self) -> dict[bytes, int]:
+        self._line_of.update(zip(self._later_ids, self._later_lines, strict=True))
+        self._later_ids, self._later_lines = [], []
+        return self._line_of
+
+
 class RequestWriter:
     """Writes a request for every valid row, and reports the other rows as skipped."""
 
     def __init__(
         self, template: RequestTemplate, layout: Layout, encoding: str, out: BinaryIO, skipped: SkipReport
     ) -> None:
-        self.line_of: dict[bytes, int] = {}  # the ids of the requests, and where each stands
+        self.used_ids = UsedIds()
         self.null_names: Counter[bytes] = Counter()
         self.swallowing: list[Swallowing] = []
         self.batches = BatchCounter()
@@ -1304,9 +1335,9 @@ class RequestWriter:
             self.swallowing.append(Swallowing(record.line, [record.line + offset for offset in offsets]))
         self._write_columns([record.line], [[value] for value in values], needs_escapes=True)
 
-    def _write_columns(self, lines: list[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
+    def _write_columns(self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
         ids, names = columns[:2]
-        if all(ids) and all(names) and self._claim(ids, lines):
+        if all(ids) and all(names) and self.used_ids.add(ids, lines):
             self._write_requests(columns, needs_escapes)
         elif len(lines) == 1:
             self._skipped.add(lines[0], self._refusal(ids[0], names[0]))
@@ -1327,23 +1358,14 @@ class RequestWriter:
         if not NULL_NAMES.isdisjoint(names):
             self.null_names.update(filter(NULL_NAMES.__contains__, names))
 
-    def _claim(self, ids: list[bytes], lines: list[int]) -> bool:
-        """Note the line of each id. If one of them is used already, note none and return False."""
-        first_lines = [*map(self.line_of.setdefault, ids, lines)]
-        if first_lines == lines:
-            return True
-        for artist_id, line, first_line in zip(ids, lines, first_lines, strict=True):
-            if line == first_line:
-                del self.line_of[artist_id]
-        return False
-
     def _refusal(self, artist_id: bytes, artist_name: bytes) -> Problem:
         """Why a row without any other problem cannot be written."""
         if not artist_id:
             return Problem("empty artist_id", "artist_id is empty")
         if not artist_name:
             return Problem("empty artist_name", "artist_name is empty")
-        detail = f"artist_id {quoted(artist_id.decode())} was already used on line {self.line_of[artist_id]}"
+        first_line = self.used_ids.lines()[artist_id]
+        detail = f"artist_id {quoted(artist_id.decode())} was already used on line {first_line}"
         return Problem("duplicate artist_id", detail)
 
 
@@ -1419,9 +1441,9 @@ def convert(args: argparse.Namespace, console: Console) -> None:
             writer = RequestWriter(template, layout, reader.encoding, out, skipped)
             write_requests(
                 reader, layout, writer, args.limit or sys.maxsize,
-                lambda: progress.report(len(writer.line_of) + skipped.reasons.total()),
+                lambda: progress.report(len(writer.used_ids) + skipped.reasons.total()),
             )
-            written = len(writer.line_of)
+            written = len(writer.used_ids)
             check_encoding(skipped, written, reader.encoding, console)
             if not written:
                 raise CommandError(f"no valid row in {shown(args.input)} ({skipped.account(0)}); nothing was written")

@@ -21,12 +21,20 @@ KEY = "sk-local-0123456789abcdefghij"
 READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
 
 
+SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+
+
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """Handle signals afterwards as before: a main that was stopped ignores them to the end of its process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """Handle signals as an ordinary process does, also under nohup, and after a main that was stopped."""
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in handlers.items():
+    for number, handler in SIGNALS.items():
         signal.signal(number, handler)
 
 

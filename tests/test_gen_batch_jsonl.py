@@ -573,7 +573,7 @@ def test_a_block_and_its_records_by_themselves_are_read_alike() -> None:
         if rows is not None and all(rows.columns[0]) and all(rows.columns[1]):
             as_whole += 1
             records = read_records(HEADER + body)
-            assert [record.line for record in records] == rows.lines, body
+            assert [record.line for record in records] == [*rows.lines], body
             values = [[gen.trim_value(record.fields[column]) for record in records] for column in range(3)]
             assert [[value.translate(gen.REVEAL) for value in column] for column in rows.columns] == values, body
     assert as_whole > 100
