@@ -43,7 +43,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import textwrap
 import time
 import urllib.parse
 from collections import Counter, deque
@@ -441,6 +440,7 @@ PAGE_SIZE = 100  # the most that a listing takes; API reference
 MAX_PAGES = 500  # a longer listing is taken to be endless
 MAX_OLD_PAGES = 3  # full pages of nothing but older batches end the search
 MAX_TRIES = 3  # of one request
+MAX_TEXT_CHARS = 200  # of a text from the server, in a message
 LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
 FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; clearly longer, for a POST that is carried out late
 VALIDATION_POLL_SECONDS = 5
@@ -545,6 +545,10 @@ class WrongSize(OutcomeUnknown):
     """A file was not transferred whole. That costs time, so it is repeated a few times only, never for an hour."""
 
 
+class NotJson(OutcomeUnknown):
+    """The response is not a JSON object, so it may not come from the API at all."""
+
+
 class OutputMissing(CommandError):
     """A completed batch counts successes, but its output file is not there."""
 
@@ -556,9 +560,6 @@ class IncompleteListing(CommandError):
 # ---- text and JSON
 
 
-def shorten(text: str) -> str:
-    """The first whole words; half a secret would not be recognized as one."""
-    return textwrap.shorten(text[:10_000], 200, placeholder=" …").strip()
 
 
 def to_json(content: Any) -> str:
@@ -642,13 +643,6 @@ def int_field(content: Json, name: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def redact(text: str, hidden: Sequence[str] = ()) -> str:
-    """Keep the text on one line, without the `hidden` secrets or anything that looks like an API key."""
-    for secret in hidden:
-        text = text.replace(secret, REDACTED)
-    return escape_controls(SECRET.sub(lambda found: found[1] + REDACTED, text))
-
-
 def secrets_in_environment() -> list[str]:
     """The API key and the password in the base URL, each in the forms that it may be printed in."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -658,6 +652,28 @@ def secrets_in_environment() -> list[str]:
         password = ""
     forms = [key, json.dumps(key)[1:-1], password, urllib.parse.unquote(password)]
     return [secret for secret in dict.fromkeys(forms) if len(secret) >= 8]
+
+
+def hide_secrets(text: str) -> str:
+    """Replace the secrets of the environment, and anything that looks like an API key."""
+    for secret in secrets_in_environment():
+        text = text.replace(secret, REDACTED)
+    return SECRET.sub(lambda found: found[1] + REDACTED, text)
+
+
+def redact(text: str) -> str:
+    """Keep the text on one line, without secrets."""
+    return escape_controls(hide_secrets(text))
+
+
+def shorten(text: str) -> str:
+    """The text on one line, cut to a readable length. Secrets go first: half of one would not be recognized."""
+    words = " ".join(hide_secrets(text[:10_000]).split())
+    if len(words) <= MAX_TEXT_CHARS:
+        return words
+    start = words[:MAX_TEXT_CHARS]
+    whole = start.rpartition(" ")[0]
+    return (whole if len(whole) > MAX_TEXT_CHARS / 2 else start) + " …"
 
 
 def print_result(text: str, console: Console) -> None:
@@ -785,6 +801,8 @@ def refuse_unwritable(path: str) -> None:
         return
     directory = os.path.dirname(os.path.realpath(path))
     with os_errors_as(f"write {path}", "; choose another --out"):
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # its name may be too long
         with contextlib.suppress(FileExistsError):
             os.makedirs(directory)
         tempfile.TemporaryFile(dir=directory).close()
@@ -1215,7 +1233,7 @@ def json_object(content: bytes) -> Json:
         return read_object(content)
     except ValueError:
         text = shorten(content.decode(errors="replace"))
-        raise OutcomeUnknown(f"the response is not a JSON object: {text or 'it is empty'}") from None
+        raise NotJson(f"the response is not a JSON object: {text or 'it is empty'}") from None
 
 
 def http_date(text: str) -> float | None:
@@ -1260,10 +1278,13 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     text = message or error.response.text or error.response.reason_phrase
     is_of_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or NO_SUCH_PATH.fullmatch(message)
     no_endpoint = status == 405 or (status == 404 and bool(is_of_endpoint))
-    code = f" ({body['code']})" if body.get("code") else ""
+    code = f" ({shorten(str(body['code']))})" if body.get("code") else ""
     advice = "; check OPENAI_API_KEY" if status == 401 else ""
+    wait = retry_after(error.response.headers)
+    if status == 429 and wait and wait > RATE_LIMIT_BUDGET:
+        advice = f"; run the same command again in {math.ceil(wait / 60)} minutes"
     if 300 <= status < 400:
-        text = "a redirect to another server is not followed"
+        text = "this redirect is not followed"
     if no_endpoint or 300 <= status < 400:
         advice = f"; is {url} the base URL of the API?"
     kind = OutcomeUnknown if status in (408, 409) or (status >= 500 and status != 501) else Refused
@@ -1271,7 +1292,7 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
         f"{operation}: HTTP {status}: {shorten(text)}{code}{advice}",
         status,
         (body.get("code"), body.get("type")),
-        retry_after(error.response.headers),
+        wait,
         no_endpoint=no_endpoint,
     )
 
@@ -1281,6 +1302,8 @@ def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, u
     import httpx2
     import openai
 
+    if isinstance(error, NotJson):
+        return OutcomeUnknown(f"{operation}: {error}; is {url} the base URL of the API?")
     if isinstance(error, ApiError):
         return error
     if isinstance(error, openai.APIStatusError):
@@ -1354,22 +1377,24 @@ class Retry:
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes one line per event, without secrets. Raises CommandError where the log cannot be written."""
+    """Writes one line per event, without secrets. Raises CommandError if the log cannot be written."""
 
-    def __init__(self, file: TextIO, redact: Callable[[str], str]) -> None:
+    def __init__(self, file: TextIO, path: str) -> None:
         super().__init__(file)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._redact = redact
+        self._path = path
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._redact(super().format(record))
+        return redact(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise CommandError(f"cannot write the log: {sys.exc_info()[1]}") from None
+        error = sys.exc_info()[1]
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"cannot write the log {self._path}: {reason}; choose another with --log-file") from None
 
 
 @contextlib.contextmanager
-def open_log(path: str | None, redact: Callable[[str], str]) -> Iterator[logging.Logger]:
+def open_log(path: str | None) -> Iterator[logging.Logger]:
     """A log that only its owner can read. Without it no request is made: what costs money must leave a trace."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     if path is None:
@@ -1382,7 +1407,7 @@ def open_log(path: str | None, redact: Callable[[str], str]) -> Iterator[logging
             os.fchmod(descriptor, 0o600)
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
     log = logging.Logger(PROG)
-    log.addHandler(LogHandler(file, redact))
+    log.addHandler(LogHandler(file, path))
     try:
         yield log
     finally:
@@ -1464,7 +1489,7 @@ class Api(NamedTuple):
             if pause is None:
                 raise failure
             if is_rate_limit(failure) or pause > QUIET_PAUSE_SECONDS:
-                self.console.warn(f"{failure}; trying again in {pause:.0f} s")
+                self.console.warn(f"{failure}; trying again in {math.ceil(pause)} s")
             self.clock.sleep(pause)
 
     def call_sdk(
@@ -1518,18 +1543,21 @@ class Api(NamedTuple):
     def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
         timeout = max(1, min(POLL_SECONDS, self.clock.seconds_left()))
         send = functools.partial(self.client.batches.with_raw_response.retrieve, timeout=timeout)
+        return self._call_for_batch("GET_STATUS", batch_id, send, retry)
 
+    def cancel(self, batch_id: str) -> Batch:
+        return self._call_for_batch("CANCEL_BATCH", batch_id, self.client.batches.with_raw_response.cancel)
+
+    def _call_for_batch(
+        self, operation: str, batch_id: str, send: Callable[..., Any], retry: Retry | None = None
+    ) -> Batch:
         def parse(content: Json) -> Batch:
             batch = Batch.parse(content)
             if batch.id != batch_id:
                 raise OutcomeUnknown(f"the response is another batch: {batch.id}")
             return batch
 
-        return self.call_sdk("GET_STATUS", {"batch_id": batch_id}, send, parse, retry)
-
-    def cancel(self, batch_id: str) -> Batch:
-        send = self.client.batches.with_raw_response.cancel
-        return self.call_sdk("CANCEL_BATCH", {"batch_id": batch_id}, send, Batch.parse)
+        return self.call_sdk(operation, {"batch_id": batch_id}, send, parse, retry)
 
     def page(self, query: Json) -> Page:
         def attempt() -> tuple[Page, Json]:
@@ -1631,7 +1659,7 @@ class Api(NamedTuple):
 
     def refuse_dead_model(self, model: Any) -> None:
         """Raise CommandError where the model does not exist; warn where it is about to be shut down."""
-        if not model or not isinstance(model, str):
+        if not isinstance(model, str) or model in ("", ".", ".."):  # the SDK refuses to build a path of these
             return
         send = functools.partial(self.client.models.with_raw_response.retrieve, timeout=MODEL_SECONDS)
         try:
@@ -1658,12 +1686,16 @@ class Api(NamedTuple):
 
         def attempt() -> tuple[Json, Json]:
             try:
-                path = url.removeprefix("/v1")
                 response = self.client.post(
-                    path, cast_to=httpx2.Response, body=body, options={"timeout": ANSWER_SECONDS}
+                    url.removeprefix("/v1"),
+                    cast_to=httpx2.Response,
+                    content=json.dumps(body, separators=(",", ":")).encode(),
+                    options={"timeout": ANSWER_SECONDS, "headers": {"Content-Type": "application/json"}},
                 )
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:  # of this request, not of all
-                response = error.response
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if not isinstance(error.body, dict):
+                    raise
+                response = error.response  # it is an answer to this request
             answer = {
                 "status_code": response.status_code,
                 "request_id": response.headers.get("x-request-id"),
@@ -1736,7 +1768,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
     """The API that the environment names. No request is made yet."""
     key, url = api_key(), base_url()
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
-    with open_log(args.log_file, console.redact) as log:
+    with open_log(args.log_file) as log:
         log.info("START %s", to_json([PROG, *args.argv]))
         try:
             with holding_signals():
@@ -2401,7 +2433,11 @@ class Submitter:
         for _ in range(MAX_TRIES):
             if not file_id:
                 file_id = self._upload(requests, part)
-                on_upload(file_id)
+                try:
+                    on_upload(file_id)
+                except (CommandError, Exit):
+                    self.api.delete_file(file_id)
+                    raise
             batch = self._post_once(part, file_id, excluded)
             self._write_note(self._note, file_id, batch=batch.id if batch else "")
             if batch:
@@ -2668,33 +2704,35 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
         return api.download(file_id, size, out, path)
 
 
-def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> dict[str, int]:
-    """Save the files of a batch. The sizes of those saved, by `results` and `errors`.
+class Saved(NamedTuple):
+    """What was saved of a batch: the size of each file by `results` and `errors`; and which files the server lost."""
 
-    An error file that is gone at the server draws a warning; a gone output file raises CommandError, after the error
-    file was saved. An error file that an earlier job left beside new results is removed.
-    """
-    sizes: dict[str, int] = {}
-    gone = set()
+    sizes: dict[str, int]
+    gone: set[str]
+
+    def refuse_gone_output(self) -> None:
+        if "results" in self.gone:
+            raise CommandError("its output file is gone at the server; an earlier download may still have its results; "
+                               "run --force sends its requests, and pays for them, again")
+
+
+def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> Saved:
+    """Save the files of a batch. Remove an error file that an earlier job left beside new results."""
+    saved = Saved({}, set())
     for kind, file_id in (("results", batch.output_file_id), ("errors", batch.error_file_id)):
         try:
             if file_id and (size := save_file(api, file_id, paths[kind], skip_complete=skip_complete)):
-                sizes[kind] = size
+                saved.sizes[kind] = size
         except Refused as failure:
             if failure.status != 404:
                 raise
-            gone.add(kind)
-    if "errors" in gone:
+            saved.gone.add(kind)
+    if "errors" in saved.gone:
         api.console.warn(f"the error file of batch {batch.id} is gone at the server")
-    if "results" in gone:
-        raise CommandError(
-            f"the output file of batch {batch.id} is gone at the server; an earlier download may still have its "
-            "results, and run --force sends its requests, and pays for them, again"
-        )
-    if "results" in sizes and "errors" not in sizes.keys() | gone:
+    if "results" in saved.sizes and "errors" not in saved.sizes.keys() | saved.gone:
         with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
             os.unlink(paths["errors"])
-    return sizes
+    return saved
 
 
 # ---- commands, in the order a batch lives
@@ -2777,19 +2815,33 @@ def answered_result(api: Api, sample: Sample) -> Json:
     result: Json = {"id": None, "custom_id": sample.request["custom_id"], "response": None, "error": None}
     try:
         return result | {"response": api.answer(sample.request["url"], sample.request["body"])}
+    except NotSent:
+        raise
     except OutcomeUnknown as failure:
         return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
 
 def append_line(path: str, line: bytes) -> None:
-    """Add a line to a file, which is whole or as it was; a stream gets just the line."""
+    """Add a line to a file, which is whole or as it was."""
     with open_output(path) as out:
-        if not is_stream(path) and os.path.exists(path):
+        if os.path.exists(path):
             with open(path, "rb") as old:
                 shutil.copyfileobj(old, out, CHUNK_BYTES)
                 if old.tell() and os.pread(old.fileno(), 1, old.tell() - 1) != b"\n":
                     out.write(b"\n")
         out.write(line)
+
+
+@contextlib.contextmanager
+def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
+    """A function that adds a line to the file, or writes it to the stream, at once; without a path it does nothing."""
+    if path is None:
+        yield lambda line: None
+    elif not is_stream(path):
+        yield functools.partial(append_line, path)
+    else:
+        with open_output(path) as out:
+            yield lambda line: (out.write(line), out.flush())
 
 
 def show_answer(request: Json, result: Json, show: Callable[[str], None]) -> None:
@@ -2805,20 +2857,21 @@ def show_answer(request: Json, result: Json, show: Callable[[str], None]) -> Non
 def preview(args: argparse.Namespace, api: Api, results: Results, samples: Sequence[Sample]) -> list[Json]:
     """Show the answers to the samples: those that --out has, and those that are sent now. Their results lines."""
     show = api.console.message if args.output == STDOUT else functools.partial(print_result, console=api.console)
-    shown_results = []
-    for number, sample in enumerate(samples):
-        kept = results.best[sample.position]
-        if kept and kept.outcome not in TO_SEND:
-            result = read_object(kept.read())
-        else:
-            result = answered_result(api, sample)
-            if args.output and result["response"]:
-                line = to_json(result).encode(errors="backslashreplace")
-                append_line(args.output, with_request_sha256(line, digest_of(sample.line).hex()))
-        if number:
-            show("")
-        show_answer(sample.request, result, show)
-        shown_results.append(result)
+    shown_results: list[Json] = []
+    with line_writer(args.output) as write:
+        for sample in samples:
+            kept = results.best[sample.position]
+            is_kept = kept is not None and kept.outcome not in TO_SEND
+            result = read_object(kept.read()) if kept and is_kept else answered_result(api, sample)
+            try:
+                if result["response"] and not is_kept:
+                    line = to_json(result).encode(errors="backslashreplace")
+                    write(with_request_sha256(line, digest_of(sample.line).hex()))
+            finally:  # what was paid for is shown in any case
+                if shown_results:
+                    show("")
+                show_answer(sample.request, result, show)
+            shown_results.append(result)
     return shown_results
 
 
@@ -2968,15 +3021,16 @@ def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
         for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
             show(line)
     paths = batch_paths(batch.id)
-    sizes: dict[str, int] = {}
+    saved = Saved({}, set())
     try:
         if args.auto_save and batch.has_ended:
-            sizes = save_files(api, batch, paths, skip_complete=True)
+            saved = save_files(api, batch, paths, skip_complete=True)
     finally:
         if args.json:
-            show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in sizes}))
-    for kind, size in sizes.items():
+            show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}))
+    for kind, size in saved.sizes.items():
         (api.console.message if args.json else show)(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
+    saved.refuse_gone_output()
 
 
 def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -2991,39 +3045,46 @@ def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
     """Poll until every batch has ended or cannot be looked at."""
     poller, active = Poller(api), dict.fromkeys(args.batch_ids)
     all_polled = Polled([], {})
-    with api.clock.limit(args.timeout):
-        while True:
-            polled = poller.poll(active)
-            all_polled.ended.extend(polled.ended)
-            all_polled.lost.update(polled.lost)
-            for batch_id in [*(batch.id for batch in polled.ended), *polled.lost]:
-                del active[batch_id]
-            if poller.latest:
-                poller.report()
-            if not active:
-                return all_polled
-            api.clock.sleep(args.interval)
+    while True:
+        polled = poller.poll(active)
+        all_polled.ended.extend(polled.ended)
+        all_polled.lost.update(polled.lost)
+        for batch_id in [*(batch.id for batch in polled.ended), *polled.lost]:
+            del active[batch_id]
+        if poller.latest:
+            poller.report()
+        if not active:
+            return all_polled
+        api.clock.sleep(args.interval)
+
+
+def save_polled(args: argparse.Namespace, api: Api, polled: Polled) -> int:
+    """Show and save each batch that was waited for. The exit code."""
+    batches = {batch.id: batch for batch in polled.ended}
+
+    def save_or_fail(batch_id: str) -> None:
+        if batch_id in polled.lost:
+            raise polled.lost[batch_id]
+        show_and_save(args, api, batches[batch_id])
+
+    exit_code = each_batch(args.batch_ids, api.console, save_or_fail)
+    return exit_code or int(any(batch.status != "completed" for batch in polled.ended))
 
 
 def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    advice = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
+    resume = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
+    advice = f"the batches keep running on the server; {resume}"
     with connect(args, console, clock) as api:
         try:
-            polled = wait_for_end(api, args)
+            with clock.limit(args.timeout):
+                polled = wait_for_end(api, args)
+                advice = resume
+                return save_polled(args, api, polled)
         except TimedOut:
-            raise TimedOut(f"--timeout passed; the batches keep running on the server; {advice}") from None
+            raise TimedOut(f"--timeout passed; {advice}") from None
         except Exit:
-            console.message(f"the batches keep running on the server; {advice}")
+            console.message(advice)
             raise
-        batches = {batch.id: batch for batch in polled.ended}
-
-        def save_or_fail(batch_id: str) -> None:
-            if batch_id in polled.lost:
-                raise polled.lost[batch_id]
-            show_and_save(args, api, batches[batch_id])
-
-        exit_code = each_batch(args.batch_ids, console, save_or_fail)
-    return exit_code or int(any(batch.status != "completed" for batch in polled.ended))
 
 
 # retrieve
@@ -3048,17 +3109,18 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
         raise CommandError(f"Batch completed, but its results are not there yet ({batch.counts.completed} requests "
                            "succeeded); try again in a minute")
     paths = batch_paths(batch.id, args.output)
-    sizes = save_files(api, batch, paths)
-    for kind, size in sizes.items():
+    saved = save_files(api, batch, paths)
+    for kind, size in saved.sizes.items():
         line = f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)"
         if args.output == STDOUT:
             api.console.message(line)
         else:
             print_result(line, api.console)
+    saved.refuse_gone_output()
     if batch.status == "failed":
         raise CommandError(f"Batch failed: {batch.failure_reasons()}")
-    if "results" not in sizes:
-        errors = f": {most_common_errors(paths['errors'])}" if sizes else ""
+    if "results" not in saved.sizes:
+        errors = f": {most_common_errors(paths['errors'])}" if saved.sizes else ""
         raise CommandError(f"Batch has no results (status: {batch.status}){errors}")
     if batch.status != "completed":
         raise CommandError(f"Batch {batch.status} with {batch.counts.completed or 0} of {batch.counts.total or 0} "
@@ -3090,6 +3152,8 @@ def cancellation_lines(batch: Batch) -> Iterator[str]:
 def cmd_cancel(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     def cancel(batch_id: str) -> None:
         batch = api.cancel(batch_id)
+        if batch.has_ended and batch.status != "cancelled":
+            raise CommandError(f"Batch has already ended (status: {batch.raw['status']})")
         for line in [batch_json(batch)] if args.json else cancellation_lines(batch):
             print_result(line, console)
 
@@ -3117,11 +3181,17 @@ def table(batches: Iterable[Batch]) -> Iterator[str]:
 
 
 def listed_batches(api: Api, limit: int) -> Iterator[Batch]:
-    """The newest batches. Warns where the server's listing does not come to an end."""
+    """The newest batches. Warns if the server's listing does not come to an end."""
+    seen: set[str] = set()
     try:
         for page in api.pages(min(limit, PAGE_SIZE)):
-            yield from page.batches
+            for batch in page.batches:
+                if batch.id not in seen:
+                    seen.add(batch.id)
+                    yield batch
     except IncompleteListing as error:
+        if not seen:
+            raise
         api.console.warn(str(error))
 
 
@@ -3910,7 +3980,7 @@ def main(
 ) -> int:
     """Run the command line. The exit code."""
     gc.disable()  # there are few reference cycles here; looking for them takes a fifth of the time, also of the imports
-    console = Console(sys.stderr, functools.partial(redact, hidden=secrets_in_environment()))
+    console = Console(sys.stderr, redact)
     try:
         with stopping_on_signals():
             args = parse_args(argv)

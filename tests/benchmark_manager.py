@@ -41,21 +41,39 @@ def request_line(number: int) -> str:
     return json.dumps(request, ensure_ascii=False) + "\n"
 
 
+UNSET = ("background", "incomplete_details", "instructions", "max_output_tokens", "max_tool_calls",
+         "previous_response_id", "prompt_cache_key", "safety_identifier", "user")
+
+
+def response_body(number: int, name: str, text: str) -> dict[str, object]:
+    """A Response with the fields that the OpenAPI document lists."""
+    content = [{"type": "output_text", "annotations": [], "logprobs": [], "text": text}]
+    return {
+        "id": f"resp_{number:048x}", "object": "response", "created_at": 1790000000 + number, "status": "completed",
+        "error": None, **dict.fromkeys(UNSET), "model": "gpt-x-2026-09-22",
+        "output": [
+            {"id": f"rs_{number:048x}", "type": "reasoning", "summary": []},
+            {"id": f"msg_{number:048x}", "type": "message", "status": "completed", "content": content,
+             "role": "assistant"},
+        ],
+        "parallel_tool_calls": True, "reasoning": {"effort": "medium", "summary": None}, "service_tier": "default",
+        "store": True, "temperature": 1.0, "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": "auto", "tools": [], "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled",
+        "usage": {"input_tokens": 120, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 150,
+                  "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 270},
+        "metadata": {"artist_name": name},
+    }
+
+
 def result_line(number: int, request_sha256: str = "") -> str:
-    """A result of about 1.4 kilobytes; one in a hundred is a server error."""
+    """A result of about two kilobytes; one in a hundred is a server error."""
     custom_id, name, facts = artist_of(number)
     if number % 100 == 7:
         response = {"status_code": 500, "request_id": "r", "body": {"error": {"code": "server_error", "message": "m"}}}
     else:
-        content = [{"type": "output_text", "annotations": [], "text": f"{name}: {facts}. " * 4}]
-        body = {
-            "id": f"resp_{number}", "object": "response", "status": "completed", "error": None, "model": "gpt-x",
-            "output": [{"id": "rs", "type": "reasoning", "summary": []},
-                       {"id": "msg", "type": "message", "role": "assistant", "content": content}],
-            "usage": {"input_tokens": 120, "output_tokens": 150, "total_tokens": 270},
-        }
-        response = {"status_code": 200, "request_id": f"req_{number}", "body": body}
-    result = {"id": f"b{number}", "custom_id": custom_id, "response": response, "error": None}
+        body = response_body(number, name, f"{name}: {facts}. " * 4)
+        response = {"status_code": 200, "request_id": f"req_{number:032x}", "body": body}
+    result = {"id": f"batch_req_{number:032x}", "custom_id": custom_id, "response": response, "error": None}
     if request_sha256:
         result["request_sha256"] = request_sha256
     return json.dumps(result, ensure_ascii=False) + "\n"

@@ -184,6 +184,24 @@ def test_what_looks_like_a_key_is_hidden(text: str, shown: str) -> None:
     assert batch_tool.redact(text) == shown
 
 
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("two\n words ", "two words"),
+        ("名" * 500, "名" * 200 + " …"),
+        ("word " * 100, "word " * 40 + "…"),
+        ("HTTP " + "x" * 300, "HTTP " + "x" * 195 + " …"),
+        ("x" * 190 + f" {KEY} ", "x" * 190 + " [secret]"),
+        ("x" * 190 + KEY, "x" * 190 + "[secret]"),
+    ],
+)
+def test_a_long_text_is_cut_between_words_where_there_are_some(
+    text: str, shown: str, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert batch_tool.shorten(text) == shown
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 
@@ -594,8 +612,9 @@ def test_an_answer_in_a_charset_that_it_is_not_in_is_no_answer(
     headers = {"content-type": f"text/html; charset={charset}"}
     api.faults.append(Fault("GET", times=3, status=status, body=b"<html>Bad gateway", headers=headers))
     assert tool("status", "--batch-id", "batch_1") == 1
-    words = "GET_STATUS: " if status == 404 else "the response is not a JSON object: "
-    assert capsys.readouterr().err.startswith(f"batch_tool.py: error: batch_1: {words}")
+    err = capsys.readouterr().err
+    assert err.startswith("batch_tool.py: error: batch_1: GET_STATUS: ")
+    assert f"{api.base_url}/" in err
 
 
 def test_fields_that_no_batch_has_are_kept_and_do_no_harm(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -612,9 +631,16 @@ def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
     assert batch_tool.quoted(value) == '"nested too deeply"'
 
 
-@pytest.mark.parametrize("seconds, naps", [("250", [250, 250]), ("601", []), ("1", [1, 1, 2, 4, 8, 16, 32, *[60] * 8])])
+@pytest.mark.parametrize(
+    "seconds, naps, advice",
+    [
+        ("250", [250, 250], ""),
+        ("601", [], "; run the same command again in 11 minutes"),
+        ("1", [1, 1, 2, 4, 8, 16, 32, *[60] * 8], ""),
+    ],
+)
 def test_a_rate_limit_is_waited_out_ten_minutes_at_most(
-    seconds: str, naps: list[float], api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+    seconds: str, naps: list[float], advice: str, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     api.faults.append(Fault("GET", status=429, times=99, headers={"Retry-After": seconds}, message="Slow down"))
     assert tool("list") == 1
@@ -622,7 +648,16 @@ def test_a_rate_limit_is_waited_out_ten_minutes_at_most(
     *warnings, last = capsys.readouterr().err.splitlines(keepends=True)
     reason = "LIST_BATCHES: HTTP 429: Slow down (rate_limit_exceeded)"
     assert warnings == [warning(f"{reason}; trying again in {nap} s") for nap in naps]
-    assert last == error(reason)
+    assert last == error(reason + advice)
+
+
+def test_a_pause_is_shown_in_whole_seconds_but_never_as_none(
+    api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    api.faults.append(Fault("GET", status=429, message="Slow down"))
+    assert tool("list") == 0
+    assert clock.naps == [0.5]
+    assert capsys.readouterr().err.endswith("; trying again in 1 s\n")
 
 
 def test_a_used_up_quota_is_not_a_rate_limit(api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture) -> None:
@@ -643,6 +678,12 @@ def test_an_answer_that_is_a_page_is_shown_in_part_and_on_one_line(
     assert err.startswith(r"batch_tool.py: error: LIST_BATCHES: HTTP 403: <html> <body>\u001b[31m Not here word word ")
     assert err.endswith("word …\n")
     assert (err.count("\n"), len(err) < 300) == (1, True)
+
+
+def test_a_long_error_code_is_shortened(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    api.faults.append(Fault("GET", status=403, message="No", code="c" * 5000))
+    assert tool("list") == 1
+    assert capsys.readouterr().err == error(f"LIST_BATCHES: HTTP 403: No ({'c' * 200} …)")
 
 
 def test_a_message_of_3_mb_is_shortened(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -710,7 +751,7 @@ def test_a_redirect_to_another_server_is_not_followed(
         api.faults.append(Fault("GET", status=307, headers=headers, body=b""))
         assert tool("list") == 1
         assert (len(api.exchanges), other.exchanges) == (1, [])
-    reason = "LIST_BATCHES: HTTP 307: a redirect to another server is not followed"
+    reason = "LIST_BATCHES: HTTP 307: this redirect is not followed"
     assert capsys.readouterr() == ("", error(f"{reason}; is {api.base_url}/ the base URL of the API?"))
 
 
@@ -887,6 +928,57 @@ def test_an_answer_that_is_lost_is_not_asked_for_again(
     assert second == f"a2 Artist a2\n{bio_of('a2')}\n"
     assert (posts(api, "/v1/responses"), clock.naps) == (2, [])
     assert custom_ids(Path("results.jsonl").read_bytes()) == ["a2"]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refusal_that_is_a_page_ends_the_command(
+    status: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file()
+    api.faults.append(Fault("POST", "/responses$", status=status, body=b"<html>Bad request</html>"))
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr() == ("", sending(2) + error(f"PREVIEW: HTTP {status}: <html>Bad request</html>"))
+
+
+def test_a_server_that_cannot_be_reached_ends_the_preview(
+    tool: Tool, clock: FakeTime, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    requests_file()
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"{sending(2)}batch_tool.py: error: cannot reach http://127.0.0.1:9/v1/: ")
+
+
+def test_a_lone_surrogate_is_sent_as_it_stands_in_the_file(api: LocalBatchAPI, tool: Tool) -> None:
+    requests_file(request(body={"model": MODEL, "input": "\udfff"}))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert api.answered == [{"model": MODEL, "input": "\udfff"}]
+
+
+@pytest.mark.parametrize("model", [".", "..", "a/../b", "%2e"])
+def test_a_model_that_cannot_be_looked_at_is_sent_all_the_same(model: str, api: LocalBatchAPI, tool: Tool) -> None:
+    requests_file(request(body={"model": model, "input": "Who?"}))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert [body["model"] for body in api.answered] == [model]
+
+
+def test_a_pipe_takes_all_answers(api: LocalBatchAPI, tool: Tool) -> None:
+    requests_file()
+    os.mkfifo("pipe")
+    with subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE) as reader:
+        assert tool("preview", "--in", "requests.jsonl", "--out", "pipe") == 0
+        assert custom_ids(reader.communicate(timeout=30)[0]) == ["a1", "a2"]
+
+
+def test_an_answer_that_cannot_be_kept_is_shown(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file()
+    assert tool("preview", "--in", "requests.jsonl", "--out", "/dev/full") == 1
+    out, err = capsys.readouterr()
+    assert out == f"a1 Artist a1\n{bio_of('a1')}\n"
+    assert err == sending(2) + error("cannot write /dev/full: No space left on device")
 
 
 @pytest.mark.parametrize("status, reason", [
@@ -1066,6 +1158,15 @@ def test_a_completion_window_that_the_api_refuses_is_an_error_and_the_file_is_de
     words = "Invalid value for 'completion_window': only '24h' is supported."
     assert err == error(f"CREATE_BATCH: HTTP 400: {words}")
     assert (api.files, api.batches) == ({}, {})
+
+
+def test_a_file_whose_id_cannot_be_printed_is_deleted(api: LocalBatchAPI, work: Path) -> None:
+    requests_file()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "batch_tool.py"), "create", "--in", "requests.jsonl"],
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, error("cannot write stdout: No space left on device"))
+    assert (asked(api, "POST", "/files"), asked(api, "DELETE", "/files/"), api.files) == (1, 1, {})
 
 
 def test_a_file_beyond_the_most_requests_becomes_several_batches(
@@ -2210,9 +2311,12 @@ def test_a_terminal_that_goes_away_does_not_end_the_waiting(
         assert tool("wait", "--batch-id", "batch_1") == 0
 
 
-def test_the_time_for_waiting_is_not_one_for_saving(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+def test_the_timeout_is_one_for_saving_too(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.new_batch("completed", output=jsonl(success()), id="batch_1")
     api.faults.append(Fault("GET", "/content$", status=503, headers={"Retry-After": "30"}))
+    assert tool("wait", "--batch-id", "batch_1", "--timeout", "3") == 3
+    resume = "to resume waiting: batch_tool.py wait --batch-id batch_1"
+    assert capsys.readouterr().err.endswith(error(f"--timeout passed; {resume}"))
     assert tool("wait", "--batch-id", "batch_1", "--timeout", "3") == 0
     assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success())
 
@@ -2312,9 +2416,12 @@ def test_wait_ends_with_3_when_its_time_is_up(api: LocalBatchAPI, tool: Tool, cl
     assert capsys.readouterr().err.endswith(error(f"--timeout passed; {resume}"))
 
 
-@pytest.mark.parametrize("path", ["/batches/", "/content$"])
-def test_a_server_that_drips_does_not_outlast_the_timeout(path: str, api: LocalBatchAPI, capsys: Capture) -> None:
-    late_batch(api, {"output": b""})
+@pytest.mark.parametrize("path, output", [("/batches/", b""), ("/content$", b""), ("/content$", b"{}" * 99)],
+                         ids=["poll", "look for output", "download"])
+def test_a_server_that_drips_does_not_outlast_the_timeout(
+    path: str, output: bytes, api: LocalBatchAPI, capsys: Capture
+) -> None:
+    late_batch(api, {"output": output})
     api.faults.append(Fault("GET", path, action="drip", seconds=0.3))  # some hundred bytes
     assert batch_tool.main(["wait", "--batch-id", "batch_1", "--timeout", "0.3"]) == 3
     assert "error: --timeout passed; " in capsys.readouterr().err
@@ -2410,7 +2517,11 @@ def test_out_can_be_a_fifo(api: LocalBatchAPI, tool: Tool) -> None:
     os.close(reader)
 
 
-@pytest.mark.parametrize("out, reason", [(".", "it is a directory"), ("/proc/x/y", "No such file or directory")])
+@pytest.mark.parametrize("out, reason", [
+    (".", "it is a directory"),
+    ("/proc/x/y", "No such file or directory"),
+    ("x" * 300, "File name too long"),
+])
 def test_an_out_that_cannot_be_written_is_said_before_any_request(
     out: str, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
@@ -2606,10 +2717,21 @@ def test_an_output_file_that_is_gone_is_an_error_that_names_the_batch(
 ) -> None:
     done_batch(api, output_file_id="file-gone")
     assert tool(command, "--batch-id", "batch_1") == 1
-    assert capsys.readouterr().err.endswith(error(
-        "batch_1: the output file of batch batch_1 is gone at the server; an earlier download may still have its "
-        "results, and run --force sends its requests, and pays for them, again"
+    out, err = capsys.readouterr()
+    assert err.endswith(error(
+        "batch_1: its output file is gone at the server; an earlier download may still have its results; run --force "
+        "sends its requests, and pays for them, again"
     ))
+    assert out.endswith(f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n")
+
+
+def test_with_json_a_saved_error_file_is_named_although_the_output_file_is_gone(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    done_batch(api, output_file_id="file-gone")
+    assert tool("status", "--batch-id", "batch_1", "--json") == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["errors_path"], "results_path" in shown) == ("errors_batch_1.jsonl", False)
 
 
 @pytest.mark.parametrize("command", ["status", "wait", "retrieve"])
@@ -2695,6 +2817,21 @@ def test_a_batch_that_has_ended_cannot_be_cancelled(api: LocalBatchAPI, tool: To
     assert asked(api, "POST") == 1
 
 
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        ({"id": "batch_1", "status": "Completed"}, "Batch has already ended (status: Completed)"),
+        ({"id": "batch_2", "status": "cancelling"}, "the response is another batch: batch_2"),
+    ],
+)
+def test_an_answer_that_is_no_cancellation_is_not_taken_for_one(
+    body: Json, reason: str, api: LocalBatchAPI, tool: Tool, clock: FakeTime, capsys: Capture
+) -> None:
+    api.faults.append(Fault("POST", "/cancel$", status=200, body=json.dumps(body).encode(), times=3))
+    assert tool("cancel", "--batch-id", "batch_1") == 1
+    assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
+
+
 def test_a_cancellation_whose_answer_is_lost_is_asked_for_again(api: LocalBatchAPI, tool: Tool) -> None:
     api.new_batch("in_progress", id="batch_1")
     api.faults.append(Fault("POST", when="after", action="reset"))
@@ -2724,6 +2861,18 @@ def test_a_list_that_never_ends_is_shown_with_a_warning(api: LocalBatchAPI, tool
     assert tool("list", "--limit", "500") == 0
     out, err = capsys.readouterr()
     assert (out.count("\n"), err) == (101, warning(REPEATED))
+
+
+@pytest.mark.parametrize("page, code, out", [
+    ({"data": [{"id": "batch_1", "status": "completed"}]}, 0, "batch_1"),
+    ({"data": [], "has_more": True}, 1, ""),
+])
+def test_a_page_that_is_repeated_is_shown_once_and_an_empty_one_is_not_an_empty_list(
+    page: Json, code: int, out: str, api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    api.faults.append(Fault("GET", status=200, body=json.dumps(page).encode(), times=9))
+    assert tool("list", "--limit", 5) == code
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*filter(None, [out])]
 
 
 def test_an_empty_list_says_so(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -3500,7 +3649,7 @@ def test_an_error_is_logged_with_its_stack_on_one_line(api: LocalBatchAPI, tool:
     "path, reason",
     [(".", "open the log .: Is a directory; choose another with --log-file"),
      ("/dev/null/x", "open the log /dev/null/x: File exists; choose another with --log-file"),
-     ("/dev/full", "write the log: [Errno 28] No space left on device")],
+     ("/dev/full", "write the log /dev/full: No space left on device; choose another with --log-file")],
 )
 def test_a_log_that_cannot_be_written_ends_the_command_before_any_request(
     path: str, reason: str, api: LocalBatchAPI, tool: Tool, capsys: Capture

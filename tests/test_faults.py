@@ -356,7 +356,8 @@ def test_a_log_on_a_full_disk_ends_the_command_before_it_costs_anything(
     for command in (CREATE, RUN):
         assert manage(*command, "--log-file", "/dev/full") == 1
         assert capfd.readouterr().err == (
-            "batch_tool.py: error: cannot write the log: [Errno 28] No space left on device\n"
+            "batch_tool.py: error: cannot write the log /dev/full: No space left on device; choose another with "
+            "--log-file\n"
         )
     assert api.exchanges == []
 
