@@ -120,7 +120,7 @@ def positive_int(text: str) -> int:
 def encoding_name(text: str) -> str:
     try:
         "".encode(text)
-    except (LookupError, UnicodeError, ValueError):
+    except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
     return text
 
@@ -174,20 +174,19 @@ def flushed(file: BinaryIO) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def stdout_bytes() -> Iterator[BinaryIO]:
-    """stdout as a file that takes every byte, flushed at the end."""
+    """stdout as a file that takes every byte, flushed at the end. Raises Exit if nobody reads it any more."""
     if sys.stdout is None:
-        raise BrokenPipeError
-    file = cast(BinaryIO, sys.stdout.buffer)
+        raise Exit(1)
+    file = sys.stdout.buffer
     with contextlib.suppress(io.UnsupportedOperation):  # stdout has no file descriptor in some tests
         os.set_blocking(file.fileno(), True)  # a full non-blocking pipe refuses bytes
-    if not isinstance(file, io.RawIOBase):
-        with flushed(file):
-            yield file
-        return
-    buffered = io.BufferedWriter(file)  # PYTHONUNBUFFERED makes stdout raw, and a raw write may take only a part
+    raw = getattr(file, "raw", file)  # with PYTHONUNBUFFERED, stdout is raw, and a raw write may take only a part
+    buffered = io.BufferedWriter(raw)
     try:
         with flushed(buffered):
             yield buffered
+    except BrokenPipeError:
+        raise Exit(1) from None
     finally:
         buffered.detach()  # else it closes stdout
 
@@ -223,7 +222,7 @@ def open_output(path: str, advice: str = "") -> Iterator[BinaryIO]:
 
     A stream is written directly.
     """
-    try:
+    with os_errors_as(f"write {shown(path)}", advice):
         if path == STDOUT:
             with stdout_bytes() as file:
                 yield file
@@ -233,10 +232,6 @@ def open_output(path: str, advice: str = "") -> Iterator[BinaryIO]:
         else:
             with atomic_replace(os.path.realpath(path)) as file:
                 yield file
-    except OSError as error:
-        if path == STDOUT and isinstance(error, BrokenPipeError):
-            raise Exit(1) from None
-        raise CommandError(f"cannot write {shown(path)}: {error.strerror or error}{advice}") from None
 
 
 class Console:
@@ -341,9 +336,7 @@ def stopping_on_signals() -> Iterator[None]:
 # ---- CSV headers, in both scripts
 
 DELIMITERS = (",", ";", "\t", "|")
-BLANKS = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) + (
-    "\u2028\u2029\u202f\u205f\u3000\ufeff"  # what str.strip() removes, and U+200B and U+FEFF
-)
+BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
 BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",

@@ -30,7 +30,6 @@ import argparse
 import codecs
 import contextlib
 import csv
-import functools
 import gc
 import io
 import json
@@ -43,7 +42,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, cast
 
 PROG = "gen_batch_jsonl.py"
@@ -114,7 +113,7 @@ def positive_int(text: str) -> int:
 def encoding_name(text: str) -> str:
     try:
         "".encode(text)
-    except (LookupError, UnicodeError, ValueError):
+    except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
     return text
 
@@ -168,20 +167,19 @@ def flushed(file: BinaryIO) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def stdout_bytes() -> Iterator[BinaryIO]:
-    """stdout as a file that takes every byte, flushed at the end."""
+    """stdout as a file that takes every byte, flushed at the end. Raises Exit if nobody reads it any more."""
     if sys.stdout is None:
-        raise BrokenPipeError
-    file = cast(BinaryIO, sys.stdout.buffer)
+        raise Exit(1)
+    file = sys.stdout.buffer
     with contextlib.suppress(io.UnsupportedOperation):  # stdout has no file descriptor in some tests
         os.set_blocking(file.fileno(), True)  # a full non-blocking pipe refuses bytes
-    if not isinstance(file, io.RawIOBase):
-        with flushed(file):
-            yield file
-        return
-    buffered = io.BufferedWriter(file)  # PYTHONUNBUFFERED makes stdout raw, and a raw write may take only a part
+    raw = getattr(file, "raw", file)  # with PYTHONUNBUFFERED, stdout is raw, and a raw write may take only a part
+    buffered = io.BufferedWriter(raw)
     try:
         with flushed(buffered):
             yield buffered
+    except BrokenPipeError:
+        raise Exit(1) from None
     finally:
         buffered.detach()  # else it closes stdout
 
@@ -217,7 +215,7 @@ def open_output(path: str, advice: str = "") -> Iterator[BinaryIO]:
 
     A stream is written directly.
     """
-    try:
+    with os_errors_as(f"write {shown(path)}", advice):
         if path == STDOUT:
             with stdout_bytes() as file:
                 yield file
@@ -227,10 +225,6 @@ def open_output(path: str, advice: str = "") -> Iterator[BinaryIO]:
         else:
             with atomic_replace(os.path.realpath(path)) as file:
                 yield file
-    except OSError as error:
-        if path == STDOUT and isinstance(error, BrokenPipeError):
-            raise Exit(1) from None
-        raise CommandError(f"cannot write {shown(path)}: {error.strerror or error}{advice}") from None
 
 
 class Console:
@@ -335,9 +329,7 @@ def stopping_on_signals() -> Iterator[None]:
 # ---- CSV headers, in both scripts
 
 DELIMITERS = (",", ";", "\t", "|")
-BLANKS = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200C))) + (
-    "\u2028\u2029\u202f\u205f\u3000\ufeff"  # what str.strip() removes, and U+200B and U+FEFF
-)
+BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
 BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -441,7 +433,6 @@ PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
 LINE_END = re.compile(rb"\r\n|\r|\n|\Z")
 UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
-REPEATED_HEADER = "repeated header"
 DELIMITER_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 NULL_NAMES = frozenset(b"NaN nan NAN NULL null Null N/A n/a #N/A #n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split())
 FOREIGN_FILES = {  # by their first bytes
@@ -466,14 +457,12 @@ JSON_ESCAPES = {  # the backslash first, because the other escapes bring backsla
 UNESCAPED_BYTES = bytes({*range(256)} - {*b"".join(JSON_ESCAPES)})
 LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
 
-HIDDEN_BLANKS = b"\xf7\xf9\xfa".decode("utf-8", "surrogateescape")
-ALL_BLANKS = BLANKS + HIDDEN_BLANKS
-ENCODED_BLANKS = [char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS]
-SHORT_BLANKS = b"".join(blank for blank in ENCODED_BLANKS if len(blank) == 1)
-LONG_BLANKS = frozenset(blank for blank in ENCODED_BLANKS if len(blank) > 1)  # two or three bytes
-BLANK_BYTES = bytes({*b"".join(ENCODED_BLANKS)})
-SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))
-NAME_THE_ENCODING = "name the encoding of the CSV with --encoding"
+HIDDEN_BLANKS = HIDDEN[b"\t"] + HIDDEN[b"\n"] + HIDDEN[b"\r"]
+ALL_BLANKS = BLANKS + HIDDEN_BLANKS.decode("utf-8", "surrogateescape")
+SHORT_BLANKS = bytes(char for char in BLANKS.encode() if char < 128) + HIDDEN_BLANKS
+LONG_BLANKS = frozenset(char.encode() for char in BLANKS if not char.isascii())  # two or three bytes each
+BLANK_BYTES = bytes({*BLANKS.encode(), *HIDDEN_BLANKS})
+SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))  # for str.translate: leaves these out
 UNDECODABLE = "mark_undecodable"  # an error handler: it decodes bytes that are not valid as a lone surrogate
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 
@@ -486,6 +475,9 @@ class Problem(NamedTuple):
     advice: str = ""
 
 
+REPEATED_HEADER = Problem("repeated header", "repeats the header")
+
+
 class Layout(NamedTuple):
     """How to read the rows. `used` are the columns that the requests need: artist_id, artist_name, then others."""
 
@@ -496,21 +488,14 @@ class Layout(NamedTuple):
     header_keys: list[str]  # the names of the header, as they are compared
 
 
-class Swallowing(NamedTuple):
-    """A row that seems to hold other rows: its line, and theirs."""
-
-    line: int
-    held: list[int]
-
-
 class Rows(NamedTuple):
     """Rows of a block: the line where each begins, and for each used column the trimmed values."""
 
     lines: Sequence[int]
     columns: list[list[bytes]]
-    swallowing: list[Swallowing]
-    needs_escapes: bool  # values have characters, apart from hidden ones, that JSON escapes
     next_line: int
+    swallowed: dict[int, list[int]]  # by the line of a row: lines in it that look like rows
+    needs_escapes: bool  # values have characters, apart from hidden ones, that JSON escapes
 
 
 class Record(NamedTuple):
@@ -535,6 +520,10 @@ def to_text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
 
 
+def to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 def is_blank(value: bytes) -> bool:
     return not to_text(value).strip(BLANKS)
 
@@ -544,7 +533,7 @@ def trim_value(value: bytes) -> bytes:
     edges = (value[:2], value[:3], value[-2:], value[-3:])
     if value.strip(SHORT_BLANKS) is value and LONG_BLANKS.isdisjoint(edges):
         return value
-    return to_text(value).strip(ALL_BLANKS).encode("utf-8", "surrogateescape")
+    return to_bytes(to_text(value).strip(ALL_BLANKS))
 
 
 def trim(values: list[bytes]) -> list[bytes]:
@@ -581,27 +570,23 @@ def shape_of(artist_id: str) -> str:
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", artist_id.strip(BLANKS)))
 
 
-def lines_like_rows(text: bytes, artist_id: bytes, layout: Layout) -> list[int]:
-    """Which lines of a record, counted from its first, look like rows of their own.
+def lines_like_rows(text: bytes, line: int, artist_id: bytes, layout: Layout) -> list[int]:
+    """The lines of a record, after its first, that look like rows: as many fields, and an id of the same shape.
 
-    They have the right number of fields and an id of the same shape as `artist_id`. If ids are only letters or only
-    digits, a line of prose may look so too, but prose has blanks after its commas. `text` is the record without quotes.
+    If the shape has only letters or only digits, prose can match it by accident; a line with a blank after a delimiter
+    is then taken for prose. `text` is the record without quotes, `line` is its first line.
     """
-    shape = ""
-    found = []
-    for offset, line in enumerate(text.splitlines()[1:], 1):
-        fields = line.split(layout.delimiter)
+    shape, found = "", []
+    for number, each in enumerate(text.splitlines()[1:], line + 1):
+        fields = each.split(layout.delimiter)
         if len(fields) == layout.width:
             shape = shape or shape_of(to_text(artist_id))
-            is_prose = not {"a", "0"} <= {*shape} and any(field[:1].isspace() for field in fields[1:])
-            if shape_of(to_text(fields[layout.used[0]])) == shape and not is_prose:
-                found.append(offset)
+            may_be_prose = not {"a", "0"} <= {*shape}
+            if shape_of(to_text(fields[layout.used[0]])) == shape and not (
+                may_be_prose and any(field[:1].isspace() for field in fields[1:])
+            ):
+                found.append(number)
     return found
-
-
-def squeeze(name: str) -> str:
-    """The name without case, blanks, hyphens and underscores."""
-    return name.casefold().translate(SQUEEZED)
 
 
 # -- CSV: a block as a whole -------------------------------------------------------------------------------------
@@ -652,20 +637,19 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
 
 
 def lines_of_records(
-    records: list[bytes], artist_ids: list[bytes], first_line: int, layout: Layout
-) -> tuple[list[int], list[Swallowing], int]:
-    """The line where each record begins, which records seem to hold other rows, and the line after the last record."""
-    lines, swallowing = [], []
-    line = first_line
+    records: list[bytes], artist_ids: list[bytes], line: int, layout: Layout
+) -> tuple[list[int], int, dict[int, list[int]]]:
+    """The line where each record begins, the line after them, and the lines in records that look like rows."""
+    lines, swallowed = [], {}
     for record, artist_id in zip(records, artist_ids, strict=True):
         lines.append(line)
         if HIDDEN[b"\n"] in record or HIDDEN[b"\r"] in record:
             text = record.translate(REVEAL)
-            if offsets := lines_like_rows(text, artist_id, layout):
-                swallowing.append(Swallowing(line, [line + offset for offset in offsets]))
+            if held := lines_like_rows(text, line, artist_id, layout):
+                swallowed[line] = held
             line += count_line_ends(text)
         line += 1
-    return lines, swallowing, line
+    return lines, line, swallowed
 
 
 def plain_block(block: bytes, delimiter: bytes) -> bytes | None:
@@ -692,10 +676,11 @@ def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None
 
 
 def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether an id has a hidden character, or could be a name of the header: then its row may repeat the header."""
+    """Whether an id could be a column name, as in a repeated header. One with a hidden character counts, too."""
     ids = b",".join([b"", *artist_ids, b""])
-    squeezed = squeeze(to_text(ids))
-    return ids.translate(REVEAL) != ids or any(f",{squeeze(key)}," in squeezed for key in layout.header_keys if key)
+    squeezed = to_text(ids).casefold().translate(SQUEEZED)
+    keys = [key.translate(SQUEEZED) for key in layout.header_keys if key]
+    return ids.translate(REVEAL) != ids or any(f",{key}," in squeezed for key in keys)
 
 
 def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
@@ -722,19 +707,13 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
     needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
     if HIDDEN[b"\n"] in plain or HIDDEN[b"\r"] in plain:
         records = plain.split(b"\n", number)[:number]
-        lines, swallowing, next_line = lines_of_records(records, columns[0], first_line, layout)
-        return Rows(lines, columns, swallowing, needs_escapes, next_line)
+        lines, next_line, swallowed = lines_of_records(records, columns[0], first_line, layout)
+        return Rows(lines, columns, next_line, swallowed, needs_escapes)
     next_line = first_line + number
-    return Rows(range(first_line, next_line), columns, [], needs_escapes, next_line)
+    return Rows(range(first_line, next_line), columns, next_line, {}, needs_escapes)
 
 
 # -- CSV: a record by itself -------------------------------------------------------------------------------------
-
-
-class Field(NamedTuple):
-    value: bytes
-    end: int
-    is_closed: bool  # false if its closing quote is missing
 
 
 class Parsed(NamedTuple):
@@ -746,23 +725,16 @@ class Parsed(NamedTuple):
     is_open: bool = False  # more data could change the outcome
 
 
-def read_field(data: bytes, at: int, delimiter: bytes) -> Field:
+def read_field(data: bytes, at: int, delimiter: bytes) -> tuple[bytes, int]:
+    """The field that begins at `at`, and where it ends: past the end of the data if its closing quote is missing."""
     if not data.startswith(b'"', at):
         unquoted = cast(re.Match[bytes], UNQUOTED[delimiter].match(data, at))
-        return Field(unquoted[0], unquoted.end(), True)
+        return unquoted[0], unquoted.end()
     closing = data.find(b'"', at + 1)
     while closing >= 0 and data.startswith(b'"', closing + 1):  # a doubled quote
         closing = data.find(b'"', closing + 2)
     end = len(data) if closing < 0 else closing
-    return Field(data[at + 1 : end].replace(b'""', b'"'), min(end + 1, len(data)), closing >= 0)
-
-
-def excess(field: bytes, max_chars: int) -> int:
-    """Where the field passes the longest length allowed; 0 if it does not."""
-    if len(field) <= max_chars:
-        return 0
-    text = to_text(field)
-    return len(text[: max_chars + 1].encode("utf-8", "surrogateescape")) if len(text) > max_chars else 0
+    return data[at + 1 : end].replace(b'""', b'"'), end + 1
 
 
 def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: int = MAX_FIELD_CHARS) -> Parsed:
@@ -774,18 +746,18 @@ def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: 
     fields: list[bytes] = []
     at = start
     while True:
-        field = read_field(data, at, layout.delimiter)
-        if end := excess(field.value, max_chars):
-            noticed = line_at(at) + count_line_ends(field.value[:end])
+        value, end = read_field(data, at, layout.delimiter)
+        if len(value) > max_chars and len(text := to_text(value)) > max_chars:
+            noticed = line_at(at) + count_line_ends(to_bytes(text[: max_chars + 1]))
             detail = f"a field exceeds {max_chars} characters (noticed on line {noticed})"
             return Parsed([], at, Problem("field too long", detail))
-        if not field.is_closed:
+        if end > len(data):
             last_line = line_at(len(data)) - data.endswith((b"\n", b"\r"))
             detail = f"a quote is never closed (noticed at the end, line {last_line})"
             return Parsed([], at, Problem("malformed quoting", detail), is_open=True)
-        fields.append(field.value)
-        at = field.end
-        is_too_wide = len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(field.value)
+        fields.append(value)
+        at = end
+        is_too_wide = len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(value)
         if is_too_wide or not data.startswith(layout.delimiter, at):
             break
         at += len(layout.delimiter)
@@ -820,7 +792,7 @@ def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> P
     if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
         keys = [column_key(to_text(field)) for field in fields]
         if keys == layout.header_keys:
-            return Problem(REPEATED_HEADER, "repeats the header")
+            return REPEATED_HEADER
         if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
             raise CommandError(f"line {line}: names the columns again, but not as the header does; "
                                "convert the parts of the file one by one")
@@ -831,24 +803,18 @@ def not_valid(encoding: str) -> str:
     return f"not valid {encoding.upper() if encoding.lower().startswith('utf') else encoding}"
 
 
-def windows_reading(value: bytes, at: int) -> str:
-    """How the value reads in windows-1252 around the byte `at`. Empty if it is not valid there either."""
-    try:
-        return value[max(0, at - 30) : at + 30].decode("windows-1252").strip(BLANKS)
-    except UnicodeDecodeError:
-        return ""
-
-
 def undecodable(line: int, fields: list[bytes], layout: Layout, encoding: str) -> Problem | None:
-    """The first value that the requests use and that is not valid in the file's encoding."""
+    """The problem of the first used value that is not valid in the file's encoding."""
     for column, name in zip(layout.used, layout.names, strict=True):
         try:
             fields[column].decode()
         except UnicodeDecodeError as error:
-            what = not_valid(encoding)
-            reading = windows_reading(fields[column], error.start) if encoding == "utf-8" else ""
-            offer = f'if "{reading}" on line {line} looks right, add --encoding windows-1252'
-            return Problem(what, f"{name} is {what}", offer if reading else NAME_THE_ENCODING)
+            around = fields[column][max(0, error.start - 30) : error.start + 30]
+            reading = around.decode("windows-1252", "replace").strip(BLANKS)
+            advice = "name the encoding of the CSV with --encoding"
+            if encoding == "utf-8" and reading and "\ufffd" not in reading:
+                advice = f'if "{reading}" on line {line} looks right, add --encoding windows-1252'
+            return Problem(not_valid(encoding), f"{name} is {not_valid(encoding)}", advice)
     return None
 
 
@@ -978,18 +944,17 @@ class CsvReader:
         parsed = parse_record(self._data, self._at, self.line, layout)
         while parsed.is_open and self._fill():
             parsed = parse_record(self._data, self._at, self.line, layout)
-        fields = parsed.fields
+        if parsed.problem:
+            return Record(self.line, [], parsed.problem, self._line_size())
+        fields, size = parsed.fields, parsed.end - self._at
         if all(map(is_blank, fields[layout.width :])):
             fields = fields[: layout.width]
-        problem = parsed.problem
-        if not problem and all(map(is_blank, fields)):
-            fields = []
-        elif not problem:
-            problem = problem_of(self.line, fields, self._data[self._at : self._at + 500], layout)
-        size = parsed.end - self._at
-        if problem and problem.reason != REPEATED_HEADER:
+        if all(map(is_blank, fields)):
+            return Record(self.line, [], None, size)
+        problem = problem_of(self.line, fields, self._data[self._at : self._at + 500], layout)
+        if problem not in (None, REPEATED_HEADER):
             size = self._line_size()
-        return Record(self.line, fields, problem, size)
+        return Record(self.line, fields, problem or undecodable(self.line, fields, layout, self.encoding), size)
 
     def records(self, layout: Layout, size: int) -> Iterator[Record]:
         """Read records for at least `size` bytes, and yield those that are not blank."""
@@ -1032,12 +997,12 @@ def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
 
 
 def delimiter_of_row(reader: CsvReader, likely: str) -> str:
-    """The delimiter that divides the first row of a file without a header into three; else the comma."""
-    for delimiter in (likely, *DELIMITERS):
-        layout = Layout(delimiter.encode(), len(COLUMNS), [0], [""], [""])
-        if len(reader.record(layout).fields) == len(COLUMNS):
-            return delimiter
-    return ","
+    """The delimiter that splits the first row into three fields, or the comma if none does."""
+
+    def width(delimiter: str) -> int:
+        return len(reader.record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [""])).fields)
+
+    return next((delimiter for delimiter in (likely, *DELIMITERS) if width(delimiter) == len(COLUMNS)), ",")
 
 
 def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
@@ -1077,10 +1042,6 @@ class RequestTemplate(NamedTuple):
 
     constants: list[bytes]
     columns: list[int]  # indexes into the used columns, or SHORT_NAME
-
-    @property
-    def has_short_name(self) -> bool:
-        return SHORT_NAME in self.columns
 
     def render(self, columns: list[list[bytes]]) -> bytes:
         """The requests of some rows, one line each. The columns are escaped; the last one holds the short names."""
@@ -1195,7 +1156,7 @@ class SkipReport:
         self._max_listed = sys.maxsize if verbose else MAX_LISTED
 
     def add(self, line: int, problem: Problem) -> None:
-        if self._strict and problem.reason != REPEATED_HEADER:
+        if self._strict and problem != REPEATED_HEADER:
             advice = problem.advice or "without --strict the row is skipped"
             raise CommandError(f"line {line}: {problem.detail}; {advice}")
         self.reasons[problem.reason] += 1
@@ -1220,16 +1181,16 @@ class Progress:
         self._console = console
         self._source = source
         self._clock = clock
-        self._started = self._last_report = clock()
+        self._started = clock()
+        self._next_report = self._started + 1
         status = os.fstat(source.fileno()) if console.is_terminal else None
         self._size = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
 
     def report(self, rows: int) -> None:
         now = self._clock()
-        pause = 0.2 if self._last_report > self._started else 1
-        if not self._console.is_terminal or now - self._last_report < pause:
+        if not self._console.is_terminal or now < self._next_report:
             return
-        self._last_report = now
+        self._next_report = now + 0.2
         done = f"{self._source.tell() / 1e6:.1f} of {self._size / 1e6:.1f} MB, " if self._size else ""
         self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
 
@@ -1243,15 +1204,15 @@ class BatchCounter:
         self._bytes_left = MAX_BATCH_BYTES
 
     def add(self, lines: bytes, requests: int) -> None:
-        if requests > self._requests_left or len(lines) > self._bytes_left:
-            if requests > 1:
-                for line in lines.splitlines(keepends=True):
-                    self.add(line, 1)
-                return
+        if requests <= self._requests_left and len(lines) <= self._bytes_left:
+            self._requests_left -= requests
+            self._bytes_left -= len(lines)
+        elif requests > 1:
+            for line in lines.splitlines(keepends=True):
+                self.add(line, 1)
+        else:
             self.count += 1
-            self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS, MAX_BATCH_BYTES
-        self._requests_left -= requests
-        self._bytes_left -= len(lines)
+            self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS - 1, MAX_BATCH_BYTES - len(lines)
 
 
 def put_back_hidden(lines: bytes) -> bytes:
@@ -1272,101 +1233,98 @@ def shorten(names: list[bytes]) -> list[bytes]:
     """The names cut to what the API takes as metadata."""
     if max(map(len, names)) <= MAX_METADATA_CHARS:
         return names
-    return [to_text(name)[:MAX_METADATA_CHARS].encode("utf-8", "surrogateescape") for name in names]
+    return [to_bytes(to_text(name)[:MAX_METADATA_CHARS]) for name in names]
 
 
 class UsedIds:
-    """The ids of the requests, and the line of each."""
+    """The ids of the requests, and the line of each.
+
+    Without repeated ids a set is enough, which takes half the time of a dict. The dict is made for the first of them.
+    """
 
     def __init__(self) -> None:
         self._ids: set[bytes] = set()
-        self._line_of: dict[bytes, int] = {}  # made when a repeated id is met: a dict takes twice as long as a set
+        self._line_of: dict[bytes, int] = {}
         self._later_ids: list[bytes] = []  # not in `_line_of` yet
         self._later_lines: list[int] = []
 
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(self, ids: list[bytes], lines: Sequence[int]) -> bool:
-        """Add ids, each with its line. If one of them is used already, add none and return False."""
+    def add_all(self, ids: list[bytes], lines: Sequence[int]) -> bool:
+        """Add new ids. Returns False if one of them is not new: then `first_line` has to add each by itself."""
         before = len(self._ids)
         self._ids.update(ids)
-        if len(self._ids) == before + len(ids):
-            self._later_ids += ids
-            self._later_lines += lines
-            return True
-        self._ids.difference_update({*ids} - self.lines().keys())
-        return False
+        if len(self._ids) < before + len(ids):
+            return False
+        self._later_ids += ids
+        self._later_lines += lines
+        return True
 
-    def lines(self) -> dict[bytes, int]:
+    def first_line(self, artist_id: bytes, line: int) -> int:
+        """The line where the id is used first. That is `line`, if the id is new."""
         self._line_of.update(zip(self._later_ids, self._later_lines, strict=True))
         self._later_ids, self._later_lines = [], []
-        return self._line_of
+        self._ids.add(artist_id)
+        return self._line_of.setdefault(artist_id, line)
 
 
 class RequestWriter:
     """Writes a request for every valid row, and reports the other rows as skipped."""
 
-    def __init__(
-        self, template: RequestTemplate, layout: Layout, encoding: str, out: BinaryIO, skipped: SkipReport
-    ) -> None:
-        self.used_ids = UsedIds()
+    def __init__(self, template: RequestTemplate, layout: Layout, out: BinaryIO, skipped: SkipReport) -> None:
+        self.written = 0
+        self._used_ids = UsedIds()
         self.null_names: Counter[bytes] = Counter()
-        self.swallowing: list[Swallowing] = []
+        self.swallowed: dict[int, list[int]] = {}
         self.batches = BatchCounter()
         self._template = template
         self._layout = layout
-        self._encoding = encoding
         self._out = out
         self._skipped = skipped
 
     def write(self, rows: Rows) -> None:
-        """Write the rows all at once, or in halves if one of them cannot be written."""
-        self.swallowing += rows.swallowing
-        self._write_columns(rows.lines, rows.columns, rows.needs_escapes)
+        """Write the rows that have a name and an id of their own; report the others as skipped."""
+        self.swallowed |= rows.swallowed
+        columns = rows.columns
+        ids, names = columns[:2]
+        if not all(ids) or not all(names) or not self._used_ids.add_all(ids, rows.lines):
+            kept = [at for at, row in enumerate(zip(rows.lines, ids, names, strict=True)) if self._accept(*row)]
+            columns = [[column[at] for at in kept] for column in columns]
+        if columns[0]:
+            self._write_requests(columns, rows.needs_escapes)
 
     def write_record(self, record: Record) -> None:
-        problem = record.problem or undecodable(record.line, record.fields, self._layout, self._encoding)
-        if problem:
-            self._skipped.add(record.line, problem)
+        if record.problem:
+            self._skipped.add(record.line, record.problem)
             return
         values = [trim_value(record.fields[column]) for column in self._layout.used]
-        if offsets := lines_like_rows(self._layout.delimiter.join(record.fields), values[0], self._layout):
-            self.swallowing.append(Swallowing(record.line, [record.line + offset for offset in offsets]))
-        self._write_columns([record.line], [[value] for value in values], needs_escapes=True)
-
-    def _write_columns(self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
-        ids, names = columns[:2]
-        if all(ids) and all(names) and self.used_ids.add(ids, lines):
-            self._write_requests(columns, needs_escapes)
-        elif len(lines) == 1:
-            self._skipped.add(lines[0], self._refusal(ids[0], names[0]))
-        else:
-            half = len(lines) // 2
-            for part in (slice(None, half), slice(half, None)):
-                self._write_columns(lines[part], [column[part] for column in columns], needs_escapes)
+        held = lines_like_rows(self._layout.delimiter.join(record.fields), record.line, values[0], self._layout)
+        swallowed = {record.line: held} if held else {}
+        self.write(Rows([record.line], [[value] for value in values], 0, swallowed, needs_escapes=True))
 
     def _write_requests(self, columns: list[list[bytes]], needs_escapes: bool) -> None:
         names = columns[1]
-        if self._template.has_short_name:
+        if SHORT_NAME in self._template.columns:
             columns = [*columns, shorten(names)]
         if needs_escapes:
             columns = escape_columns(columns)
         requests = put_back_hidden(self._template.render(columns))
         self._out.write(requests)
+        self.written += len(names)
         self.batches.add(requests, len(names))
         if not NULL_NAMES.isdisjoint(names):
             self.null_names.update(filter(NULL_NAMES.__contains__, names))
 
-    def _refusal(self, artist_id: bytes, artist_name: bytes) -> Problem:
-        """Why a row without any other problem cannot be written."""
-        if not artist_id:
-            return Problem("empty artist_id", "artist_id is empty")
-        if not artist_name:
-            return Problem("empty artist_name", "artist_name is empty")
-        first_line = self.used_ids.lines()[artist_id]
-        detail = f"artist_id {quoted(artist_id.decode())} was already used on line {first_line}"
-        return Problem("duplicate artist_id", detail)
+    def _accept(self, line: int, artist_id: bytes, name: bytes) -> bool:
+        """Note the line of an id, or report why its row cannot be written."""
+        if not artist_id or not name:
+            empty = "artist_name" if artist_id else "artist_id"
+            problem = Problem(f"empty {empty}", f"{empty} is empty")
+        elif (first_line := self._used_ids.first_line(artist_id, line)) != line:
+            detail = f"artist_id {quoted(artist_id.decode())} was already used on line {first_line}"
+            problem = Problem("duplicate artist_id", detail)
+        else:
+            return True
+        self._skipped.add(line, problem)
+        return False
 
 
 def write_requests(
@@ -1384,7 +1342,7 @@ def write_requests(
         else:
             for record in reader.records(layout, CAREFUL_BYTES):
                 writer.write_record(record)
-                left -= not (record.problem and record.problem.reason == REPEATED_HEADER)
+                left -= record.problem != REPEATED_HEADER
                 if not left:
                     break
         report()
@@ -1401,14 +1359,13 @@ def check_encoding(skipped: SkipReport, written: int, encoding: str, console: Co
         console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {skipped.advice[what]}")
 
 
-def warn_of_swallowed_rows(swallowing: list[Swallowing], console: Console) -> None:
-    for began, lines in swallowing[:MAX_LISTED]:
+def warn_of_swallowed_rows(swallowed: dict[int, list[int]], console: Console) -> None:
+    for began, lines in islice(swallowed.items(), MAX_LISTED):
         listed = ", ".join(map(str, lines[:MAX_LISTED])) + (", …" if len(lines) > MAX_LISTED else "")
-        one, many = f"line {listed}, which looks like a row", f"lines {listed}, which look like rows"
-        held = one if len(lines) == 1 else many
+        held = f"lines {listed}, which look like rows" if len(lines) > 1 else f"line {listed}, which looks like a row"
         console.warn(f"line {began}: a quoted field holds {held}; check the quotes on line {began}")
-    if len(swallowing) > MAX_LISTED:
-        console.warn(f"rows may have been swallowed in {len(swallowing) - MAX_LISTED} more places")
+    if len(swallowed) > MAX_LISTED:
+        console.warn(f"rows may have been swallowed in {len(swallowed) - MAX_LISTED} more places")
 
 
 def warn_of_null_names(null_names: Counter[bytes], console: Console) -> None:
@@ -1438,16 +1395,16 @@ def convert(args: argparse.Namespace, console: Console) -> None:
             console.message(f"{describe(table)}, read as {reader.encoding}")
         progress = Progress(console, source)
         with open_output(args.output) as out:
-            writer = RequestWriter(template, layout, reader.encoding, out, skipped)
+            writer = RequestWriter(template, layout, out, skipped)
             write_requests(
                 reader, layout, writer, args.limit or sys.maxsize,
-                lambda: progress.report(len(writer.used_ids) + skipped.reasons.total()),
+                lambda: progress.report(writer.written + skipped.reasons.total()),
             )
-            written = len(writer.used_ids)
+            written = writer.written
             check_encoding(skipped, written, reader.encoding, console)
             if not written:
                 raise CommandError(f"no valid row in {shown(args.input)} ({skipped.account(0)}); nothing was written")
-    warn_of_swallowed_rows(writer.swallowing, console)
+    warn_of_swallowed_rows(writer.swallowed, console)
     warn_of_null_names(writer.null_names, console)
     number = writer.batches.count
     batches = f"; batch_tool.py create will make {number} batches of it" if number > 1 else ""
@@ -1457,7 +1414,6 @@ def convert(args: argparse.Namespace, console: Console) -> None:
 # -- command line ------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description=__doc__)
     add = parser.add_argument
@@ -1465,19 +1421,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", dest="output", required=True, type=output_path, metavar="JSONL", help="JSONL to write, - for stdout")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt-id", type=text_argument, metavar="ID", help="id of a stored prompt [PROMPT_ID]")
-    prompt.add_argument(
-        "--prompt-file", type=input_path, metavar="FILE", help="prompt template, instead of --prompt-id [PROMPT_FILE]"
-    )
+    text = "prompt template, instead of --prompt-id [PROMPT_FILE]"
+    prompt.add_argument("--prompt-file", type=input_path, metavar="FILE", help=text)
     add("--prompt-version", type=text_argument, metavar="V", help="version of the stored prompt [PROMPT_VERSION]")
     add("--instructions-file", type=input_path, metavar="FILE", help="text sent as instructions with every request")
-    add(
-        "--endpoint",
-        choices=(RESPONSES, CHAT_COMPLETIONS),
-        default=RESPONSES,
-        help="what the requests are for; chat completions only with --prompt-file (default: %(default)s)",
-    )
-    text = "sent as body.model; required with --prompt-file [MODEL]"
-    add("--model", type=text_argument, metavar="MODEL", help=text)
+    text = "what the requests are for; chat completions only with --prompt-file (default: %(default)s)"
+    add("--endpoint", choices=(RESPONSES, CHAT_COMPLETIONS), default=RESPONSES, help=text)
+    add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
     text = "encoding of the CSV, unless it has a byte-order mark (default: %(default)s)"
     add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help=text)

@@ -354,7 +354,7 @@ INVALID_VALUES = pytest.mark.parametrize(
 def test_a_row_with_an_invalid_value_is_given_to_the_report(row: bytes, reason: str, detail: str) -> None:
     skipped = gen.SkipReport(gen.Console(None), strict=False, verbose=False)
     template = gen.RequestTemplate([b"", b" ", b"\n"], [0, 1])
-    writer = gen.RequestWriter(template, layout(), "utf-8", io.BytesIO(), skipped)
+    writer = gen.RequestWriter(template, layout(), io.BytesIO(), skipped)
     for record in read_records(f"{HEADER}1,A,x\n".encode() + row):
         writer.write_record(record)
     assert skipped.reasons == {reason: 1}
@@ -524,7 +524,7 @@ def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) 
     table = gen.Table(header.delimiter, header.names, {name: header.position(name) for name in gen.COLUMNS})
     template, used = gen.build_request(args, table)
     skipped = gen.SkipReport(console, strict=True, verbose=False)
-    writer = gen.RequestWriter(template, table.layout(used), "utf-8", out, skipped)
+    writer = gen.RequestWriter(template, table.layout(used), out, skipped)
     gen.write_requests(reader, table.layout(used), writer, limit, lambda: None)
     converted = [json.loads(line) for line in out.getvalue().split(b"\n")[:-1]]
     return [(each["custom_id"], *each["body"]["prompt"]["variables"].values()) for each in converted]
@@ -719,43 +719,43 @@ def test_an_id_is_the_same_in_a_block_and_by_itself(capsys: pytest.CaptureFixtur
 
 
 SWALLOWING = pytest.mark.parametrize(
-    ("rows", "swallowing", "warnings"),
+    ("rows", "swallowed", "warnings"),
     [
-        ('a1,A,"x\na2,B,y\na3,C,z"\n', [(2, [3, 4])],
+        ('a1,A,"x\na2,B,y\na3,C,z"\n', {2: [3, 4]},
          ["line 2: a quoted field holds lines 3, 4, which look like rows; check the quotes on line 2"]),
-        ('a1,A,"x\nborn in 1950\na30,C,z"\n', [(2, [4])],
+        ('a1,A,"x\nborn in 1950\na30,C,z"\n', {2: [4]},
          ["line 2: a quoted field holds line 4, which looks like a row; check the quotes on line 2"]),
-        ('7,A,x\n8,"B\n9,C"",y\n10,D"",z\n",x\n', [(3, [4, 5])],
+        ('7,A,x\n8,"B\n9,C"",y\n10,D"",z\n",x\n', {3: [4, 5]},
          ["line 3: a quoted field holds lines 4, 5, which look like rows; check the quotes on line 3"]),
-        ('a1,A,"Born in Leeds, lives in York, paints\nSculptor, painter, teacher"\n', [], []),
-        ('a1,A,"x\nsculptor,painter,teacher"\n', [], []),
-        ('a1,A,"x\na2,B"\n', [], []),
-        ('a1,A,"x\na2, B, y"\n', [(2, [3])],
+        ('a1,A,"Born in Leeds, lives in York, paints\nSculptor, painter, teacher"\n', {}, []),
+        ('a1,A,"x\nsculptor,painter,teacher"\n', {}, []),
+        ('a1,A,"x\na2,B"\n', {}, []),
+        ('a1,A,"x\na2, B, y"\n', {2: [3]},
          ["line 2: a quoted field holds line 3, which looks like a row; check the quotes on line 2"]),
-        ('ab,A,"x\ncd, B, y"\n', [], []),
-        ('1930,A,"x\n1999, Berlin, y"\n', [], []),
-        ('a1,A,"x\n\n\ny"\n', [], []),
+        ('ab,A,"x\ncd, B, y"\n', {}, []),
+        ('1930,A,"x\n1999, Berlin, y"\n', {}, []),
+        ('a1,A,"x\n\n\ny"\n', {}, []),
     ],
 )
 
 
 @SWALLOWING
 def test_lines_that_look_like_rows_are_noted(
-    rows: str, swallowing: list[tuple[int, list[int]]], warnings: list[str]
+    rows: str, swallowed: dict[int, list[int]], warnings: list[str]
 ) -> None:
     block = gen.rows_of_block(rows.encode(), 2, layout(), sys.maxsize)
-    assert block is not None and block.swallowing == swallowing
-    found = [(record.line, lines_like_rows(record)) for record in read_records(HEADER + rows)]
-    assert [(line, [line + offset for offset in offsets]) for line, offsets in found if offsets] == swallowing
+    assert block is not None and block.swallowed == swallowed
+    found = {record.line: lines_like_rows(record) for record in read_records(HEADER + rows)}
+    assert {line: held for line, held in found.items() if held} == swallowed
 
 
 def lines_like_rows(record: gen.Record) -> list[int]:
-    return gen.lines_like_rows(b",".join(record.fields), record.fields[0], layout())
+    return gen.lines_like_rows(b",".join(record.fields), record.line, record.fields[0], layout())
 
 
 @SWALLOWING
 def test_swallowed_rows_draw_a_warning_and_are_kept(
-    rows: str, swallowing: list[tuple[int, list[int]]], warnings: list[str], capsys: pytest.CaptureFixture[str]
+    rows: str, swallowed: dict[int, list[int]], warnings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(HEADER + rows) == 0
     *warned, last = capsys.readouterr().err.splitlines()
@@ -1133,7 +1133,7 @@ def test_stdin_and_stdout_are_dashes(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_what_was_written_to_stdout_before_a_failure_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    write("in.csv", f"{HEADER}1,A,x\n2,,x\n")
+    write("in.csv", f"{HEADER}1,A,{'x' * 300_000}\n2,,x\n")  # more than a block
     assert main(["--in", "in.csv", "--out", "-", *STORED, "--strict"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["custom_id"] == "1"
