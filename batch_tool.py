@@ -46,7 +46,7 @@ import tempfile
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -477,13 +477,6 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel takes such a cell for
 SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
 TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
 BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
-TIMESTAMPS = (
-    ("Created", "created_at"),
-    ("Completed", "completed_at"),
-    ("Failed", "failed_at"),
-    ("Expired", "expired_at"),
-    ("Cancelled", "cancelled_at"),
-)
 TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
 KNOWN_STATUSES = (*TERMINAL_STATUSES, "validating", "in_progress", "finalizing", "cancelling")
 
@@ -526,6 +519,10 @@ class Refused(ApiError):
     """The API refused the request: the same request would be refused again."""
 
 
+class NotFound(Refused):
+    """HTTP 404."""
+
+
 class OutcomeUnknown(ApiError):
     """The request may or may not have taken effect: lost connection, time-out, 408, 409, 5xx, unusable response."""
 
@@ -540,6 +537,14 @@ class WrongSize(OutcomeUnknown):
 
 class NotJson(OutcomeUnknown):
     """The response is not a JSON object, so it may not come from the API at all."""
+
+
+class OutputGone(CommandError):
+    """The output file of a batch is no longer at the server."""
+
+    def __init__(self) -> None:
+        super().__init__("its output file is gone at the server; an earlier download may still have its results; "
+                         "run --force sends its requests, and pays for them, again")
 
 
 class OutputMissing(CommandError):
@@ -676,6 +681,11 @@ def print_result(text: str, console: Console) -> None:
         stdout.write((console.redact(text) + "\n").encode(sys.stdout.encoding, "backslashreplace"))
 
 
+def result_printer(console: Console, *, to_stderr: bool) -> Callable[[str], None]:
+    """print_result, or console.message if stdout carries a file or JSON."""
+    return console.message if to_stderr else functools.partial(print_result, console=console)
+
+
 # ---- time
 
 
@@ -801,22 +811,18 @@ def refuse_unwritable(path: str) -> None:
         tempfile.TemporaryFile(dir=directory).close()
 
 
-def last_line(file: BinaryIO, start: int) -> bytes:
-    """The last line that is not blank, of the bytes from `start` on."""
+def ends_with_an_object(file: BinaryIO, start: int) -> bool:
+    """Whether the last line that is not blank, of the bytes from `start` on, is a JSON object."""
     file.flush()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         end = len(content)
         while end > start and content[end - 1 : end].isspace():
             end -= 1
-        return content[max(start, content.rfind(b"\n", start, end) + 1) : end]
-
-
-def ends_with_an_object(file: BinaryIO, start: int) -> bool:
-    try:
-        read_object(last_line(file, start))
-    except ValueError:
-        return False
-    return True
+        line = content[max(start, content.rfind(b"\n", start, end) + 1) : end]
+    with contextlib.suppress(ValueError):
+        read_object(line)
+        return True
+    return False
 
 
 class FilePart(io.BufferedIOBase):
@@ -865,14 +871,14 @@ class Part(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a line of a request file, under the API's own code."""
+    """An error in a request file, found here or by the API. Each field may be empty."""
 
-    line: int
+    line: int | None
     code: str
     message: str
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.code}: {self.message}"
+        return ": ".join(filter(None, ("" if self.line is None else f"line {self.line}", self.code, self.message)))
 
 
 def guess_content(first_line: bytes) -> str:
@@ -929,10 +935,26 @@ class PartDivider:
         return [part._replace(label=f"{n}/{len(self._parts)}") for n, part in enumerate(self._parts, 1)]
 
 
-class InputCheck:
-    """Checks a request file as the API will, and divides it into parts, in one pass.
+class RequestIndex(NamedTuple):
+    """The requests of a file: the line number of each custom_id, and the sha256 of each line (32 bytes, in order)."""
 
-    `endpoint` is the url of the first request where none is given.
+    line_of: dict[str, int]
+    digests: bytearray
+
+    def digest(self, custom_id: str) -> bytes:
+        end = 32 * self.line_of[custom_id]
+        return bytes(self.digests[end - 32 : end])
+
+
+def digest_of(line: bytes) -> bytes:
+    """The sha256 of a request's line, without its line end."""
+    return hashlib.sha256(line.removesuffix(b"\n")).digest()
+
+
+class InputCheck:
+    """Checks a request file as the API will, divides it into parts and indexes it, in one pass.
+
+    `endpoint` is the url of the first request if none is given. The index has digests only with `hashes_lines`.
     """
 
     def __init__(
@@ -940,18 +962,23 @@ class InputCheck:
         endpoint: str | None = None,
         max_requests: int = MAX_BATCH_REQUESTS,
         max_bytes: int = MAX_BATCH_BYTES,
+        *,
+        hashes_lines: bool = False,
     ) -> None:
         self.endpoint = endpoint or ""
         self.without_model = 0
-        self.line_of: dict[str, int] = {}  # by custom_id, from 1
         self.model: Any = None
+        self.index = RequestIndex({}, bytearray())
         self.divider = PartDivider(max_requests, max_bytes)
         self._max_bytes = max_bytes
+        self._hashes_lines = hashes_lines
 
     def problems(self, lines: Iterable[bytes]) -> Iterator[Problem]:
         number = 0
         for number, line in enumerate(lines, 1):
             self.divider.add(line)
+            if self._hashes_lines:
+                self.index.digests.extend(digest_of(line))
             if len(line) > self._max_bytes:
                 message = f"{len(line)} bytes; a batch takes {self._max_bytes} at most"
                 yield Problem(number, "invalid_request", message)
@@ -987,7 +1014,7 @@ class InputCheck:
             yield Problem(number, "missing_required_parameter", "custom_id is missing")
         elif not isinstance(custom_id, str) or not custom_id:
             yield Problem(number, "invalid_request", "custom_id is not a string with at least one character")
-        elif (first := self.line_of.setdefault(custom_id, number)) != number:
+        elif (first := self.index.line_of.setdefault(custom_id, number)) != number:
             message = f"custom_id {quoted(custom_id)} was already used on line {first}"
             yield Problem(number, "duplicate_custom_id", message)
 
@@ -1004,10 +1031,10 @@ class InputCheck:
             yield Problem(number, "model_mismatch", message)
 
 
-def check_input(requests: Input, lines: Iterable[bytes], check: InputCheck, console: Console) -> list[Part]:
-    """The parts of a request file that the API will take. Shows what is wrong, then raises CommandError."""
+def check_input(requests: Input, check: InputCheck, console: Console) -> list[Part]:
+    """Check a request file, and return its parts. If it has problems, print them and raise CommandError."""
     found = 0
-    for problem in check.problems(lines):
+    for problem in check.problems(requests.lines()):
         found += 1
         if found <= MAX_LISTED:
             console.message(str(problem))
@@ -1021,39 +1048,17 @@ def check_input(requests: Input, lines: Iterable[bytes], check: InputCheck, cons
     return check.divider.parts()
 
 
-class RequestIndex(NamedTuple):
-    """The requests of a file: the line number of each custom_id, and the sha256 of each line (32 bytes, in order)."""
-
-    line_of: dict[str, int]
-    digests: bytearray
-
-    def digest(self, custom_id: str) -> bytes:
-        end = 32 * self.line_of[custom_id]
-        return bytes(self.digests[end - 32 : end])
-
-
-def digest_of(line: bytes) -> bytes:
-    """The sha256 of a request's line, without its line end."""
-    return hashlib.sha256(line.removesuffix(b"\n")).digest()
-
-
-def recording_digests(lines: Iterable[bytes], digests: bytearray) -> Iterator[bytes]:
-    """The lines as they come. Appends the digest of each to `digests`."""
-    for line in lines:
-        digests += digest_of(line)
-        yield line
-
-
 def index_requests(requests: Input) -> RequestIndex:
-    """Index a request file. Raises CommandError for a line that is no request, or a custom_id used twice."""
+    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice."""
     index = RequestIndex({}, bytearray())
-    for number, line in enumerate(recording_digests(requests.lines(), index.digests), 1):
+    for number, line in enumerate(requests.lines(), 1):
+        index.digests.extend(digest_of(line))
         try:
             custom_id = str_field(read_object(line), "custom_id")
         except ValueError as error:
-            raise CommandError(f"{requests.name} line {number}: {error}; is this the request file?") from None
+            raise CommandError(f"{requests.name} line {number}: {error}; --in must be the request file") from None
         if not custom_id:
-            raise CommandError(f"{requests.name} line {number}: no custom_id; is this the request file?")
+            raise CommandError(f"{requests.name} line {number}: no custom_id; --in must be the request file")
         if index.line_of.setdefault(custom_id, number) != number:
             problem = f"custom_id {quoted(custom_id)} was used before; see validate"
             raise CommandError(f"{requests.name} line {number}: {problem}")
@@ -1061,17 +1066,15 @@ def index_requests(requests: Input) -> RequestIndex:
 
 
 def split_part(part: Part, requests: BinaryIO) -> list[Part]:
-    """The two halves of a part of at least two requests, given the file that it is part of."""
+    """The two halves of a part of at least two requests. `requests` is the file that it is part of."""
+    divider = PartDivider(-(-part.requests // 2))
     requests.seek(part.offset)
-    lines = itertools.islice(requests, part.requests)
-    halves = []
-    offset, first = part.offset, part.first
-    for number, count in enumerate((part.requests // 2, part.requests - part.requests // 2), 1):
-        content = b"".join(itertools.islice(lines, count))
-        sha256 = hashlib.sha256(content).hexdigest()
-        halves.append(Part(f"{part.label}.{number}", offset, len(content), first, count, sha256))
-        offset, first = offset + len(content), first + count
-    return halves
+    for line in itertools.islice(requests, part.requests):
+        divider.add(line)
+    return [
+        half._replace(label=f"{part.label}.{n}", offset=part.offset + half.offset, first=part.first + half.first)
+        for n, half in enumerate(divider.parts(), 1)
+    ]
 
 
 # ---- batches as the API describes them
@@ -1085,28 +1088,16 @@ class Counts(NamedTuple):
     total: int | None
 
 
-class BatchProblem(NamedTuple):
-    """An error of a batch that failed. Each field may be empty."""
-
-    line: int | None
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        words = ("" if self.line is None else f"line {self.line}", self.code, shorten(self.message))
-        return ": ".join(filter(None, words))
-
-
 def is_id(value: Any) -> bool:
     return isinstance(value, str) and ID_PATTERN.fullmatch(value) is not None
 
 
-def parse_file_id(content: Json, name: str) -> str:
-    """A file id of a Batch; empty where it is null, empty or missing."""
-    value = content.get(name)
-    if value and not is_id(value):
+def file_id_field(content: Json, name: str) -> str:
+    """A file id of a Batch as it came; empty if it is null or missing. `Api.size_of` refuses a string that is no id."""
+    value = content.get(name) or ""
+    if not isinstance(value, str):
         raise OutcomeUnknown(f"{name} of batch {content['id']} is not a file id: {quoted(value)}")
-    return value or ""
+    return value
 
 
 class Batch(NamedTuple):
@@ -1122,7 +1113,7 @@ class Batch(NamedTuple):
     input_tokens: int
     output_tokens: int
     metadata: dict[str, str]
-    problems: list[BatchProblem]
+    problems: list[Problem]
     raw: Json
 
     @classmethod
@@ -1134,16 +1125,16 @@ class Batch(NamedTuple):
         counts, usage = child_object(content, "request_counts"), child_object(content, "usage")
         metadata = child_object(content, "metadata")
         problems = [
-            BatchProblem(int_field(error, "line"), str_field(error, "code"), str_field(error, "message"))
+            Problem(int_field(error, "line"), str_field(error, "code"), shorten(str_field(error, "message")))
             for error in objects(child_object(content, "errors").get("data"))
         ]
         return cls(
             id=content["id"],
             status="cancelled" if status == "canceled" else status,
             created_at=int_field(content, "created_at"),
-            input_file_id=parse_file_id(content, "input_file_id"),
-            output_file_id=parse_file_id(content, "output_file_id"),
-            error_file_id=parse_file_id(content, "error_file_id"),
+            input_file_id=file_id_field(content, "input_file_id"),
+            output_file_id=file_id_field(content, "output_file_id"),
+            error_file_id=file_id_field(content, "error_file_id"),
             counts=Counts(*(int_field(counts, name) for name in Counts._fields)),
             input_tokens=int_field(usage, "input_tokens") or 0,
             output_tokens=int_field(usage, "output_tokens") or 0,
@@ -1163,21 +1154,23 @@ class Batch(NamedTuple):
         return self.status in TERMINAL_STATUSES
 
     @property
-    def has_success(self) -> bool:
-        """Whether it may have a success: it names an output file, and its counts do not say that none succeeded."""
-        completed, failed, total = self.counts
-        none_succeeded = completed == 0 and bool(failed or total)
-        has_output = bool(self.output_file_id) and not none_succeeded and self.status != "failed"
-        return has_output or self.claims_successes
-
-    @property
     def claims_successes(self) -> bool:
-        """Whether it is completed and counts successes, so that its output file must not be missing or empty."""
+        """Whether it is completed with successes, so that there must be an output file."""
         return self.status == "completed" and bool(self.counts.completed)
 
     @property
     def may_have_success(self) -> bool:
-        return not self.has_ended or self.has_success
+        """Whether it is running, or names an output file and its counts do not rule out a success."""
+        completed, failed, total = self.counts
+        none_succeeded = completed == 0 and bool(failed or total)
+        has_output = bool(self.output_file_id) and not none_succeeded and self.status != "failed"
+        return not self.has_ended or has_output or self.claims_successes
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The ids of the output file (`results`) and the error file (`errors`), if it has them."""
+        files = {"results": self.output_file_id, "errors": self.error_file_id}
+        return {kind: file_id for kind, file_id in files.items() if file_id}
 
     @property
     def is_over_token_limit(self) -> bool:
@@ -1185,6 +1178,11 @@ class Batch(NamedTuple):
 
     def failure_reasons(self) -> str:
         return "; ".join(map(str, self.problems[:MAX_LISTED])) or "no reason given"
+
+
+def by_age(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, oldest first."""
+    return sorted(batches, key=lambda batch: batch.age_key)
 
 
 def local_time(moment: int | None, separator: str = "T") -> str:
@@ -1198,9 +1196,9 @@ def local_time(moment: int | None, separator: str = "T") -> str:
 def status_lines(batch: Batch) -> Iterator[str]:
     """What `status` shows of a batch. Lines without a value are left out."""
     yield f"Status: {batch.raw['status']}"
-    for label, name in [*TIMESTAMPS, *([] if batch.has_ended else [("Expires", "expires_at")])]:
-        if moment := local_time(int_field(batch.raw, name)):
-            yield f"{label}: {moment}"
+    for name in ("created", "completed", "failed", "expired", "cancelled", *([] if batch.has_ended else ["expires"])):
+        if moment := local_time(int_field(batch.raw, f"{name}_at")):
+            yield f"{name.capitalize()}: {moment}"
     completed, failed, total = batch.counts
     if total:
         yield f"Requests: {completed or 0} completed, {failed or 0} failed of {total}"
@@ -1234,7 +1232,7 @@ def http_date(text: str) -> float | None:
     from email.utils import parsedate_to_datetime  # takes a while to import
 
     try:
-        return float(parsedate_to_datetime(text).timestamp())
+        return parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -1242,12 +1240,10 @@ def http_date(text: str) -> float | None:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds that a response asks to wait, given as a number or as a date."""
     milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after", "")
-    seconds: float = 0
     try:
         seconds = float(milliseconds) / 1000 if milliseconds else float(text)
     except ValueError:
-        if (date := http_date(text)) is not None:
-            seconds = date - time.time()
+        seconds = (http_date(text) or 0) - time.time()
     return seconds if 0 < seconds < math.inf else None
 
 
@@ -1280,7 +1276,9 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
         text = "this redirect is not followed"
     if no_endpoint or 300 <= status < 400:
         advice = f"; is {url} the base URL of the API?"
-    kind = OutcomeUnknown if status in (408, 409) or (status >= 500 and status != 501) else Refused
+    kind: type[ApiError] = NotFound if status == 404 else Refused
+    if status in (408, 409) or (status >= 500 and status != 501):
+        kind = OutcomeUnknown
     return kind(
         f"{operation}: HTTP {status}: {shorten(text)}{code}{advice}",
         status,
@@ -1591,10 +1589,12 @@ class Api(NamedTuple):
         return list(found.values())
 
     def size_of(self, file_id: str) -> int | None:
-        """The size of a file in bytes: 0 if it is empty, None where the API does not give it.
+        """The size of a file in bytes: 0 if it is empty, None if the API does not give it.
 
-        Raises Refused where the file is gone.
+        Raises NotFound if the file is gone.
         """
+        if not is_id(file_id):
+            raise Refused(f"not the id of a file: {quoted(file_id)}")
         send = self.client.files.with_raw_response.retrieve
         size = None
         try:
@@ -1645,12 +1645,12 @@ class Api(NamedTuple):
         try:
             self.call_sdk("DELETE_FILE", {"file_id": file_id}, self.client.files.with_raw_response.delete, dict)
         except ApiError as failure:
-            if failure.status != 404 or failure.no_endpoint:
+            if not isinstance(failure, NotFound) or failure.no_endpoint:
                 self.console.warn(f"file {file_id} was not deleted: {failure}")
                 return False
         return True
 
-    def refuse_dead_model(self, model: Any) -> None:
+    def check_model(self, model: Any) -> None:
         """Raise CommandError where the model does not exist; warn where it is about to be shut down."""
         if not isinstance(model, str) or model in ("", ".", ".."):  # the SDK refuses to build a path of these
             return
@@ -1663,16 +1663,16 @@ class Api(NamedTuple):
                 raise CommandError(f"the model {quoted(model)} does not exist at {self.url}; {advice}") from None
             return
         with contextlib.suppress(ValueError):
-            shutdown = datetime.date.fromisoformat(str_field(content, "shutdown_date"))
+            shutdown = datetime.date.fromisoformat(str_field(content, "shutdown_date")[:10])
             today = datetime.date.today()
             if shutdown <= today + datetime.timedelta(days=SHUTDOWN_WARNING_DAYS):
                 when = f"{'was' if shutdown < today else 'will be'} shut down on {shutdown}"
                 self.console.warn(f"the model {quoted(model)} {when}; choose a newer one")
 
-    def answer(self, url: str, body: Json) -> Json:
-        """Send one request to its own endpoint at once. The `response` of its results line.
+    def send_now(self, url: str, body: Json) -> Json:
+        """Send one request to its endpoint, not as a batch, and return the `response` of its results line.
 
-        It is repeated only where it was not carried out.
+        It is repeated only if it was not carried out.
         """
         import httpx2
         import openai
@@ -1688,13 +1688,13 @@ class Api(NamedTuple):
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if not isinstance(error.body, dict):
                     raise
-                response = error.response  # it is an answer to this request
-            answer = {
+                response = error.response  # only this request was refused
+            field = {
                 "status_code": response.status_code,
                 "request_id": response.headers.get("x-request-id"),
                 "body": json_object(response.content),
             }
-            return answer, answer
+            return field, field
 
         return self.call_with_retries("PREVIEW", {"url": url, "body": body}, attempt, Retry(repeat_lost=False))
 
@@ -1813,8 +1813,10 @@ def chat_text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in objects(content))
 
 
-def response_text(body: Json) -> tuple[str, str]:
-    """The text and the refusal in the body of a Response or a chat completion; each may be empty."""
+def response_text(body: Any) -> tuple[str, str]:
+    """The text and the refusal in the body of a Response or a chat completion. Each may be empty."""
+    if not isinstance(body, dict):
+        return "", ""
     if "output" in body:
         text = refusal = ""
         for item in objects(body["output"]):
@@ -1917,10 +1919,6 @@ def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[
             offset += len(line)
 
 
-class UnknownRequest(ValueError):
-    """The results line is of a request that the request file does not have."""
-
-
 class Results:
     """The best results line of every request.
 
@@ -1939,70 +1937,75 @@ class Results:
         self._examples: dict[str, str] = {}  # a message for each error code
         self._console = console
 
-    def read(self, file: BinaryIO, name: str, start: int = 0, answered: Mapping[str, bytes] | None = None) -> None:
-        """Index the lines of a file from `start` on, and warn of those that are no results of a request.
+    def read(
+        self,
+        file: BinaryIO,
+        name: str,
+        start: int = 0,
+        sent_digests: Mapping[str, bytes] | None = None,
+        *,
+        is_own: bool = False,
+    ) -> int:
+        """Index the lines of a file from `start` on. Returns how many have a custom_id that is known.
 
-        `answered` gives the digest of the request that each custom_id stood for, where that may differ from the
-        request file.
+        `sent_digests` has the digest of each request as it was sent, by custom_id, if it may differ from the request
+        file. A line that is not a result of a request draws a warning or, in the file that `run` wrote before
+        (`is_own`), raises CommandError.
         """
+        keep_others = is_own or sent_digests is not None
+        known = 0
         for number, offset, line in lines_with_offsets(file, name, start):
             try:
-                place = file, offset, len(line)
-                self._add(read_object(line), place, answered, keep_others=answered is not None)
+                known += self._add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
             except ValueError as error:
+                if is_own:
+                    advice = "it holds something other than results, so it is left alone; choose another --out"
+                    raise CommandError(f"{name} line {number}: {error}; {advice}") from None
                 self.ignored += 1
                 if self.ignored <= MAX_LISTED:
                     self._console.warn(f"{name} line {number}: {error}; line ignored")
-
-    def read_own(self, file: BinaryIO, name: str) -> None:
-        """Index the file that `run` wrote before. Raises CommandError for a line that is not a results line."""
-        for number, offset, line in lines_with_offsets(file, name, 0):
-            try:
-                self._add(read_object(line), (file, offset, len(line)), None, keep_others=True)
-            except UnknownRequest:
-                pass  # a success is in `others`
-            except ValueError as error:
-                advice = "it holds something else than results, so it is left alone; choose another --out"
-                raise CommandError(f"{name} line {number}: {error}; {advice}") from None
+        return known
 
     def _add(
         self,
         result: Json,
         place: tuple[BinaryIO, int, int],
-        answered: Mapping[str, bytes] | None,
+        sent_digests: Mapping[str, bytes] | None,
         *,
         keep_others: bool,
-    ) -> None:
+    ) -> bool:
+        """Index a results line. Returns whether its custom_id is known."""
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
         if not ("response" in result or "error" in result):
             raise ValueError("not a results line (no response and no error)")
         sha256 = str_field(result, "request_sha256")
-        if not sha256 and answered is not None:
-            sha256 = answered.get(custom_id, b"").hex() or "unknown"
+        if not sha256 and sent_digests is not None:
+            sha256 = sent_digests.get(custom_id, b"").hex() or "unknown"  # so that it counts as of no request
         outcome = classify(result)
         line = BestLine(outcome.kind, sys.intern(outcome.code[:80]), *place)
         position = self.requests.line_of.get(custom_id, 0) - 1
         if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
             self._add_current(position, line, outcome, token_usage(body_of(result)))
-            return
+            return True
         if outcome.kind == SUCCEEDED:
             self.of_other_requests += 1
             if keep_others:
                 self.others.append(OtherLine(line, sha256))
         if position >= 0 and self.best[position] is None:
             self.best[position] = line._replace(outcome=OUTDATED, code="")
-        if position < 0 and not sha256:
-            raise UnknownRequest(f"custom_id {quoted(custom_id)} is not in the request file")
+        if position < 0 and not sha256 and not keep_others:
+            raise ValueError(f"custom_id {quoted(custom_id)} is not in the request file")
+        return position >= 0 or (sent_digests is not None and custom_id in sent_digests)
 
     def _add_current(
         self, position: int, line: BestLine, outcome: Outcome, tokens: tuple[int | None, int | None]
     ) -> None:
         known = self.best[position]
-        if outcome.kind == MISSING or (known and known.outcome == SUCCEEDED != outcome.kind):
+        if outcome.kind == MISSING or (known and known.outcome == SUCCEEDED and outcome.kind != SUCCEEDED):
             return
-        if known is None or known.outcome != outcome.kind:  # the same line may come from two files
+        if known is None or known.outcome != outcome.kind:  # otherwise it may be the same line, from a second file
             self.input_tokens += tokens[0] or 0
             self.output_tokens += tokens[1] or 0
         self.best[position] = line
@@ -2103,7 +2106,7 @@ def read_out(path: str | None, results: Results, stack: contextlib.ExitStack) ->
     if path and not is_stream(path) and os.path.exists(path):
         with os_errors_as(f"read {path}"):
             file = stack.enter_context(open(path, "rb"))
-        results.read_own(file, path)
+        results.read(file, path, is_own=True)
 
 
 # ---- bios
@@ -2127,19 +2130,14 @@ def artist_name(request: Json) -> str:
     return ""
 
 
-def shown_count(number: int | None) -> str:
-    return "" if number is None else str(number)
-
-
 def bio_of(line: BestLine | None) -> Bio:
     if line is None or line.outcome == OUTDATED:
         return Bio(error=MISSING if line is None else OUTDATED)
     result = read_object(line.read())
     body = body_of(result)
-    text, _ = response_text(body) if isinstance(body, dict) else ("", "")
     error = "" if line.outcome == SUCCEEDED else classify(result).error()
-    input_tokens, output_tokens = token_usage(body)
-    return Bio(text, error, shown_count(input_tokens), shown_count(output_tokens))
+    tokens = ("" if count is None else str(count) for count in token_usage(body))
+    return Bio(response_text(body)[0], error, *tokens)
 
 
 def csv_field(field: str) -> str:
@@ -2168,7 +2166,8 @@ class Note:
     covers what the listing does not show yet. It may be deleted at any time.
     """
 
-    def __init__(self, file: BinaryIO | None = None, others: Sequence[str] = ()) -> None:
+    def __init__(self, console: Console, file: BinaryIO | None = None, others: Sequence[str] = ()) -> None:
+        self._console = console
         self._file = file
         self.others = others  # paths of the notes of other request files at the same service
         self.names: set[str] = set()  # of the request file
@@ -2200,15 +2199,24 @@ class Note:
     def add(self, file_id: str, **fields: str) -> None:
         """Note the `sha256` and the `name` of an uploaded file before each POST of it, or its `batch` afterwards.
 
-        The batch is empty where none can come of the file any more. It is on disk at once; raises OSError.
+        An empty `batch` means that the file can no longer become a batch. It is on disk when this returns, if it can
+        be written at all: a full disk must not stop what is under way.
         """
-        self._apply({"file": file_id, **fields})
-        if self._file:
-            self._file.write(to_json({"file": file_id, **fields}).encode(errors="replace") + b"\n")
-            os.fsync(self._file.fileno())
+        entry = {"file": file_id, **fields}
+        self._apply(entry)
+        try:
+            if self._file:
+                self._file.write(to_json(entry).encode(errors="replace") + b"\n")
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._console.warn(f"cannot write the note of what was submitted: {error.strerror}")
 
-    def resolve_all(self) -> None:
+    def assume_resolved(self) -> None:
+        """Take every POST as finished: the process that made it finds out what became of it."""
         self._posted.clear()
+
+    def batch_ids(self) -> set[str]:
+        return {*itertools.chain.from_iterable(self.batches_of.values())}
 
     def unresolved(self) -> list[str]:
         """Uploaded files whose POST may still be on its way."""
@@ -2264,7 +2272,7 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
         except OSError as error:
             console.warn(f"cannot lock a note in {directory}: {error.strerror}; do not start another create or run of "
                          f"{requests.name} meanwhile")
-        yield Note(file, others)
+        yield Note(console, file, others)
 
 
 class AlreadySubmitted(CommandError):
@@ -2307,15 +2315,7 @@ class Submitter:
         self._note = note
         self._finds_versions = finds_versions
         self._files_of_versions: set[str] = set()  # by the notes of other versions
-        self._is_model_checked = False
         self._is_metadata_checked = False
-
-    def _write_note(self, note: Note, file_id: str, **fields: str) -> None:
-        """Add to a note. A full disk must not stop what is under way."""
-        try:
-            note.add(file_id, **fields)
-        except OSError as error:
-            self.api.console.warn(f"cannot write the note of what was submitted: {error.strerror}")
 
     # finding batches
 
@@ -2323,12 +2323,12 @@ class Submitter:
         """The sha256 of the batch's input file; empty where it is unknown."""
         return batch.metadata.get("input_sha256") or self._note.sha256_of.get(batch.input_file_id, "")
 
-    def is_of_file(self, batch: Batch, parts: Iterable[Part]) -> bool:
+    def is_of_file(self, batch: Batch, part_hashes: Container[str]) -> bool:
         """Whether the batch has requests of this request file: one of these parts, or a part of another division."""
         whole = self._request_file_sha256
         return (
-            self.part_sha256(batch) in {whole, *(part.sha256 for part in parts)}
-            or batch.metadata.get("request_file_sha256") == whole
+            self.part_sha256(batch) in part_hashes
+            or whole in (self.part_sha256(batch), batch.metadata.get("request_file_sha256"))
             or batch.input_file_id in self._note.sha256_of
         )
 
@@ -2338,7 +2338,10 @@ class Submitter:
         return self._finds_versions and (has_name or batch.input_file_id in self._files_of_versions)
 
     def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
-        """The listed batches, and those that only notes know yet, oldest first. With --force there are none."""
+        """The listed batches that may have a success, and those known only from notes. Oldest first.
+
+        With --force there are none.
+        """
         if self._force:
             return []
         found = {batch.id: batch for batch in listed}
@@ -2346,15 +2349,15 @@ class Submitter:
         for path in self._note.others if self._finds_versions else ():
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 try:
-                    other = Note(stack.enter_context(open_note_file(path)))
-                except BlockingIOError:  # its process is at work, and resolves its own POST
-                    other = Note(stack.enter_context(open(path, "rb")))
-                    other.resolve_all()
+                    other = Note(self.api.console, stack.enter_context(open_note_file(path)))
+                except BlockingIOError:
+                    other = Note(self.api.console, stack.enter_context(open(path, "rb")))
+                    other.assume_resolved()
                 if self._name in other.names:
                     self._files_of_versions |= other.sha256_of.keys()
                     noted |= self._resolved(other, found)
         self._add_unlisted(noted, found)
-        return sorted(found.values(), key=lambda batch: batch.age_key)
+        return by_age(batch for batch in found.values() if batch.may_have_success)
 
     def _resolved(self, note: Note, found: dict[str, Batch]) -> set[str]:
         """The ids of the batches of a note, once the outcome of each of its POSTs is known. Adds what was looked up."""
@@ -2362,8 +2365,8 @@ class Submitter:
             self.api.console.message(f"file {file_id}: checking whether its batch was created")
             if batch := self._find_or_fence(file_id, set(note.batches_of[file_id])):
                 found[batch.id] = batch
-            self._write_note(note, file_id, batch=batch.id if batch else "")
-        return set(itertools.chain.from_iterable(note.batches_of.values()))
+            note.add(file_id, batch=batch.id if batch else "")
+        return note.batch_ids()
 
     def _add_unlisted(self, batch_ids: set[str], found: dict[str, Batch]) -> None:
         """Add the batches that are not listed yet. In the first seconds, one may not be found by its id either."""
@@ -2378,31 +2381,27 @@ class Submitter:
     def _batch_if_there(self, batch_id: str) -> Batch | None:
         try:
             return self.api.batch(batch_id)
-        except Refused as failure:
-            if failure.status != 404:
-                raise
+        except NotFound:
             return None
 
-    def new_batches(self, parts: Iterable[Part]) -> list[Batch]:
-        """Batches of this request file or its versions that are not known yet and may have a success, oldest first."""
+    def new_batches(self, part_hashes: Container[str]) -> list[Batch]:
+        """New batches of this request file, or of another version of it, that may have a success. Oldest first."""
         if self._force:
             return []
-        new = [
+        return by_age(
             batch
             for batch in self.api.recent_batches()
             if batch.id not in self.known
             and batch.may_have_success
-            and (self.is_of_file(batch, parts) or self.is_of_other_version(batch))
-        ]
-        return sorted(new, key=lambda batch: batch.age_key)
+            and (self.is_of_file(batch, part_hashes) or self.is_of_other_version(batch))
+        )
 
     # making a batch
 
     def _upload(self, requests: Input, part: Part) -> str:
-        """The id of the uploaded part. Looks at the model before the first upload."""
-        if not self._is_model_checked:
-            self._is_model_checked = True
-            self.api.refuse_dead_model(self._model)
+        """Upload a part, and return the id of its file. Checks the model before the first upload."""
+        model, self._model = self._model, None
+        self.api.check_model(model)
         file_id = self.api.upload(requests, part, self._name)
         if requests.is_changed():
             self.api.delete_file(file_id)
@@ -2432,7 +2431,7 @@ class Submitter:
                     self.api.delete_file(file_id)
                     raise
             batch = self._post_once(part, file_id, excluded)
-            self._write_note(self._note, file_id, batch=batch.id if batch else "")
+            self._note.add(file_id, batch=batch.id if batch else "")
             if batch:
                 self.known.add(batch.id)
                 self._warn_without_metadata(batch, part)
@@ -2445,16 +2444,16 @@ class Submitter:
     def _before_post(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
         """Look at the listing, and note the file. A file that gets no batch is deleted."""
         try:
-            if new := self.new_batches([part]):
+            if new := self.new_batches([part.sha256]):
                 raise AlreadySubmitted(new)
         except CommandError as error:
-            self._write_note(self._note, file_id, batch="")
+            self._note.add(file_id, batch="")
             if not excluded:
                 self.api.delete_file(file_id)
             if isinstance(error, ApiError):  # of the listing, so it must not look like one of the POST
                 raise CommandError(str(error)) from None
             raise
-        self._write_note(self._note, file_id, sha256=part.sha256, name=self._name)
+        self._note.add(file_id, sha256=part.sha256, name=self._name)
 
     def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
         """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
@@ -2470,7 +2469,7 @@ class Submitter:
         try:
             return self._post_visible_file(request, lambda: self._before_post(part, file_id, excluded))
         except Refused:
-            self._write_note(self._note, file_id, batch="")
+            self._note.add(file_id, batch="")
             self.api.delete_file(file_id)
             raise
         except OutcomeUnknown as failure:
@@ -2528,7 +2527,7 @@ class Submitter:
                 continue
             is_answered = True
             if batches := [each for each in listed if each.input_file_id == file_id and each.id not in excluded]:
-                first, *rest = sorted(batches, key=lambda batch: batch.age_key)
+                first, *rest = by_age(batches)
                 for batch in rest:
                     self.cancel_rival(batch, first)
                 return first
@@ -2549,11 +2548,14 @@ class Submitter:
 
 
 def first_listing(api: Api, *, force: bool) -> list[Batch]:
-    """The recent batches, by the first call that the API has to answer. With `force` none are needed."""
+    """The recent batches. This is the first call: if the API cannot be reached, the command ends at once.
+
+    With `force`, a listing that cannot be used does not matter.
+    """
     try:
         return api.recent_batches()
-    except (Refused, IncompleteListing):
-        if not force:
+    except (ApiError, IncompleteListing) as failure:
+        if not force or isinstance(failure, NotSent):
             raise
         return []
 
@@ -2571,10 +2573,22 @@ def lacks_output(api: Api, batch: Batch) -> bool:
         return False
 
 
-class Polled(NamedTuple):
-    """What one look at some batches found: those that have ended, and those that cannot be looked at, each with why."""
+@contextlib.contextmanager
+def advice_if_stopped(advice: str, console: Console) -> Iterator[None]:
+    """Say how to go on if a signal or --timeout stops the block."""
+    try:
+        yield
+    except TimedOut:
+        raise TimedOut(f"--timeout passed; {advice}") from None
+    except Exit:
+        console.message(advice)
+        raise
 
-    ended: list[Batch]
+
+class Polled(NamedTuple):
+    """The result of polling, by batch id: batches that have ended, and errors of those that cannot be polled."""
+
+    ended: dict[str, Batch]
     lost: dict[str, CommandError]
 
 
@@ -2598,17 +2612,15 @@ class Poller:
 
     def poll(self, batch_ids: Iterable[str]) -> Polled:
         """Look once at each batch."""
-        polled = Polled([], {})
+        polled = Polled({}, {})
         for batch_id in batch_ids:
             try:
                 batch = self._look(batch_id)
                 if self._is_at_its_end(batch):
-                    polled.ended.append(batch)
+                    polled.ended[batch_id] = batch
             except (OutputMissing, ApiError) as failure:
                 if self._outlives(failure):
                     self._api.console.warn(f"{batch_id}: {failure}; still waiting")
-                elif isinstance(failure, OutcomeUnknown):
-                    raise
                 else:
                     polled.lost[batch_id] = failure
         return polled
@@ -2698,33 +2710,45 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
 
 
 class Saved(NamedTuple):
-    """What was saved of a batch: the size of each file by `results` and `errors`; and which files the server lost."""
+    """What was saved of a batch: the size of each file by `results` and `errors`, and why others were not saved."""
 
     sizes: dict[str, int]
-    gone: set[str]
+    failures: list[CommandError]
 
-    def refuse_gone_output(self) -> None:
-        if "results" in self.gone:
-            raise CommandError("its output file is gone at the server; an earlier download may still have its results; "
-                               "run --force sends its requests, and pays for them, again")
+    def report(self, paths: Mapping[str, str], show: Callable[[str], None]) -> None:
+        """Show what was saved, then raise the first failure."""
+        for kind, size in self.sizes.items():
+            show(f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)")
+        for failure in self.failures[:1]:
+            raise failure
 
 
 def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> Saved:
-    """Save the files of a batch. Remove an error file that an earlier job left beside new results."""
-    saved = Saved({}, set())
-    for kind, file_id in (("results", batch.output_file_id), ("errors", batch.error_file_id)):
+    """Save the files of a batch. An error file that is gone draws a warning.
+
+    Remove an error file that an earlier job left beside new results.
+    """
+    saved = Saved({}, [])
+    lost = set()
+    for kind, file_id in batch.files.items():
         try:
-            if file_id and (size := save_file(api, file_id, paths[kind], skip_complete=skip_complete)):
+            if size := save_file(api, file_id, paths[kind], skip_complete=skip_complete):
                 saved.sizes[kind] = size
-        except Refused as failure:
-            if failure.status != 404:
-                raise
-            saved.gone.add(kind)
-    if "errors" in saved.gone:
-        api.console.warn(f"the error file of batch {batch.id} is gone at the server")
-    if "results" in saved.sizes and "errors" not in saved.sizes.keys() | saved.gone:
-        with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
-            os.unlink(paths["errors"])
+        except NotFound:
+            lost.add(kind)
+            if kind == "results":
+                saved.failures.append(OutputGone())
+            else:
+                api.console.warn(f"the error file of batch {batch.id} is gone at the server")
+        except CommandError as failure:
+            lost.add(kind)
+            saved.failures.append(failure)
+    if "results" in saved.sizes and "errors" not in saved.sizes.keys() | lost:
+        try:
+            with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
+                os.unlink(paths["errors"])
+        except CommandError as failure:
+            saved.failures.append(failure)
     return saved
 
 
@@ -2734,8 +2758,8 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
 def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     check = InputCheck(args.endpoint)
     with open_input(args.input) as requests:
-        parts = check_input(requests, requests.lines(), check, console)
-    counted = plural(len(check.line_of), "request")
+        parts = check_input(requests, check, console)
+    counted = plural(len(check.index.line_of), "request")
     size, batches = plural(check.divider.size, "byte"), plural(len(parts), "batch", "batches")
     print_result(f"OK: {counted}, {size}, {batches}", console)
     return 0
@@ -2744,16 +2768,8 @@ def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> in
 # preview
 
 
-class Sample(NamedTuple):
-    """A request that `preview` sends at once."""
-
-    position: int  # in the file
-    line: bytes
-    request: Json
-
-
 class Usage(NamedTuple):
-    """What one answer used. `body_bytes` is the size of the request's body."""
+    """The tokens of one response. `body_bytes` is the size of its request's body."""
 
     body_bytes: int
     input_tokens: int
@@ -2770,15 +2786,15 @@ def body_size(request: Json) -> int:
     return len(to_json(request["body"]).encode(errors="replace"))
 
 
-def read_samples(requests: Input, positions: set[int]) -> tuple[list[Sample], int]:
+def read_samples(requests: Input, positions: set[int]) -> tuple[dict[int, Json], int]:
     """The requests at these positions, and the bytes of all bodies in the file."""
-    samples, size = [], 0
+    samples, body_bytes = {}, 0
     for position, line in enumerate(requests.lines()):
         request = read_object(line)
-        size += body_size(request)
+        body_bytes += body_size(request)
         if position in positions:
-            samples.append(Sample(position, line, request))
-    return samples, size
+            samples[position] = request
+    return samples, body_bytes
 
 
 def rounded(number: float) -> str:
@@ -2801,17 +2817,6 @@ def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple
         dollars = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
         text += f"; about ${dollars:,.2f}" if dollars >= 0.01 else "; less than $0.01"
     return text
-
-
-def answered_result(api: Api, sample: Sample) -> Json:
-    """The results line of a request that is sent at once. It has no response where the outcome is unknown."""
-    result: Json = {"id": None, "custom_id": sample.request["custom_id"], "response": None, "error": None}
-    try:
-        return result | {"response": api.answer(sample.request["url"], sample.request["body"])}
-    except NotSent:
-        raise
-    except OutcomeUnknown as failure:
-        return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
 
 def append_line(path: str, line: bytes) -> None:
@@ -2837,84 +2842,73 @@ def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
             yield lambda line: (out.write(line), out.flush())
 
 
-def show_answer(request: Json, result: Json, show: Callable[[str], None]) -> None:
-    show(f"{request['custom_id']} {artist_name(request)}".rstrip())
-    outcome, body = classify(result), body_of(result)
-    text, _ = response_text(body) if isinstance(body, dict) else ("", "")
-    for line in text.strip().splitlines():
-        show(line)
-    if outcome.kind != SUCCEEDED:
-        show(f"error: {outcome.error()}")
+def preview_result(api: Api, request: Json) -> Json:
+    """Send a request right away. Its results line, which has no response if the outcome is unknown."""
+    result: Json = {"id": None, "custom_id": request["custom_id"], "response": None, "error": None}
+    try:
+        return result | {"response": api.send_now(request["url"], request["body"])}
+    except NotSent:
+        raise
+    except OutcomeUnknown as failure:
+        return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
 
-def preview(args: argparse.Namespace, api: Api, results: Results, samples: Sequence[Sample]) -> list[Json]:
-    """Show the answers to the samples: those that --out has, and those that are sent now. Their results lines."""
-    show = api.console.message if args.output == STDOUT else functools.partial(print_result, console=api.console)
-    shown_results: list[Json] = []
+def preview_lines(request: Json, result: Json) -> Iterator[str]:
+    """The custom_id and the artist's name, then the text of the response, or its error."""
+    yield f"{request['custom_id']} {artist_name(request)}".rstrip()
+    yield from response_text(body_of(result))[0].strip().splitlines()
+    if (outcome := classify(result)).kind != SUCCEEDED:
+        yield f"error: {outcome.error()}"
+
+
+def preview(args: argparse.Namespace, api: Api, results: Results, samples: Mapping[int, Json]) -> Iterator[Json]:
+    """Show the responses to the samples: those that --out has, and new ones. Yields their results lines."""
+    show = result_printer(api.console, to_stderr=args.output == STDOUT)
     with line_writer(args.output) as write:
-        for sample in samples:
-            kept = results.best[sample.position]
-            is_kept = kept is not None and kept.outcome not in TO_SEND
-            result = read_object(kept.read()) if kept and is_kept else answered_result(api, sample)
+        for number, (position, request) in enumerate(samples.items()):
+            line = results.best[position]
+            is_new = line is None or line.outcome in TO_SEND
+            result = preview_result(api, request) if line is None or is_new else read_object(line.read())
             try:
-                if result["response"] and not is_kept:
-                    line = to_json(result).encode(errors="backslashreplace")
-                    write(with_request_sha256(line, digest_of(sample.line).hex()))
+                if is_new and result["response"]:
+                    content = to_json(result).encode(errors="backslashreplace")
+                    write(with_request_sha256(content, results.requests.digest(request["custom_id"]).hex()))
             finally:  # what was paid for is shown in any case
-                if shown_results:
-                    show("")
-                show_answer(sample.request, result, show)
-            shown_results.append(result)
-    return shown_results
+                for text in [*([""] if number else []), *preview_lines(request, result)]:
+                    show(text)
+            yield result
 
 
 def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck()
-    index = RequestIndex(check.line_of, bytearray())
+    check = InputCheck(hashes_lines=True)
+    usages = []
+    succeeded = 0
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         if args.output:
             refuse_unwritable(args.output)
-        api = stack.enter_context(connect(args, console, clock))
-        check_input(requests, recording_digests(requests.lines(), index.digests), check, console)
-        results = Results(index, console)
+        check_input(requests, check, console)
+        results = Results(check.index, console)
         read_out(args.output, results, stack)
-        total = len(check.line_of)
+        total = len(results.best)
         samples, body_bytes = read_samples(requests, spread_evenly(args.requests, total))
-        if new := sum(results.outcome_at(sample.position) in TO_SEND for sample in samples):
-            api.refuse_dead_model(check.model)
-            console.message(f"sending {plural(new, 'request')} at once, at the ordinary price, not as a batch")
-        shown_results = preview(args, api, results, samples)
-    usages = []
-    for sample, result in zip(samples, shown_results, strict=True):
-        input_tokens, output_tokens = token_usage(body_of(result))
-        if input_tokens is not None and output_tokens is not None:
-            usages.append(Usage(body_size(sample.request), input_tokens, output_tokens))
+        api = stack.enter_context(connect(args, console, clock))
+        if new := sum(results.outcome_at(position) in TO_SEND for position in samples):
+            api.check_model(check.model)
+            console.message(f"sending {plural(new, 'request')} right away, at the ordinary price, not as a batch")
+        for request, result in zip(samples.values(), preview(args, api, results, samples), strict=True):
+            succeeded += classify(result).kind == SUCCEEDED
+            input_tokens, output_tokens = token_usage(body_of(result))
+            if input_tokens is not None and output_tokens is not None:
+                usages.append(Usage(body_size(request), input_tokens, output_tokens))
     if usages:
         console.message(estimate(usages, body_bytes, total, args.prices))
     else:
-        console.message("no answer says how many tokens it used, so there is no estimate")
-    return 0 if any(classify(result).kind == SUCCEEDED for result in shown_results) else 1
+        console.message("no response says how many tokens it used, so there is no estimate")
+    return 0 if succeeded else 1
 
 
 # create
-
-
-class EarlierBatches(NamedTuple):
-    """What was submitted of a request file before: the batches of each part by its sha256, and all others."""
-
-    of_part: dict[str, list[Batch]]
-    of_other_parts: list[Batch]
-
-    @classmethod
-    def of(cls, batches: Iterable[Batch], submitter: Submitter, parts: Sequence[Part]) -> EarlierBatches:
-        """Sort the batches that have requests of this file and may have a success."""
-        earlier = cls({part.sha256: [] for part in parts}, [])
-        for batch in batches:
-            if batch.may_have_success and submitter.is_of_file(batch, parts):
-                submitter.known.add(batch.id)
-                earlier.of_part.get(submitter.part_sha256(batch), earlier.of_other_parts).append(batch)
-        return earlier
 
 
 def is_reusable(batch: Batch) -> bool:
@@ -2933,13 +2927,12 @@ def partial_warning(part: Part, batch: Batch) -> str:
 
 def wait_for_output(api: Api, batch: Batch) -> None:
     """Wait for the output file of a completed batch that counts successes. Raises OutputMissing after ten minutes."""
+    if not lacks_output(api, batch):
+        return
     poller = Poller(api)
-    while lacks_output(api, batch):
-        polled = poller.poll([batch.id])
-        for failure in polled.lost.values():
-            raise failure
-        if polled.ended:
-            return
+    while not (polled := poller.poll([batch.id])).ended:
+        if polled.lost:
+            raise polled.lost[batch.id]
         api.clock.sleep(VALIDATION_POLL_SECONDS)
 
 
@@ -2983,12 +2976,17 @@ def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         api = stack.enter_context(connect(args, console, clock))
         sha256 = requests.sha256()
         note = stack.enter_context(locked_note(sha256, requests, console))
-        parts = check_input(requests, requests.lines(), check, console)
+        parts = check_input(requests, check, console)
         submitter = Submitter(api, args, sha256, check, note)
-        earlier = EarlierBatches.of(submitter.earlier_batches(first_listing(api, force=args.force)), submitter, parts)
-        if earlier.of_other_parts and not all(earlier.of_part.values()):
-            raise AlreadySubmitted(earlier.of_other_parts)
-        created = [create_part(args, submitter, requests, part, earlier.of_part[part.sha256]) for part in parts]
+        of_part: dict[str, list[Batch]] = {part.sha256: [] for part in parts}
+        of_other_parts: list[Batch] = []
+        for batch in submitter.earlier_batches(first_listing(api, force=args.force)):
+            if submitter.is_of_file(batch, of_part):
+                submitter.known.add(batch.id)
+                of_part.get(submitter.part_sha256(batch), of_other_parts).append(batch)
+        if of_other_parts and not all(of_part.values()):
+            raise AlreadySubmitted(of_other_parts)
+        created = [create_part(args, submitter, requests, part, of_part[part.sha256]) for part in parts]
     return 0 if all(created) else 1
 
 
@@ -3009,21 +3007,19 @@ def each_batch(batch_ids: Iterable[str], console: Console, action: Callable[[str
 
 def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
     """Print a batch. Where it has ended, save its files and print where."""
-    show = functools.partial(print_result, console=api.console)
+    show = result_printer(api.console, to_stderr=False)
     if not args.json:
         for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
             show(line)
     paths = batch_paths(batch.id)
-    saved = Saved({}, set())
+    saved = Saved({}, [])
     try:
         if args.auto_save and batch.has_ended:
             saved = save_files(api, batch, paths, skip_complete=True)
     finally:
         if args.json:
             show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}))
-    for kind, size in saved.sizes.items():
-        (api.console.message if args.json else show)(f"{kind.capitalize()} saved: {paths[kind]} ({size} bytes)")
-    saved.refuse_gone_output()
+    saved.report(paths, result_printer(api.console, to_stderr=args.json))
 
 
 def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3035,49 +3031,38 @@ def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
 
 def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
-    """Poll until every batch has ended or cannot be looked at."""
-    poller, active = Poller(api), dict.fromkeys(args.batch_ids)
-    all_polled = Polled([], {})
+    """Poll until every batch has ended or cannot be polled."""
+    poller, found = Poller(api), Polled({}, {})
     while True:
+        active = [each for each in dict.fromkeys(args.batch_ids) if each not in found.ended and each not in found.lost]
         polled = poller.poll(active)
-        all_polled.ended.extend(polled.ended)
-        all_polled.lost.update(polled.lost)
-        for batch_id in [*(batch.id for batch in polled.ended), *polled.lost]:
-            del active[batch_id]
-        if poller.latest:
-            poller.report()
-        if not active:
-            return all_polled
+        found.ended.update(polled.ended)
+        found.lost.update(polled.lost)
+        poller.report()
+        if len(polled.ended) + len(polled.lost) == len(active):
+            return found
         api.clock.sleep(args.interval)
 
 
 def save_polled(args: argparse.Namespace, api: Api, polled: Polled) -> int:
     """Show and save each batch that was waited for. The exit code."""
-    batches = {batch.id: batch for batch in polled.ended}
 
     def save_or_fail(batch_id: str) -> None:
         if batch_id in polled.lost:
             raise polled.lost[batch_id]
-        show_and_save(args, api, batches[batch_id])
+        show_and_save(args, api, polled.ended[batch_id])
 
     exit_code = each_batch(args.batch_ids, api.console, save_or_fail)
-    return exit_code or int(any(batch.status != "completed" for batch in polled.ended))
+    return exit_code or int(any(batch.status != "completed" for batch in polled.ended.values()))
 
 
 def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     resume = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
-    advice = f"the batches keep running on the server; {resume}"
-    with connect(args, console, clock) as api:
-        try:
-            with clock.limit(args.timeout):
-                polled = wait_for_end(api, args)
-                advice = resume
-                return save_polled(args, api, polled)
-        except TimedOut:
-            raise TimedOut(f"--timeout passed; {advice}") from None
-        except Exit:
-            console.message(advice)
-            raise
+    with connect(args, console, clock) as api, clock.limit(args.timeout):
+        with advice_if_stopped(f"the batches keep running on the server; {resume}", console):
+            polled = wait_for_end(api, args)
+        with advice_if_stopped(resume, console):
+            return save_polled(args, api, polled)
 
 
 # retrieve
@@ -3103,13 +3088,7 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
                            "succeeded); try again in a minute")
     paths = batch_paths(batch.id, args.output)
     saved = save_files(api, batch, paths)
-    for kind, size in saved.sizes.items():
-        line = f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)"
-        if args.output == STDOUT:
-            api.console.message(line)
-        else:
-            print_result(line, api.console)
-    saved.refuse_gone_output()
+    saved.report(paths, result_printer(api.console, to_stderr=args.output == STDOUT))
     if batch.status == "failed":
         raise CommandError(f"Batch failed: {batch.failure_reasons()}")
     if "results" not in saved.sizes:
@@ -3210,37 +3189,38 @@ def read_results(
     return inputs, results
 
 
+def refuse_changes(inputs: Iterable[Input]) -> None:
+    for each in inputs:
+        each.refuse_changes()
+
+
 @contextlib.contextmanager
 def whole_output(path: str, inputs: Iterable[Input]) -> Iterator[BinaryIO]:
-    """An output file that is only kept where the inputs are still the same at its end."""
+    """Like open_output, but the file is kept only if no input has changed meanwhile."""
     with open_output(path) as out:
         try:
             yield out
-        except ValueError:  # a line that could be read before
-            for each in inputs:
-                each.refuse_changes()
+        except ValueError:  # a line that was readable in the first pass
+            refuse_changes(inputs)
             raise
-        for each in inputs:
-            each.refuse_changes()
+        refuse_changes(inputs)
 
 
 def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         inputs, results = read_results(args, console, stack)
-        wanted = results.positions(TO_SEND | {REJECTED} if args.include_rejected else TO_SEND)
-        if wanted:
+        kinds = TO_SEND | {REJECTED} if args.include_rejected else TO_SEND
+        outcomes = results.outcomes()
+        count = sum(outcomes[kind] for kind in kinds)
+        if count:
             with whole_output(args.output, inputs) as out:
-                out.writelines(line for position, line in enumerate(inputs[0].lines()) if position in wanted)
+                lines = enumerate(inputs[0].lines())
+                out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
         else:
-            for each in inputs:
-                each.refuse_changes()
-    report = f"Requests to retry: {len(wanted)}"
-    if args.output == STDOUT:
-        console.message(report)
-    else:
-        print_result(report, console)
+            refuse_changes(inputs)
+    result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
     report_results("", results, console)
-    if not args.include_rejected and results.outcomes()[REJECTED]:
+    if not args.include_rejected and outcomes[REJECTED]:
         console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
 
@@ -3253,48 +3233,42 @@ def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
 
 
 def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
-    """The header of a CSV and its rows that are not blank, each with its line number.
+    """The header of a CSV and its rows, each with its line number; without blank rows and repeated headers.
 
     Raises CommandError where a row's quoting is malformed, or where the header has no such id column.
     """
-    start = os.pread(spreadsheet.file.fileno(), 4, 0)
-    spreadsheet.file.seek(0)
+    descriptor = spreadsheet.file.fileno()
+    start = os.pread(descriptor, 4, 0)
     if start == b"PK\x03\x04":
         raise CommandError(f"{spreadsheet.name} is an Excel workbook or another zip file; save it as CSV UTF-8")
-    text = io.TextIOWrapper(cast(io.BufferedReader, spreadsheet.file), encoding_of(start, encoding), "surrogateescape",
-                            newline="")
+    encoding = encoding_of(start, encoding)
+    number = 0
     try:
-        lines = iter(text)
-        header = read_header(lines, [id_column])
-        if header is None:
-            raise CommandError(f"{spreadsheet.name} is empty; it needs a header and at least one row")
-        if header.is_malformed:
-            raise CommandError(f"{spreadsheet.name} line {header.line}: malformed quoting; correct the quotes")
-        try:
-            header.position(id_column)
-        except CommandError as error:
-            raise CommandError(f"{spreadsheet.name} {error}; see --id-column") from None
-        yield header.line, header.names
-        keys = [*map(column_key, header.names)]
-        number = header.last_line
-        reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
-        try:
+        with open(descriptor, encoding=encoding, errors="surrogateescape", newline="", closefd=False) as text:
+            text.seek(0)
+            lines = iter(text)
+            header = read_header(lines, [id_column])
+            if header is None:
+                raise CommandError(f"{spreadsheet.name} is empty; it needs a header and at least one row")
+            if header.is_malformed:
+                raise CommandError(f"{spreadsheet.name} line {header.line}: malformed quoting; correct the quotes")
+            try:
+                header.position(id_column)
+            except CommandError as error:
+                raise CommandError(f"{spreadsheet.name} {error}; see --id-column") from None
+            yield header.line, header.names
+            keys = [*map(column_key, header.names)]
+            number = header.last_line
+            reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
             for row in reader:
                 if any(field.strip(BLANKS) for field in row) and [*map(column_key, row)] != keys:
                     yield number + 1, row
                 number = header.last_line + reader.line_num
-        except csv.Error as error:
-            problem = f"malformed quoting ({error}); correct the quotes, so that every row can be matched"
-            raise CommandError(f"{spreadsheet.name} line {number + 1}: {problem}") from None
+    except csv.Error as error:
+        problem = f"malformed quoting ({error}); correct the quotes"
+        raise CommandError(f"{spreadsheet.name} line {number + 1}: {problem}") from None
     except UnicodeError as error:
         raise CommandError(f"{spreadsheet.name} cannot be decoded: {error}; see --encoding") from None
-    finally:
-        text.detach()
-
-
-def last_filled(row: Sequence[str]) -> int:
-    """The number of fields up to the last one that is not blank."""
-    return max((position for position, field in enumerate(row, 1) if field.strip(BLANKS)), default=0)
 
 
 def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
@@ -3305,9 +3279,10 @@ def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console
     width = rows = 0  # the header is a row, too
     undecodable = []  # line numbers
     for number, row in records(spreadsheet, encoding, id_column):
-        width = max(width, last_filled(row)) if rows else len(row)
+        filled = [at for at, field in enumerate(row, 1) if field.strip(BLANKS)]
+        width = max(width, filled[-1] if rows else len(row))  # blank cells behind the header's last column do not count
         rows += 1
-        if any("\udc80" <= char <= "\udcff" for field in row if not field.isascii() for char in field):
+        if re.search("[\udc80-\udcff]", "\0".join(row)):
             undecodable.append(number)
     if undecodable:
         counted = f"{len(undecodable)} of {plural(rows - 1, 'row')}"
@@ -3363,18 +3338,39 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # ---- run
 
 
-class QueuedPart:
-    """A part on its way to a batch, and the file that it is part of."""
+def positions_of(part: Part) -> range:
+    """The positions of the requests of a part of the request file."""
+    return range(part.first, part.first + part.requests)
 
-    def __init__(self, source: Input, part: Part) -> None:
+
+class QueuedPart:
+    """A part to submit, the file that it is part of, and the positions of its requests in the request file."""
+
+    def __init__(self, source: Input, part: Part, positions: Sequence[int]) -> None:
         self.source = source
         self.part = part
+        self.positions = positions
         self.file_id = ""  # of its upload
         self.refused: list[str] = []  # batches of that upload, over the token limit
         self.idle_refusals = 0
 
-    def halves(self) -> list[QueuedPart]:
-        return [QueuedPart(self.source, half) for half in split_part(self.part, self.source.file)]
+    def after_idle_refusal(self) -> list[QueuedPart]:
+        """What to submit after a refusal with no batch active: this part or, after two of them, its halves.
+
+        Raises CommandError if a single request is refused again and again.
+        """
+        self.idle_refusals += 1
+        if self.part.requests > 1 and self.idle_refusals >= MAX_IDLE_REFUSALS:
+            first, second = split_part(self.part, self.source.file)
+            left, right = self.positions[: first.requests], self.positions[first.requests :]
+            return [QueuedPart(self.source, first, left), QueuedPart(self.source, second, right)]
+        if self.idle_refusals >= MAX_SINGLE_REFUSALS:
+            raise CommandError(
+                f"part {self.part.label} (1 request, {plural(self.part.size, 'byte')}) was refused "
+                f"{MAX_SINGLE_REFUSALS} times for the token limit, with no batch of this run active; the limit of this "
+                "account is too small for it"
+            )
+        return [self]
 
 
 class Queue:
@@ -3404,33 +3400,15 @@ class Queue:
     def settle(self, refused: Sequence[QueuedPart], ended: int, *, is_idle: bool) -> int:
         """Put refused parts back in front, and make room for as many parts as batches have ended.
 
-        Returns how often in a row there was a refusal with no batch active, 0 if this is none: the longer to wait.
-        Raises CommandError where a single request is refused again and again.
+        Returns how many times in a row parts were refused while no batch was active; 0 if these were not.
         """
-        self._room = ended if refused else self._room + ended
-        if ended:
-            self._idle_refusals = 0
-        if not (refused and is_idle) or ended:
-            self._waiting.extendleft(reversed(refused))
-            return 0
-        self._idle_refusals += 1
-        self._room = 1
-        self._waiting.extendleft(reversed([piece for queued in refused for piece in self._smaller(queued)]))
-        return self._idle_refusals
-
-    @staticmethod
-    def _smaller(queued: QueuedPart) -> list[QueuedPart]:
-        """The part after a refusal with no batch active: itself or, after two of them, its halves."""
-        queued.idle_refusals += 1
-        if queued.part.requests > 1 and queued.idle_refusals >= MAX_IDLE_REFUSALS:
-            return queued.halves()
-        if queued.idle_refusals >= MAX_SINGLE_REFUSALS:
-            raise CommandError(
-                f"part {queued.part.label} (1 request, {plural(queued.part.size, 'byte')}) was refused "
-                f"{MAX_SINGLE_REFUSALS} times for the token limit, with no batch of this run active; the limit of this "
-                "account is too small for it"
-            )
-        return [queued]
+        is_stuck = bool(refused) and is_idle and not ended
+        self._room = 1 if is_stuck else ended if refused else self._room + ended
+        self._idle_refusals = self._idle_refusals + 1 if is_stuck else 0 if ended else self._idle_refusals
+        if is_stuck:
+            refused = [piece for queued in refused for piece in queued.after_idle_refusal()]
+        self._waiting.extendleft(reversed(refused))
+        return self._idle_refusals if is_stuck else 0
 
 
 class Flight:
@@ -3439,22 +3417,23 @@ class Flight:
     def __init__(
         self,
         batch: Batch,
-        positions: set[int] | None,
-        answered: Mapping[str, bytes] | None = None,
+        positions: Collection[int] | None,
+        *,
+        sent_digests: Mapping[str, bytes] | None = None,
         queued: QueuedPart | None = None,
         submitted_at: float = -math.inf,
     ) -> None:
         self.batch = batch  # as it was first seen
-        self.positions = positions  # of its requests in the request file; None where they are unknown
-        self.answered = answered  # digests by custom_id, where they may differ from the request file
+        self.positions = positions  # of its requests in the request file; None if they are unknown
+        self.sent_digests = sent_digests  # of its requests by custom_id, if they may differ from the request file
         self.queued = queued  # what to submit again after a refusal
-        self.submitted_at = submitted_at
-        self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if queued else math.inf
+        self.submitted_at = submitted_at  # by this run; -inf: by another
+        self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if submitted_at > -math.inf else math.inf
         self.may_be_cancelled = False  # it was being cancelled before, or this run cancels it
 
 
 class Round(NamedTuple):
-    """What a round has done: whether it submitted its parts, and whether somebody cancelled a batch meanwhile."""
+    """The result of a round: whether it submitted all its parts, and whether somebody cancelled a batch."""
 
     submitted: bool
     cancelled: bool
@@ -3480,31 +3459,26 @@ class Run:
         self._results = results
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
-        self._gone: list[tuple[Batch, set[int] | None]] = []  # batches whose output file is gone, and their requests
-        self._is_cut_short = False  # others have submitted meanwhile, so this round submits nothing more
+        self._gone: list[Flight] = []  # those whose output file is gone
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
         """Take what the listed batches did, then submit the rest, in at most --attempts rounds."""
         self._pick_up_earlier(parts, listed)
         attempts_left: int = self._args.attempts
-        is_cancelled = False
-        number = 0
         while True:
-            pending = self._pending() if attempts_left and not is_cancelled else set()
+            pending = self._pending() if attempts_left else set()
             if pending and self._requests.is_changed():
                 self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
                 pending = set()
             if not pending and not self.flights:
                 return
+            if pending and attempts_left < self._args.attempts:
+                number = self._args.attempts - attempts_left + 1
+                self._console.message(f"round {number}: {plural(len(pending), 'request')} to send again")
+                self._poller.latest.clear()
             with temporary_file() as copy:
-                queue = Queue(self._divide(pending, parts, copy))
-                if pending and number:
-                    self._console.message(f"round {number + 1}: {plural(len(pending), 'request')} to send again")
-                    self._poller.latest.clear()
-                done = self._round(queue)
-            number += done.submitted
-            attempts_left -= done.submitted
-            is_cancelled = is_cancelled or done.cancelled
+                done = self._round(Queue(self._divide(pending, parts, copy)))
+            attempts_left = 0 if done.cancelled else attempts_left - done.submitted
 
     def _pending(self) -> set[int]:
         """The positions of the requests to submit now: those without a result that no active batch has."""
@@ -3513,18 +3487,19 @@ class Run:
             return set()  # only its results tell which requests it has
         pending = self._results.positions(TO_SEND)
         pending.difference_update(*(flight.positions or () for flight in flights))
-        for batch, gone in self._gone:
-            if left := len(pending if gone is None else pending & gone):
+        for gone in self._gone:
+            if left := len(pending if gone.positions is None else pending.intersection(gone.positions)):
                 raise CommandError(
-                    f"the output file of batch {batch.id} is gone at the server, and {plural(left, 'request')} of it "
-                    "would have to be paid for again; name an earlier download with --results, or use --force"
+                    f"the output file of batch {gone.batch.id} is gone at the server, so {plural(left, 'request')} of "
+                    "it would have to be sent, and perhaps paid for, again; name an earlier download with --results, "
+                    "or use --force"
                 )
         return pending
 
     def _divide(self, pending: set[int], parts: Sequence[Part], copy: BinaryIO) -> list[QueuedPart]:
         """The parts to submit: those of the whole file, or of a copy of the pending lines."""
         if len(pending) == len(self._results.best):
-            return [QueuedPart(self._requests, part) for part in parts]
+            return [QueuedPart(self._requests, part, positions_of(part)) for part in parts]
         divider = PartDivider(self._args.max_requests)
         if pending:
             for position, line in enumerate(self._requests.lines()):
@@ -3532,19 +3507,22 @@ class Run:
                     divider.add(line)
                     copy.write(line)
             copy.flush()
-        source = Input.of(copy, "the rest of the requests")
-        return [QueuedPart(source, part) for part in divider.parts()]
+        source, order = Input.of(copy, "a temporary file"), sorted(pending)
+        return [QueuedPart(source, part, order[part.first : part.first + part.requests]) for part in divider.parts()]
 
     def _round(self, queue: Queue) -> Round:
         """Submit the parts, and take the results of every batch, until none is active."""
-        submitted = cancelled = self._is_cut_short = False
+        submitted = cancelled = cut_short = False
         while True:
             while queued := queue.take():
-                submitted = self._submit(queued, queue) or submitted
-            if not self.flights and not queue:
-                self._poller.report()
-                return Round(submitted and not self._is_cut_short, cancelled)
+                if self._submit(queued):
+                    submitted = True
+                else:  # the batches found may have requests of later parts, too; another round does what is left
+                    cut_short = True
+                    queue.clear()
             self._poller.report()
+            if not self.flights and not queue:
+                return Round(submitted and not cut_short, cancelled)
             self._wait(self._args.interval)
             refused, ended = [], 0
             for batch, flight in self._ended():
@@ -3552,12 +3530,15 @@ class Run:
                     ended += 1
                     self._take(batch, flight)
                     cancelled = cancelled or (batch.status == "cancelled" and not flight.may_be_cancelled)
-                elif flight.queued and batch.is_over_token_limit and self._is_still_to_send(flight):
-                    refused.append(self._refused(batch, flight.queued))
-                elif not batch.is_over_token_limit and flight.answered is None:
+                elif (queued := flight.queued) and batch.is_over_token_limit and self._is_still_to_send(flight):
+                    self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
+                    del self._poller.latest[batch.id]
+                    queued.refused.append(batch.id)
+                    refused.append(queued)
+                elif not batch.is_over_token_limit and flight.sent_digests is None:
                     raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
                                        "batches still running will be picked up by the next run")
-            if cancelled or self._is_cut_short:
+            if cancelled or cut_short:
                 queue.clear()
             elif idle_refusals := queue.settle(refused, ended, is_idle=not self.flights):
                 seconds = self._args.interval * 2 ** min(idle_refusals, 5)
@@ -3569,24 +3550,18 @@ class Run:
         polled = self._poller.poll([*self.flights])
         for batch_id, failure in polled.lost.items():
             age = self._clock.now() - self.flights[batch_id].submitted_at
-            if not (isinstance(failure, Refused) and failure.status == 404 and age < YOUNG_SECONDS):
+            if not (isinstance(failure, NotFound) and age < YOUNG_SECONDS):
                 raise failure
             self._console.warn(f"{batch_id}: {failure}; it is new, so this may pass; still waiting")
-        for batch in polled.ended:
+        for batch in polled.ended.values():
             if batch.status == "cancelled" and not self.flights[batch.id].may_be_cancelled:
                 self._console.warn(f"batch {batch.id} was cancelled; this run ends once the others have ended, and a "
                                    "later one does the rest")
             yield batch, self.flights.pop(batch.id)
 
     def _is_still_to_send(self, flight: Flight) -> bool:
-        """Whether no other batch has, or will have, the result of a request of this one."""
-        return flight.positions is not None and flight.positions <= self._pending()
-
-    def _refused(self, batch: Batch, queued: QueuedPart) -> QueuedPart:
-        self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
-        del self._poller.latest[batch.id]
-        queued.refused.append(batch.id)
-        return queued
+        """Whether its requests still have no result and are in no other active batch."""
+        return flight.positions is not None and self._pending().issuperset(flight.positions)
 
     def _wait(self, seconds: float) -> None:
         """Sleep, and look for rivals of new batches when it is time for that."""
@@ -3599,8 +3574,11 @@ class Run:
 
     # submitting
 
-    def _submit(self, queued: QueuedPart, queue: Queue) -> bool:
-        """Make a batch of the part, or take those that another process has made meanwhile. Whether it was submitted."""
+    def _submit(self, queued: QueuedPart) -> bool:
+        """Submit a part. Returns False if another process has submitted some of its requests meanwhile.
+
+        Then the batches of that process are picked up instead.
+        """
         label = queued.part.label
 
         def on_upload(file_id: str) -> None:
@@ -3613,35 +3591,33 @@ class Run:
             if not queued.refused:
                 queued.file_id = ""  # it is deleted
             picked_up = [self._pick_up_found(batch, queued.part) for batch in found.batches]
-            if not any(picked_up):
-                return self._submit(queued, queue)
-            self._is_cut_short = True  # they may have requests of later parts, too; another round does what is left
-            queue.clear()
-            return False
+            return False if any(picked_up) else self._submit(queued)
         self._console.message(f"part {label}: Batch ID: {batch.id}")
         now = self._clock.now()
         self._poller.latest[batch.id] = batch
-        self.flights[batch.id] = Flight(batch, set(), None, queued, now)
+        self.flights[batch.id] = Flight(batch, queued.positions, queued=queued, submitted_at=now)
         return True
 
     def _pick_up_found(self, batch: Batch, part: Part) -> bool:
         """Take or follow a batch that has shown up before a POST. Whether it has requests that are to be sent."""
-        if not self._submitter.is_of_file(batch, [part]):
+        if not self._submitter.is_of_file(batch, [part.sha256]):
             self._submitter.known.add(batch.id)
             return self._pick_up_other_version(batch)
         self._pick_up(batch, None)
         return True
 
     def _look_for_rivals(self) -> None:
-        """Look for second batches of the parts submitted some seconds ago: another machine may have made them."""
-        due = [each for each in self.flights.values() if each.queued and each.rival_check_at <= self._clock.now()]
-        own = {each.queued.part.sha256: each for each in due if each.queued}
-        for flight in due:
-            flight.rival_check_at = math.inf
-        for rival in self._submitter.new_batches([each.queued.part for each in due if each.queued]):
-            if flight_or_none := own.get(self._submitter.part_sha256(rival)):
-                self._meet_rival(flight_or_none, rival)
-            else:  # the look before the next POST finds it
+        """Check for rivals: batches of the same requests that another machine submitted at the same time."""
+        now = self._clock.now()
+        own: dict[str, Flight] = {}  # by the sha256 of the part
+        for flight in self.flights.values():
+            if flight.queued and flight.rival_check_at <= now:
+                flight.rival_check_at = math.inf
+                own[flight.queued.part.sha256] = flight
+        for rival in self._submitter.new_batches(own):
+            if mine := own.get(self._submitter.part_sha256(rival)):
+                self._meet_rival(mine, rival)
+            else:  # it is found again before the next POST
                 self._console.warn(f"batch {rival.id} may have some of the same requests")
 
     def _meet_rival(self, flight: Flight, rival: Batch) -> None:
@@ -3651,16 +3627,16 @@ class Run:
             self._console.warn(f"batch {rival.id} has the same requests as batch {flight.batch.id}, which stays")
         elif self._submitter.cancel_rival(flight.batch, rival):
             flight.may_be_cancelled = True
-            self.flights[rival.id] = Flight(rival, set())
+            self.flights[rival.id] = Flight(rival, flight.positions)
 
     # earlier batches
 
     def _pick_up_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
         """Take the results of earlier batches that have ended, and follow those that run."""
         part_of = {part.sha256: part for part in parts}
-        batches = [batch for batch in self._submitter.earlier_batches(listed) if batch.may_have_success]
+        batches = self._submitter.earlier_batches(listed)
         for batch in batches:
-            if self._submitter.is_of_file(batch, parts):
+            if self._submitter.is_of_file(batch, part_of):
                 self._pick_up(batch, part_of.get(self._submitter.part_sha256(batch)))
         for batch in reversed(batches):
             if batch.id not in self._submitter.known and self._submitter.is_of_other_version(batch):
@@ -3671,8 +3647,8 @@ class Run:
         self._submitter.known.add(batch.id)
         if part:
             self._console.message(f"part {part.label} was already submitted as batch {batch.id} ({batch.status})")
-            flight = Flight(batch, set(range(part.first, part.first + part.requests)))
-            flight.queued = QueuedPart(self._requests, part)
+            positions = positions_of(part)
+            flight = Flight(batch, positions, queued=QueuedPart(self._requests, part, positions))
         else:
             self._console.message(f"batch {batch.id} ({batch.status}) has some of the requests already")
             digests = self._input_digests(batch)
@@ -3692,7 +3668,7 @@ class Run:
         elif same:
             self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
                                   f"has {plural(len(same), 'request')} of this one already")
-            self._follow(Flight(batch, same, digests))
+            self._follow(Flight(batch, same, sent_digests=digests))
         return bool(same)
 
     def _follow(self, flight: Flight) -> None:
@@ -3731,54 +3707,44 @@ class Run:
 
     def _take(self, batch: Batch, flight: Flight) -> None:
         """Download and index the files of a batch that has ended."""
-        for kind, file_id in (("results", batch.output_file_id), ("errors", batch.error_file_id)):
-            if not file_id:
-                continue
+        matched = 0
+        for kind, file_id in batch.files.items():
             name = f"{kind} of {batch.id}"
             start = self._spool.seek(0, os.SEEK_END)
             try:
                 if (size := self._api.size_of(file_id)) == 0:
                     continue
                 self._api.download(file_id, size, self._spool, name)
-            except Refused as failure:
-                if failure.status != 404:
-                    raise
+            except NotFound:
                 self._console.warn(f"the {kind} file of batch {batch.id} is gone at the server")
                 if kind == "results":
-                    self._gone.append((batch, flight.positions))
+                    self._gone.append(flight)
                 continue
-            self._results.read(self._spool, name, start, flight.answered)
-
-
-def within_timeout(send: Callable[[], None], timeout: float | None, console: Console, clock: Clock) -> None:
-    resume = "no output was written; batches still running will be picked up by the next run of the same command"
-    try:
-        with clock.limit(timeout):
-            send()
-    except TimedOut:
-        raise TimedOut(f"--timeout passed; {resume}") from None
-    except Exit:
-        console.message(resume)
-        raise
+            matched += self._results.read(self._spool, name, start, flight.sent_digests)
+        if batch.claims_successes and not matched and flight not in self._gone:
+            raise CommandError(
+                f"batch {batch.id} has completed {plural(batch.counts.completed or 0, 'request')}, but none of its "
+                f"results has a custom_id of {self._requests.name}; nothing more is sent, because that would be paid "
+                "for again; see its results with retrieve"
+            )
 
 
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck(args.endpoint, args.max_requests)
-    index = RequestIndex(check.line_of, bytearray())
+    check = InputCheck(args.endpoint, args.max_requests, hashes_lines=True)
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         refuse_unwritable(args.output)
         sha256 = requests.sha256()
         note = stack.enter_context(locked_note(sha256, requests, console))
-        parts = check_input(requests, recording_digests(requests.lines(), index.digests), check, console)
-        earlier = Results(index, console)
+        parts = check_input(requests, check, console)
+        earlier = Results(check.index, console)
         for path in args.results:
             if not same_regular_file(path, args.output):
                 file = stack.enter_context(open_input(path))
                 earlier.read(file.file, file.name)
         stamp = out_stamp(args.output)
         read_out(args.output, earlier, stack)
-        results = Results(index, console) if args.force else earlier
+        results = Results(check.index, console) if args.force else earlier
         outcomes = results.outcomes()
         to_send = sum(outcomes[kind] for kind in TO_SEND)
         if have := len(results.best) - to_send:
@@ -3786,16 +3752,16 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         if to_send:
             spool = stack.enter_context(temporary_file())
             api = stack.enter_context(connect(args, console, clock))
-
-            def send() -> None:
+            resume = "batches still running will be picked up by the next run of the same command"
+            with advice_if_stopped(f"no output was written; {resume}", console), clock.limit(args.timeout):
                 listed = first_listing(api, force=args.force)
                 patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
                 submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
                 Run(args, submitter, requests, results, spool).rounds(parts, listed)
-
-            within_timeout(send, args.timeout, console, clock)
         if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
-            read_out(args.output, earlier, stack)
+            latest = Results(check.index, console)
+            read_out(args.output, latest, stack)
+            results.fall_back_on(latest)
         if args.force:
             results.fall_back_on(earlier)
         advice = "; run the same command again where there is room: it takes the results without paying again"
@@ -3983,10 +3949,7 @@ def main(
         for line in str(error).splitlines():
             console.message(line)
         raise SystemExit(2) from None
-    except CommandError as error:
-        console.error(str(error))
-        return 1
-    except OSError as error:  # nothing above says what it was about
+    except (CommandError, OSError) as error:  # an OSError that nothing above put into words
         console.error(str(error))
         return 1
     except TimedOut as timed_out:

@@ -794,10 +794,10 @@ def nine_requests(**changes: Any) -> list[Json]:
 
 
 def sending(number: int) -> str:
-    return f"sending {number} request{'' if number == 1 else 's'} at once, at the ordinary price, not as a batch\n"
+    return f"sending {number} request{'' if number == 1 else 's'} right away, at the ordinary price, not as a batch\n"
 
 
-NO_ESTIMATE = "no answer says how many tokens it used, so there is no estimate\n"
+NO_ESTIMATE = "no response says how many tokens it used, so there is no estimate\n"
 
 
 def test_preview_shows_the_answers_and_estimates_the_whole(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -1099,7 +1099,7 @@ def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
     Path("artists.csv").write_text("artist_id\n")
     assert tool("preview", "--in", "requests.jsonl", "--out", "artists.csv") == 1
     assert capsys.readouterr() == ("", error(
-        "artists.csv line 1: not valid JSON: Expecting value (character 1 of the line); it holds something else than "
+        "artists.csv line 1: not valid JSON: Expecting value (character 1 of the line); it holds something other than "
         "results, so it is left alone; choose another --out"
     ))
     assert (api.exchanges, Path("artists.csv").read_text()) == ([], "artist_id\n")
@@ -2188,14 +2188,31 @@ def test_an_id_of_the_server_chooses_no_directory(
     assert "error: batch_1: the response is " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file_id", ["../batches", "a/b", 7, ["x"]], ids=str)
+@pytest.mark.parametrize("file_id", [7, ["x"]], ids=str)
+def test_a_file_id_that_is_no_text_is_an_error(file_id: Any, api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
+    done_batch(api, output_file_id=file_id)
+    assert tool("status", "--batch-id", "batch_1") == 1
+    reason = f"output_file_id of batch batch_1 is not a file id: {json.dumps(file_id)}"
+    assert capsys.readouterr().err == error(f"batch_1: {reason}")
+
+
+@pytest.mark.parametrize("file_id", ["../batches", "a/b", ".."], ids=str)
 def test_a_file_id_that_can_be_none_is_not_asked_for(
     file_id: Any, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     done_batch(api, output_file_id=file_id)
     assert tool("status", "--batch-id", "batch_1") == 1
-    reason = f"output_file_id of batch batch_1 is not a file id: {json.dumps(file_id)}"
-    assert capsys.readouterr().err == error(f"batch_1: {reason}")
+    assert capsys.readouterr().err == error(f"batch_1: not the id of a file: {json.dumps(file_id)}")
+    assert Path("errors_batch_1.jsonl").exists()
+
+
+def test_a_batch_with_an_odd_file_id_does_not_keep_others_from_being_listed_and_created(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    done_batch(api, output_file_id="files/x")
+    assert tool("list") == 0
+    assert tool("create", "--in", requests_file()) == 0
+    assert len(api.batches) == 2
 
 
 @pytest.mark.parametrize("answer", [{"status": 0}, {"status": ""}, {"status": None}, {}, {"id": 7}], ids=str)
@@ -2533,7 +2550,8 @@ def test_an_out_that_cannot_be_written_is_said_before_any_request(
 def test_an_out_on_a_full_disk_is_exit_1(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     done_batch(api)
     assert tool("retrieve", "--batch-id", "batch_1", "--out", "/dev/full") == 1
-    assert capsys.readouterr() == ("", error("batch_1: cannot write /dev/full: No space left on device"))
+    saved = f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n"
+    assert capsys.readouterr() == (saved, error("batch_1: cannot write /dev/full: No space left on device"))
 
 
 def test_a_batch_that_has_not_ended_is_not_completed(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
@@ -2637,11 +2655,13 @@ def test_a_download_that_stays_broken_leaves_the_old_file(
 ) -> None:
     done_batch(api)
     Path("results_batch_1.jsonl").write_bytes(b"old\n")
-    api.faults.append(Fault("GET", "/content$", times=9, **broken))
+    api.faults.append(Fault("GET", "/content$", times=3, **broken))
     assert tool("retrieve", "--batch-id", "batch_1") == 1
-    assert re.fullmatch(r"batch_tool.py: error: batch_1: .*\w.*\n", capsys.readouterr().err)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"batch_tool.py: error: batch_1: .*\w.*\n", err)
     assert (Path("results_batch_1.jsonl").read_bytes(), leftovers()) == (b"old\n", [])
-    assert asked(api, "GET", "/content$") == 3
+    assert out.startswith("Errors saved: errors_batch_1.jsonl")  # it is not given up for the other one
+    assert asked(api, "GET", "/content$") == 4
 
 
 def test_a_rate_limit_on_a_download_is_waited_out(api: LocalBatchAPI, tool: Tool, clock: FakeTime) -> None:
@@ -2657,8 +2677,20 @@ def test_a_file_of_another_size_is_not_kept(api: LocalBatchAPI, tool: Tool, caps
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     size = len(jsonl(success("a1")))
     reason = f"download of {batch.output_file_id} was cut off ({size} of {size + 1} bytes)"
-    assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
-    assert not list(Path().glob("*.jsonl"))
+    out, err = capsys.readouterr()
+    assert (out[:12], err) == ("Errors saved", error(f"batch_1: {reason}"))
+    assert [*Path().glob("*.jsonl")] == [Path("errors_batch_1.jsonl")]
+
+
+def test_a_saved_file_is_told_although_an_old_error_file_cannot_be_removed(
+    api: LocalBatchAPI, tool: Tool, capsys: Capture
+) -> None:
+    done_batch(api, errors=b"")
+    Path("errors_batch_1.jsonl").mkdir()
+    assert tool("status", "--batch-id", "batch_1") == 1
+    out, err = capsys.readouterr()
+    assert out.endswith(f"Results saved: results_batch_1.jsonl ({len(jsonl(success('a1')))} bytes)\n")
+    assert err == error("batch_1: cannot remove errors_batch_1.jsonl: Is a directory")
 
 
 NO_SIZE = pytest.mark.parametrize("habit", ["no-bytes", "zero-bytes", "no-file-info"])
@@ -3502,9 +3534,8 @@ def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys
         (b"artist_id,x\na1,\xf6\na2,\xf6\n", [],
          ": 2 of 2 rows cannot be decoded, first on line 2; name the encoding with --encoding"),
         (b"artist_id,x\na1,o\na2,\"o\"x\n", [],
-         " line 3: malformed quoting (',' expected after '\"'); correct the quotes, so that every row can be matched"),
-        (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes, "
-                                           "so that every row can be matched"),
+         " line 3: malformed quoting (',' expected after '\"'); correct the quotes"),
+        (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes"),
         (b'artist_id,"x"y\na1,o\n', [], " line 1: malformed quoting; correct the quotes"),
         (b"PK\x03\x04\x14\0", [], " is an Excel workbook or another zip file; save it as CSV UTF-8"),
         (b"K\xfcnstler,x\na1,o\n", ["--id-column", "Künstler"],

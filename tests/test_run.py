@@ -1354,7 +1354,7 @@ def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
         OUT.write_bytes(other)
         assert run() == 1
         assert re.search(
-            r"error: results.jsonl line \d: .*; it holds something else than results, so it is left alone; choose "
+            r"error: results.jsonl line \d: .*; it holds something other than results, so it is left alone; choose "
             "another --out\n$",
             capsys.readouterr().err,
         )
@@ -1602,7 +1602,7 @@ def test_an_earlier_version_whose_output_file_is_gone_ends_the_run(
     del api.files[batch.output_file_id]
     edit(*bios(2))
     assert run() == 1
-    assert f"error: the output file of batch {batch.id} is gone at the server, and 1 request of it" in (
+    assert f"error: the output file of batch {batch.id} is gone at the server, so 1 request of it" in (
         capsys.readouterr().err
     )
     assert posts(api) == 0
@@ -1695,10 +1695,33 @@ def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_
     else:
         assert run() == 1
         assert posts(api) == 0
-        assert "would have to be paid for again; name an earlier download with --results, or use --force" in (
+        assert "sent, and perhaps paid for, again; name an earlier download with --results, or use --force" in (
             capsys.readouterr().err
         )
         assert run("--force") == 0
+
+
+@pytest.mark.parametrize("interval", ["0.1", "30"], ids=["before the check for rivals", "after it"])
+def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
+    interval: str, api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(*bios(2))
+    api.faults.append(Fault("GET", "/files/", status=404, message="No such File object", times=99))
+    assert run("--interval", interval) == 1
+    assert "is gone at the server, so 2 requests of it would have to be sent" in capsys.readouterr().err
+    assert posts(api) == 1
+
+
+def test_results_that_match_no_request_are_not_paid_for_again(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"total": 1, "completed": 1, "failed": 0}
+    batch = earlier_batch(api, "completed", edit(*bios(1)), done=["A1"], request_counts=counts)
+    assert run() == 1
+    assert (
+        f"error: batch {batch.id} has completed 1 request, but none of its results has a custom_id of requests.jsonl"
+    ) in capsys.readouterr().err
+    assert posts(api) == 0
 
 
 def test_a_deleted_error_file_withholds_no_success(api: LocalBatchAPI) -> None:
@@ -1834,7 +1857,7 @@ def queued(*sizes: int) -> list[batch_tool.QueuedPart]:
         content = b"".join(lines[first : first + size])
         offset = sum(map(len, lines[:first]))
         part = batch_tool.Part(f"{number}/{len(sizes)}", offset, len(content), first, size, sha256_of(content))
-        parts.append(batch_tool.QueuedPart(source, part))
+        parts.append(batch_tool.QueuedPart(source, part, range(first, first + size)))
         first += size
     return parts
 
@@ -1883,10 +1906,11 @@ def test_the_queue_by_a_table(case: str) -> None:
 
 def test_the_halves_of_a_part_are_its_lines() -> None:
     (whole,) = queued(5)
-    halves = whole.halves()
+    assert whole.after_idle_refusal() == [whole]
+    halves = whole.after_idle_refusal()
     content = Path("queue.jsonl").read_bytes()
-    assert [(half.part.label, half.part.first, half.part.requests) for half in halves] == [
-        ("1/1.1", 0, 2), ("1/1.2", 2, 3),
+    assert [(half.part.label, half.part.first, half.part.requests, [*half.positions]) for half in halves] == [
+        ("1/1.1", 0, 3, [0, 1, 2]), ("1/1.2", 3, 2, [3, 4]),
     ]
     pieces = [content[half.part.offset : half.part.offset + half.part.size] for half in halves]
     assert b"".join(pieces) == content
