@@ -3,15 +3,15 @@
 #
 #   bash samples/pipeline.sh [--local] [--prompt-id ID] [CSV [OUT]]
 #
-# CSV is samples/input.csv by default, OUT is bios.csv. The requests and the results stay beside OUT, as
+# CSV is samples/input.csv by default, OUT is bios.csv. The pipeline keeps the requests and the results beside OUT, as
 # bios.requests.jsonl and bios.results.jsonl. Run it again after a change of the spreadsheet or after an interruption:
 # it pays only for requests that have no result yet.
 #
 # --local        use a local mock server: no key, no cost, made-up bios (kept in bios.local.results.jsonl)
-# --prompt-id    use a stored prompt, instead of samples/bio_prompt.md (or PROMPT_FILE, or PROMPT_ID)
+# --prompt-id    use this stored prompt; otherwise PROMPT_ID, PROMPT_FILE or samples/bio_prompt.md is used
 #
 # Without --local, OPENAI_API_KEY must be set. Other variables: MODEL (default: gpt-6-luna), INTERVAL (seconds between
-# polls, default: 30) and PYTHON (makes .venv, default: python3).
+# polls, default: 30) and PYTHON (the interpreter for .venv, default: python3).
 set -euo pipefail
 
 samples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,14 +33,14 @@ while [[ ${1:-} == --* ]]; do
     esac
     shift
 done
-[[ $# -le 2 ]] || fail "more than a CSV and an OUT; see --help" 2
+[[ $# -le 2 ]] || fail "too many arguments; see --help" 2
 csv=${1:-$samples/input.csv}
 out=${2:-bios.csv}
 [[ $out != -* && $out != */ && ! -d $out ]] || fail "OUT is not the name of a file: $out" 2
-[[ ! $csv -ef $out ]] || fail "$csv would be read and written over; choose another OUT" 2
+[[ ! $csv -ef $out ]] || fail "$csv is both CSV and OUT; choose another OUT" 2
 requests=${out%.csv}.requests.jsonl
 results=${out%.csv}.results.jsonl
-[[ $local_api == no ]] || results=${out%.csv}.local.results.jsonl # made-up bios must not pass for paid ones later
+[[ $local_api == no ]] || results=${out%.csv}.local.results.jsonl # keep made-up bios apart from paid ones
 model=${MODEL:-gpt-6-luna}
 if [[ ${#prompt[@]} -gt 0 ]]; then
     prompt_used="stored prompt ${prompt[1]}"
@@ -54,12 +54,12 @@ else
 fi
 [[ $local_api == yes || -n ${OPENAI_API_KEY:-} ]] || fail "OPENAI_API_KEY is not set; export it, or try --local"
 
-# the packages: those of the active virtual environment, else of .venv, which is made on first use
-environment=${VIRTUAL_ENV:-$project/.venv}
-python=$environment/bin/python
+# use the active virtual environment, or else .venv, and install the packages there if they are missing
+venv=${VIRTUAL_ENV:-$project/.venv}
+python=$venv/bin/python
 if ! "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("openai"))' 2>/dev/null; then
-    echo "pipeline.sh: installing requirements.txt into $environment" >&2
-    [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$environment"
+    echo "pipeline.sh: installing requirements.txt into $venv" >&2
+    [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$venv"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt"
 fi
 

@@ -80,7 +80,7 @@ def test_the_spreadsheet_is_not_written_over(work: Path, args: tuple[str, ...]) 
     (work / "artists.csv").symlink_to("bios.csv")
     result = pipeline("--local", *args)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"pipeline.sh: error: {args[0]} would be read and written over; choose another OUT\n"
+    assert result.stderr == f"pipeline.sh: error: {args[0]} is both CSV and OUT; choose another OUT\n"
     assert (work / "bios.csv").read_text() == "artist_id,artist_name\n1,A\n"
 
 
