@@ -87,6 +87,6 @@ echo "pipeline.sh: prompt: $prompt_used; model: $model" >&2
 status=0
 "$python" "$project/batch_tool.py" run --in "$requests" --out "$results" --interval "$interval" || status=$?
 # exit code 1 with results written means that some requests have no bio; the others are worth having
-[[ $status -eq 0 || ( $status -eq 1 && $results -nt $requests ) ]] || exit "$status"
+[[ $status -eq 0 || ( $status -eq 1 && -e $results && ! $results -ot $requests ) ]] || exit "$status"
 "$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --out "$out"
 exit "$status"
