@@ -282,7 +282,7 @@ class Console:
 
 
 class UsageError(Exception):
-    """The arguments are invalid. Its text are the lines to show: the usage, then the error."""
+    """The arguments are invalid. Its text is what the user sees: the usage, then the error."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -303,9 +303,9 @@ class Parser(argparse.ArgumentParser):
 def stopping_on_signals() -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into Exit.
 
-    Further signals are ignored for one second, so that cleaning up is not interrupted; after that another one works,
-    because the first may have been lost in a callback of the interpreter. Once the block has been stopped, the process
-    is about to end, and all are ignored.
+    After a signal, further ones are ignored for one second, so that they do not interrupt the cleaning up. Then they
+    work again: Python can lose the first Exit if it is raised in a callback of the interpreter. When the block ends
+    after a signal, all three stay ignored, because the process is about to exit.
     """
     stopped_at = -math.inf
 
@@ -315,15 +315,15 @@ def stopping_on_signals() -> Iterator[None]:
             stopped_at = time.monotonic()
             raise Exit(128 + number)
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # keep the choice of nohup
             before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler if stopped_at == -math.inf else signal.SIG_IGN)
+        for number, handler in before.items():
+            signal.signal(number, handler if stopped_at == -math.inf else signal.SIG_IGN)
 
 
 # ---- CSV headers, in both scripts
@@ -340,7 +340,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def column_key(name: str) -> str:
-    """The name of a column as it is compared: case, blanks around it, and blank, hyphen or underscore do not matter."""
+    """A column name for comparisons: casefolded, trimmed, with "_" for each run of blanks, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "_", name.strip(BLANKS).casefold())
 
 
@@ -350,7 +350,7 @@ def encoding_of(start: bytes, encoding: str) -> str:
 
 
 def listed_columns(names: Iterable[str]) -> str:
-    """The names of columns, for a message that says so if they were not decoded well."""
+    """The column names for a message, with advice to use --encoding if they were decoded wrongly."""
     text = ", ".join(filter(None, names)) or "without names"
     is_garbled = re.search("[\0\udc80-\udcff]", text)  # UTF-16 read as bytes, or bytes that could not be decoded
     advice = " (read in the wrong encoding; name the right one with --encoding)" if is_garbled else ""
@@ -358,9 +358,9 @@ def listed_columns(names: Iterable[str]) -> str:
 
 
 class Header(NamedTuple):
-    """The header of a CSV: what separates its fields, the names as they stand there, its first and its last line.
+    """The header of a CSV: its delimiter, its column names, and its first and last line.
 
-    If its quoting is malformed, the names are those of its first line, split without regard to quotes.
+    If its quoting is malformed, the names are those on its first line, split without regard to quotes.
     """
 
     delimiter: str
@@ -383,10 +383,10 @@ class Header(NamedTuple):
 
 
 def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
-    """Read the lines up to the end of the header, which is the first record that is not blank. None if there is none.
+    """Read up to the end of the header, the first record that is not blank. Returns None if every record is blank.
 
-    A line `sep=;` before it tells the delimiter. Otherwise the delimiter is the one that finds most of the required
-    columns, then most columns.
+    A line `sep=;` before the header names the delimiter. Otherwise the delimiter is the one that finds most of the
+    required columns; if several do, it is the one of these that finds most columns.
     """
     delimiters: Sequence[str] = DELIMITERS
     number = 0
@@ -406,11 +406,11 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 
     def split(delimiter: str) -> Header:
         try:
-            fields, end = next(csv.reader([text], delimiter=delimiter, strict=True)), last
+            fields = next(csv.reader([text], delimiter=delimiter, strict=True))
         except csv.Error:
-            fields, end = line.split(delimiter), 0
-        names = [field.strip(BLANKS) for field in fields]
-        return Header(delimiter, names, number, end or number, is_malformed=not end)
+            names = [field.strip(BLANKS) for field in line.split(delimiter)]
+            return Header(delimiter, names, number, number, is_malformed=True)
+        return Header(delimiter, [field.strip(BLANKS) for field in fields], number, last, is_malformed=False)
 
     def fit(header: Header) -> tuple[int, int]:
         return len(keys.intersection(map(column_key, header.names))), len(header.names)
