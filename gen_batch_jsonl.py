@@ -423,16 +423,24 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 COLUMNS = ("artist_id", "artist_name", "artist_data")
 RESPONSES = "/v1/responses"
 CHAT_COMPLETIONS = "/v1/chat/completions"
-MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API takes
-MAX_METADATA_CHARS = 512  # the longest metadata value, API reference
-BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
-CAREFUL_BYTES = 1 << 14  # read record by record, where a block cannot be read as a whole
-MAX_EXTRA_FIELDS = 20  # after which a record that is too wide is not read to its end
-MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
+
+# limits
+MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
+MAX_METADATA_CHARS = 512  # of one metadata value; Batch API reference
+MAX_EXTRA_FIELDS = 20  # a record with more extra fields than this is not read to its end
+MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
+BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
+CAREFUL_BYTES = 1 << 14  # how much to read record by record before trying a block again
+
+# reading
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
 LINE_END = re.compile(rb"\r\n|\r|\n|\Z")
 UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
+UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
+
+# messages
 DELIMITER_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 NULL_NAMES = frozenset(b"NaN nan NAN NULL null Null N/A n/a #N/A #n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split())
 FOREIGN_FILES = {  # by their first bytes
@@ -446,25 +454,25 @@ FOREIGN_FILES = {  # by their first bytes
     b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: zstdcat FILE | gen_batch_jsonl.py --in - ...",
 }
 
-# UTF-8 never has the bytes 0xF5 to 0xFF. They stand in for characters inside quotes, and separate joined values.
-HIDDEN = {b",": b"\xf5", b";": b"\xf6", b"\t": b"\xf7", b"|": b"\xf8", b"\n": b"\xf9", b"\r": b"\xfa", b'"': b"\xfb"}
-REVEAL = bytes.maketrans(b"".join(HIDDEN.values()), b"".join(HIDDEN))
-SEPARATOR = b"\xff"
+# hiding: inside the quotes of a block, bytes that UTF-8 never contains stand in for special characters
+STAND_INS = {b",": b"\xf5", b";": b"\xf6", b"\t": b"\xf7", b"|": b"\xf8", b"\n": b"\xf9", b"\r": b"\xfa", b'"': b"\xfb"}
+REVEAL = bytes.maketrans(b"".join(STAND_INS.values()), b"".join(STAND_INS))
+SEPARATOR = b"\xff"  # another such byte, between joined values
 
+# escaping
 JSON_ESCAPES = {  # the backslash first, because the other escapes bring backslashes
     char.encode(): json.dumps(char)[1:-1].encode() for char in ["\\", '"', *map(chr, range(32))]
 }
 UNESCAPED_BYTES = bytes({*range(256)} - {*b"".join(JSON_ESCAPES)})
 LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
 
-HIDDEN_BLANKS = HIDDEN[b"\t"] + HIDDEN[b"\n"] + HIDDEN[b"\r"]
-ALL_BLANKS = BLANKS + HIDDEN_BLANKS.decode("utf-8", "surrogateescape")
-SHORT_BLANKS = bytes(char for char in BLANKS.encode() if char < 128) + HIDDEN_BLANKS
+# blanks
+BLANK_STAND_INS = STAND_INS[b"\t"] + STAND_INS[b"\n"] + STAND_INS[b"\r"]
+ALL_BLANKS = BLANKS + BLANK_STAND_INS.decode("utf-8", "surrogateescape")
+SHORT_BLANKS = bytes(char for char in BLANKS.encode() if char < 128) + BLANK_STAND_INS
 LONG_BLANKS = frozenset(char.encode() for char in BLANKS if not char.isascii())  # two or three bytes each
-BLANK_BYTES = bytes({*BLANKS.encode(), *HIDDEN_BLANKS})
+BLANK_BYTES = bytes({*BLANKS.encode(), *BLANK_STAND_INS})
 SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))  # for str.translate: leaves these out
-UNDECODABLE = "mark_undecodable"  # an error handler: it decodes bytes that are not valid as a lone surrogate
-codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 
 
 class Problem(NamedTuple):
@@ -629,10 +637,10 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
         return None
     inside = b'"'.join(pieces[1::2])
     for char in (delimiter, b"\n", b"\r"):
-        inside = inside.replace(char, HIDDEN[char])
+        inside = inside.replace(char, STAND_INS[char])
     pieces[1::2] = inside.split(b'"')
     if b"" in kinds:
-        pieces[2:-1:2] = [piece or HIDDEN[b'"'] for piece in outside]
+        pieces[2:-1:2] = [piece or STAND_INS[b'"'] for piece in outside]
     return b"".join(pieces)
 
 
@@ -643,7 +651,7 @@ def lines_of_records(
     lines, swallowed = [], {}
     for record, artist_id in zip(records, artist_ids, strict=True):
         lines.append(line)
-        if HIDDEN[b"\n"] in record or HIDDEN[b"\r"] in record:
+        if STAND_INS[b"\n"] in record or STAND_INS[b"\r"] in record:
             text = record.translate(REVEAL)
             if held := lines_like_rows(text, line, artist_id, layout):
                 swallowed[line] = held
@@ -675,8 +683,8 @@ def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None
     return (fields, width) if is_even else None
 
 
-def needs_closer_look(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether an id could be a column name, as in a repeated header. One with a hidden character counts, too."""
+def may_repeat_header(artist_ids: list[bytes], layout: Layout) -> bool:
+    """Whether an id could be a column name, as in a repeated header. An id with hidden characters counts, too."""
     ids = b",".join([b"", *artist_ids, b""])
     squeezed = to_text(ids).casefold().translate(SQUEEZED)
     keys = [key.translate(SQUEEZED) for key in layout.header_keys if key]
@@ -701,11 +709,11 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         return None
     number = min(len(fields) // step, limit)
     columns = [trim(fields[column : number * step : step]) for column in layout.used]
-    if needs_closer_look(columns[0], layout):
+    if may_repeat_header(columns[0], layout):
         return None
     special = plain.translate(None, UNESCAPED_BYTES + b"\n" + layout.delimiter)
     needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
-    if HIDDEN[b"\n"] in plain or HIDDEN[b"\r"] in plain:
+    if STAND_INS[b"\n"] in plain or STAND_INS[b"\r"] in plain:
         records = plain.split(b"\n", number)[:number]
         lines, next_line, swallowed = lines_of_records(records, columns[0], first_line, layout)
         return Rows(lines, columns, next_line, swallowed, needs_escapes)
@@ -786,8 +794,8 @@ def wrong_width(number: int, row: str, layout: Layout) -> Problem:
     return Problem("wrong number of fields", f"{fields} instead of {layout.width} in {quoted(row)}; {cause}")
 
 
-def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> Problem | None:
-    """Recognise a repeated header and a wrong number of fields. `text` is the beginning of the record."""
+def header_or_width_problem(line: int, fields: list[bytes], beginning: bytes, layout: Layout) -> Problem | None:
+    """A repeated header, or a wrong number of fields. Raises CommandError for a header that differs from the first."""
     width, id_column = layout.width, layout.used[0]
     if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
         keys = [column_key(to_text(field)) for field in fields]
@@ -796,7 +804,7 @@ def problem_of(line: int, fields: list[bytes], text: bytes, layout: Layout) -> P
         if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
             raise CommandError(f"line {line}: names the columns again, but not as the header does; "
                                "convert the parts of the file one by one")
-    return None if len(fields) == width else wrong_width(len(fields), to_text(text.splitlines()[0]), layout)
+    return None if len(fields) == width else wrong_width(len(fields), to_text(beginning.splitlines()[0]), layout)
 
 
 def not_valid(encoding: str) -> str:
@@ -852,9 +860,9 @@ class CsvReader:
     def __init__(self, source: io.BufferedReader, path: str, encoding: str, block_bytes: int = BLOCK_BYTES) -> None:
         self.line = 1
         self._source = source
-        self._path = shown(path)
+        self._name = shown(path)
         self._block_bytes = block_bytes
-        self._data = b""  # read, but not used yet, from `_at` on
+        self._data = b""  # what has been read; the part before `_at` is used up
         self._at = 0
         self._is_ended = False
         self._decoder: codecs.IncrementalDecoder | None = None
@@ -866,7 +874,7 @@ class CsvReader:
         """Choose the encoding by the first bytes, and convert what has been read so far."""
         for mark, kind in FOREIGN_FILES.items():
             if self._data.startswith(mark):
-                raise CommandError(f"{self._path} is {kind}")
+                raise CommandError(f"{self._name} is {kind}")
         encoding = encoding_of(self._data, encoding)
         codec = codecs.lookup(encoding).name
         if codec in ("utf-8", "utf-8-sig"):
@@ -877,7 +885,7 @@ class CsvReader:
             self._data = self._to_utf_8(self._data)
         for byte_order, zeros in (("be", self._data[0:4:2]), ("le", self._data[1:4:2])):
             if zeros == b"\0\0":
-                raise CommandError(f"{self._path} looks like UTF-16; if it is, add --encoding utf-16-{byte_order}")
+                raise CommandError(f"{self._name} looks like UTF-16; if it is, add --encoding utf-16-{byte_order}")
         return encoding
 
     def _to_utf_8(self, chunk: bytes) -> bytes:
@@ -887,13 +895,13 @@ class CsvReader:
         try:
             return self._decoder.decode(chunk, final=self._is_ended).encode("utf-8", "surrogatepass")
         except UnicodeError:  # some codecs know no error handlers
-            raise CommandError(f"{self._path} cannot be read in that encoding; choose another --encoding") from None
+            raise CommandError(f"{self._name} cannot be read in that encoding; choose another --encoding") from None
 
     def _fill(self) -> bool:
         """Read more of the file, as much as is there already. False at its end."""
         if self._is_ended:
             return False
-        with os_errors_as(f"read {self._path}"):
+        with os_errors_as(f"read {self._name}"):
             chunk = self._source.read1(max(self._block_bytes, len(self._data) - self._at))
         self._is_ended = not chunk
         if more := self._to_utf_8(chunk):
@@ -906,8 +914,8 @@ class CsvReader:
             pass
         return self._at == len(self._data)
 
-    def lines(self) -> Iterator[str]:
-        """The lines from here on. Does not move the reader."""
+    def peek_lines(self) -> Iterator[str]:
+        """The lines from here on."""
         offset = 0
         while True:
             line = cast(re.Match[bytes], LINE.match(self._data, self._at + offset))[0]
@@ -930,8 +938,8 @@ class CsvReader:
     def _line_size(self) -> int:
         return len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0])
 
-    def block(self) -> bytes:
-        """The data from here to the last line end outside of quotes. Empty if there is none nearby. Does not move."""
+    def peek_block(self) -> bytes:
+        """The data from here to the last line end outside of quotes. Empty if there is none nearby."""
         while True:
             window = self._at + 2 * self._block_bytes
             is_last = self._is_ended and window >= len(self._data)
@@ -939,8 +947,8 @@ class CsvReader:
             if end > self._at or len(self._data) >= self._at + self._block_bytes or not self._fill():
                 return self._data[self._at : end]
 
-    def record(self, layout: Layout) -> Record:
-        """The record that begins here. Does not move the reader. A blank record has no fields and no problem."""
+    def peek_record(self, layout: Layout) -> Record:
+        """The record that begins here. A blank record has no fields and no problem."""
         parsed = parse_record(self._data, self._at, self.line, layout)
         while parsed.is_open and self._fill():
             parsed = parse_record(self._data, self._at, self.line, layout)
@@ -951,7 +959,7 @@ class CsvReader:
             fields = fields[: layout.width]
         if all(map(is_blank, fields)):
             return Record(self.line, [], None, size)
-        problem = problem_of(self.line, fields, self._data[self._at : self._at + 500], layout)
+        problem = header_or_width_problem(self.line, fields, self._data[self._at : self._at + 500], layout)
         if problem not in (None, REPEATED_HEADER):
             size = self._line_size()
         return Record(self.line, fields, problem or undecodable(self.line, fields, layout, self.encoding), size)
@@ -959,7 +967,7 @@ class CsvReader:
     def records(self, layout: Layout, size: int) -> Iterator[Record]:
         """Read records for at least `size` bytes, and yield those that are not blank."""
         while size > 0 and not self.is_at_end():
-            record = self.record(layout)
+            record = self.peek_record(layout)
             self.skip(record.size, self.line + count_line_ends(self._data, self._at, self._at + record.size))
             size -= record.size
             if record.fields or record.problem:
@@ -1000,7 +1008,7 @@ def delimiter_of_row(reader: CsvReader, likely: str) -> str:
     """The delimiter that splits the first row into three fields, or the comma if none does."""
 
     def width(delimiter: str) -> int:
-        return len(reader.record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [""])).fields)
+        return len(reader.peek_record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [""])).fields)
 
     return next((delimiter for delimiter in (likely, *DELIMITERS) if width(delimiter) == len(COLUMNS)), ",")
 
@@ -1008,7 +1016,7 @@ def delimiter_of_row(reader: CsvReader, likely: str) -> str:
 def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
     """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows."""
     chosen = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
-    header = read_header(reader.lines(), [name or role for role, name in chosen.items()])
+    header = read_header(reader.peek_lines(), [name or role for role, name in chosen.items()])
     if not header:
         raise CommandError("the CSV is empty; it needs a header and at least one row")
     if args.skip_header and not all(map(header.find, COLUMNS)):
@@ -1167,8 +1175,8 @@ class SkipReport:
         elif skipped == self._max_listed + 1:
             self._console.warn("more rows are skipped; --verbose lists all of them")
 
-    def account(self, written: int) -> str:
-        """Where the rows went: every row read was written or skipped."""
+    def row_summary(self, written: int) -> str:
+        """Account for the rows: how many were read, and how many were skipped for which reason."""
         skipped = self.reasons.total()
         by_reason = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
         return f"{plural(written + skipped, 'row')} read, {skipped} skipped{': ' if skipped else ''}{by_reason}"
@@ -1215,9 +1223,9 @@ class BatchCounter:
             self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS - 1, MAX_BATCH_BYTES - len(lines)
 
 
-def put_back_hidden(lines: bytes) -> bytes:
+def restore_hidden(lines: bytes) -> bytes:
     """Replace the stand-ins in lines of JSON by what they stand for."""
-    for char, stand_in in HIDDEN.items():
+    for char, stand_in in STAND_INS.items():
         lines = lines.replace(stand_in, JSON_ESCAPES.get(char, char))
     return lines
 
@@ -1229,8 +1237,8 @@ def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
     return [values[at : at + height] for at in range(0, len(values), height)]
 
 
-def shorten(names: list[bytes]) -> list[bytes]:
-    """The names cut to what the API takes as metadata."""
+def shorten_names(names: list[bytes]) -> list[bytes]:
+    """Cut names to the length that the API accepts as metadata."""
     if max(map(len, names)) <= MAX_METADATA_CHARS:
         return names
     return [to_bytes(to_text(name)[:MAX_METADATA_CHARS]) for name in names]
@@ -1303,10 +1311,10 @@ class RequestWriter:
     def _write_requests(self, columns: list[list[bytes]], needs_escapes: bool) -> None:
         names = columns[1]
         if SHORT_NAME in self._template.columns:
-            columns = [*columns, shorten(names)]
+            columns = [*columns, shorten_names(names)]
         if needs_escapes:
             columns = escape_columns(columns)
-        requests = put_back_hidden(self._template.render(columns))
+        requests = restore_hidden(self._template.render(columns))
         self._out.write(requests)
         self.written += len(names)
         self.batches.add(requests, len(names))
@@ -1333,7 +1341,7 @@ def write_requests(
     """Convert block by block; a block that cannot be converted as a whole, record by record."""
     left = limit
     while left and not reader.is_at_end():
-        block = reader.block()
+        block = reader.peek_block()
         rows = rows_of_block(block, reader.line, layout, left) if block else None
         if rows:
             writer.write(rows)
@@ -1375,8 +1383,7 @@ def warn_of_null_names(null_names: Counter[bytes], console: Console) -> None:
                      "the requests are written all the same")
 
 
-def describe(table: Table) -> str:
-    """Where the columns stand, for --verbose."""
+def column_positions(table: Table) -> str:
     roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
     return f"{roles} of {len(table.names)}, separated by {DELIMITER_NAMES[table.delimiter]}"
 
@@ -1392,7 +1399,7 @@ def convert(args: argparse.Namespace, console: Console) -> None:
         layout = table.layout(used)
         warn_of_missing_data(table, bool(args.prompt_id), console)
         if args.verbose:
-            console.message(f"{describe(table)}, read as {reader.encoding}")
+            console.message(f"{column_positions(table)}, read as {reader.encoding}")
         progress = Progress(console, source)
         with open_output(args.output) as out:
             writer = RequestWriter(template, layout, out, skipped)
@@ -1401,14 +1408,15 @@ def convert(args: argparse.Namespace, console: Console) -> None:
                 lambda: progress.report(writer.written + skipped.reasons.total()),
             )
             written = writer.written
+            rows = skipped.row_summary(written)
             check_encoding(skipped, written, reader.encoding, console)
             if not written:
-                raise CommandError(f"no valid row in {shown(args.input)} ({skipped.account(0)}); nothing was written")
+                raise CommandError(f"no valid row in {shown(args.input)} ({rows}); nothing was written")
     warn_of_swallowed_rows(writer.swallowed, console)
     warn_of_null_names(writer.null_names, console)
     number = writer.batches.count
     batches = f"; batch_tool.py create will make {number} batches of it" if number > 1 else ""
-    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({skipped.account(written)}){batches}")
+    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({rows}){batches}")
 
 
 # -- command line ------------------------------------------------------------------------------------------------

@@ -517,7 +517,7 @@ def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) 
     out = io.BytesIO()
     console = gen.Console(None)
     reader = open_reader(content, block_bytes=block_bytes)
-    header = gen.read_header(reader.lines(), gen.COLUMNS)
+    header = gen.read_header(reader.peek_lines(), gen.COLUMNS)
     assert header is not None
     reader.skip_lines(header.last_line)
     args = gen.build_parser().parse_args([*FILES, *STORED])
@@ -945,7 +945,7 @@ def test_a_file_in_its_encoding_is_read(
 def test_characters_may_be_cut_by_the_borders_of_blocks() -> None:
     for codec in ("utf-16", "utf-32", "gb18030", "shift_jis"):
         reader = open_reader((HEADER + "1,東京,日本\n" * 50).encode(codec), encoding=codec, block_bytes=3)
-        next(reader.lines())
+        next(reader.peek_lines())
         reader.skip_lines(1)
         records = reader.records(layout(), sys.maxsize)
         assert [fields_of(record) for record in records] == [["1", "東京", "日本"]] * 50
