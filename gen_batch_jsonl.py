@@ -8,13 +8,14 @@
   zcat artists.csv.gz | gen_batch_jsonl.py --in - --out - \\
       --prompt-file bio_prompt.md --model gpt-6-luna
 
-The CSV has a header with artist_id, artist_name and artist_data (or the columns
-that --id-column, --name-column and --data-column name). Each valid row becomes
-one request. A stored prompt (--prompt-id) gets the name and the data; a prompt
-template (--prompt-file) can use every column: {{artist_name}}, {{country}}.
+The CSV has a header with artist_id, artist_name and, optionally, artist_data
+(or the columns that --id-column, --name-column and --data-column name). Each
+valid row becomes one request. A stored prompt (--prompt-id) gets the name and
+the data; a prompt template (--prompt-file) can use every column:
+{{artist_name}}, {{country}}.
 
 Invalid rows are skipped and listed on stderr, where the last line accounts for
-every row. --out is written whole or not at all.
+every row. An --out file is written whole or not at all.
 
 exit codes: 0 success, 1 fatal error, 2 invalid arguments, 130 interrupted,
 143 terminated, 129 hung up
@@ -476,7 +477,7 @@ SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))  # for str.translate: leaves t
 
 
 class Problem(NamedTuple):
-    """Why a row is skipped: the reason that it is counted under, what is wrong with this one, what to do."""
+    """Why a row is skipped: the reason it is counted under, the details, and what to do."""
 
     reason: str
     detail: str
@@ -493,7 +494,7 @@ class Layout(NamedTuple):
     width: int
     used: list[int]
     names: list[str]  # of the used columns, for messages
-    header_keys: list[str]  # the names of the header, as they are compared
+    header_keys: list[str]  # column_key() of each name in the header
 
 
 class Rows(NamedTuple):
@@ -503,7 +504,7 @@ class Rows(NamedTuple):
     columns: list[list[bytes]]
     next_line: int
     swallowed: dict[int, list[int]]  # by the line of a row: lines in it that look like rows
-    needs_escapes: bool  # values have characters, apart from hidden ones, that JSON escapes
+    needs_escapes: bool  # some values contain characters that JSON escapes, besides the hidden ones
 
 
 class Record(NamedTuple):
@@ -566,7 +567,7 @@ def escape(text: bytes) -> bytes:
 
 
 def count_line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
-    """How many line ends there are: LF, CRLF or CR."""
+    """Count the line ends: LF, CRLF or CR."""
     found = data.count(b"\n", start, end)
     if data.find(b"\r", start, end) >= 0:
         found += data.count(b"\r", start, end) - data.count(b"\r\n", start, end)
@@ -581,8 +582,8 @@ def shape_of(artist_id: str) -> str:
 def lines_like_rows(text: bytes, line: int, artist_id: bytes, layout: Layout) -> list[int]:
     """The lines of a record, after its first, that look like rows: as many fields, and an id of the same shape.
 
-    If the shape has only letters or only digits, prose can match it by accident; a line with a blank after a delimiter
-    is then taken for prose. `text` is the record without quotes, `line` is its first line.
+    Prose can match a shape of only letters or only digits by accident; with such a shape, a line that has a blank after
+    a delimiter is taken for prose. `text` is the record without quotes, `line` is its first line.
     """
     shape, found = "", []
     for number, each in enumerate(text.splitlines()[1:], line + 1):
@@ -692,9 +693,9 @@ def may_repeat_header(artist_ids: list[bytes], layout: Layout) -> bool:
 
 
 def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
-    """The rows of a block, at most `limit`. None if anything about the block needs a closer look.
+    """The first `limit` rows of a block. None if the block has to be read record by record.
 
-    Each step handles the whole block at once, which takes a tenth of the time of going record by record.
+    Each step handles the whole block at once, which is ten times as fast as handling its records one by one.
     """
     try:
         text = block.decode()
@@ -778,7 +779,7 @@ def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: 
 
 
 def wrong_width(number: int, row: str, layout: Layout) -> Problem:
-    """Show the beginning of the row, and the likely cause."""
+    """The problem of a row with `number` fields: it shows the beginning of the row, and the likely cause."""
     delimiter = to_text(layout.delimiter)
     ours = DELIMITER_NAMES[delimiter]
     others = [other for other in DELIMITERS if other != delimiter and row.count(other) == layout.width - 1]
@@ -871,7 +872,7 @@ class CsvReader:
         self.encoding = self._detect_encoding(encoding)
 
     def _detect_encoding(self, encoding: str) -> str:
-        """Choose the encoding by the first bytes, and convert what has been read so far."""
+        """Choose the encoding by the first bytes, and convert them. Raises CommandError for a file that is no CSV."""
         for mark, kind in FOREIGN_FILES.items():
             if self._data.startswith(mark):
                 raise CommandError(f"{self._name} is {kind}")
@@ -894,7 +895,7 @@ class CsvReader:
             return chunk
         try:
             return self._decoder.decode(chunk, final=self._is_ended).encode("utf-8", "surrogatepass")
-        except UnicodeError:  # some codecs know no error handlers
+        except UnicodeError:  # some codecs do not support error handlers
             raise CommandError(f"{self._name} cannot be read in that encoding; choose another --encoding") from None
 
     def _fill(self) -> bool:
@@ -978,20 +979,20 @@ class CsvReader:
 
 
 class Table(NamedTuple):
-    """What the header tells. `roles` are the positions of artist_id, artist_name and, if there is one, artist_data."""
+    """A CSV's delimiter, its column names, and the positions of artist_id, artist_name and, if any, artist_data."""
 
     delimiter: str
     names: list[str]
     roles: dict[str, int]
 
     def layout(self, used: list[int]) -> Layout:
-        names = {position: role for role, position in reversed(self.roles.items())}
+        names = {position: role for role, position in reversed(self.roles.items())}  # a column's first role wins
         keys = [column_key(name) for name in self.names]
         return Layout(self.delimiter.encode(), len(keys), used, [names.get(at, self.names[at]) for at in used], keys)
 
 
 def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
-    """The positions of the columns by role: the one that an option has chosen, or the one named like the role."""
+    """The position of each role's column: the one an option names, or the one with the role's own name."""
     where = f"line {header.line}: the header"
     columns = listed_columns(header.names)
     if header.is_malformed:
@@ -1041,18 +1042,18 @@ def warn_of_missing_data(table: Table, is_stored_prompt: bool, console: Console)
 
 # -- requests ----------------------------------------------------------------------------------------------------
 
-SHORT_NAME = -1  # stands for the column of the artist's name as metadata
+SHORT_NAME = -1  # the artist's name, shortened for the metadata; RequestWriter appends it as the last column
 Slot = Callable[[int], str]
 
 
 class RequestTemplate(NamedTuple):
-    """A request as JSON: its constant pieces, and the column whose value stands between each two of them."""
+    """A request as JSON: constant pieces, and for each gap between two of them the column whose value goes there."""
 
     constants: list[bytes]
     columns: list[int]  # indexes into the used columns, or SHORT_NAME
 
     def render(self, columns: list[list[bytes]]) -> bytes:
-        """The requests of some rows, one line each. The columns are escaped; the last one holds the short names."""
+        """The rows as requests, one per line. `columns` are escaped; short names, if used, are the last one."""
         height, step = len(columns[0]), 2 * len(self.columns) + 1
         pieces = [b""] * (height * step)
         for at, constant in enumerate(self.constants):
@@ -1072,7 +1073,7 @@ def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot) -> di
 
 
 def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str:
-    """The prompt template with slots for its placeholders. Raises CommandError for one that names no single column."""
+    """Replace the placeholders of a template by slots. Raises CommandError if one does not name exactly one column."""
 
     def fill(match: re.Match[str]) -> str:
         key = column_key(match[1])
@@ -1107,7 +1108,7 @@ def template_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[st
 
 
 def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The further body fields of --body-file. Raises CommandError if one is the model, or is in `body` already."""
+    """Read --body-file. Raises CommandError if it has a field that this tool writes itself."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not allowed")
@@ -1130,8 +1131,8 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
 def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTemplate, list[int]]:
     """The template of the requests, and the positions of the columns that it uses.
 
-    The request is written as JSON once, with slots in place of a row's values. They are random, so that no text has
-    one by accident.
+    One request is written as JSON, with marks (slots) in place of a row's values, and then cut at these marks. They are
+    random, so that no text contains one by accident.
     """
     nonce = secrets.token_hex(16)
 
@@ -1204,7 +1205,7 @@ class Progress:
 
 
 class BatchCounter:
-    """Counts the batches that `batch_tool.py create` makes of the requests: consecutive lines within the limits."""
+    """Counts the batches that `batch_tool.py create` will split the requests into."""
 
     def __init__(self) -> None:
         self.count = 1
@@ -1357,7 +1358,7 @@ def write_requests(
 
 
 def check_encoding(skipped: SkipReport, written: int, encoding: str, console: Console) -> None:
-    """Refuse a file with many values that are not valid in its encoding; warn of a few."""
+    """Raise CommandError if many rows are not valid in the file's encoding; warn if only a few are."""
     what = not_valid(encoding)
     invalid, rows = skipped.reasons[what], written + skipped.reasons.total()
     if invalid >= 2 and invalid > MAX_INVALID_SHARE * rows:
@@ -1450,7 +1451,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete_from_environment(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what no flag gives. --prompt-id and --prompt-file each beat both variables."""
+    """Fill in missing options from the environment. A flag for the prompt beats both PROMPT_ID and PROMPT_FILE."""
 
     def environment(name: str, check: Callable[[str], str]) -> str | None:
         try:
