@@ -803,8 +803,8 @@ def header_or_width_problem(line: int, fields: list[bytes], beginning: bytes, la
         if keys == layout.header_keys:
             return REPEATED_HEADER
         if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
-            raise CommandError(f"line {line}: names the columns again, but not as the header does; "
-                               "convert the parts of the file one by one")
+            raise CommandError(f"line {line}: a second header that differs from the first; "
+                               "split the file before this line and convert the parts one by one")
     return None if len(fields) == width else wrong_width(len(fields), to_text(beginning.splitlines()[0]), layout)
 
 
@@ -1033,11 +1033,11 @@ def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) ->
 def warn_of_missing_data(table: Table, is_stored_prompt: bool, console: Console) -> None:
     if "artist_data" in table.roles:
         return
-    advice = "if another column holds it, name that with --data-column"
+    advice = "if another column holds the data, name it with --data-column"
     others = [name for at, name in enumerate(table.names) if name and at not in table.roles.values()]
     if is_stored_prompt and others:
-        advice += "; a stored prompt gets only the name and the data, a template (--prompt-file) can use every column"
-    console.warn(f"the CSV has no artist_data, so it is empty in every request; {advice}")
+        advice += "; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
+    console.warn(f"the CSV has no artist_data column, so artist_data is empty in every request; {advice}")
 
 
 # -- requests ----------------------------------------------------------------------------------------------------
@@ -1085,9 +1085,9 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str
         if key == "artist_data":
             return ""
         line = template.count("\n", 0, match.start()) + 1
-        problem = f"names {len(found)} columns; rename them in the CSV" if found else "names no column"
+        problem = f"names {len(found)} columns; rename one of them in the CSV" if found else "names no column"
         names = listed_columns(dict.fromkeys([*COLUMNS, *table.names]))
-        raise CommandError(f"{path} line {line}: the placeholder {match[0]} {problem}; there are {names}")
+        raise CommandError(f"{path} line {line}: the placeholder {match[0]} {problem}; the columns are {names}")
 
     filled = PLACEHOLDER.sub(fill, template)
     if slot(table.roles["artist_name"]) not in filled:
@@ -1123,8 +1123,8 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
         raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
     for name in fields:
         if name in body or name == "model":
-            advice = "use --model" if name == "model" else "take it out of the file"
-            raise CommandError(f'{shown(path)}: the field "{name}" is written by this tool; {advice}')
+            advice = "use --model" if name == "model" else "remove it from the file"
+            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; {advice}')
     return fields
 
 
@@ -1174,7 +1174,7 @@ class SkipReport:
         if skipped <= self._max_listed:
             self._console.warn(f"line {line}: {problem.detail}; row skipped")
         elif skipped == self._max_listed + 1:
-            self._console.warn("more rows are skipped; --verbose lists all of them")
+            self._console.warn("more rows were skipped; --verbose lists all of them")
 
     def row_summary(self, written: int) -> str:
         """Account for the rows: how many were read, and how many were skipped for which reason."""
@@ -1374,14 +1374,15 @@ def warn_of_swallowed_rows(swallowed: dict[int, list[int]], console: Console) ->
         held = f"lines {listed}, which look like rows" if len(lines) > 1 else f"line {listed}, which looks like a row"
         console.warn(f"line {began}: a quoted field holds {held}; check the quotes on line {began}")
     if len(swallowed) > MAX_LISTED:
-        console.warn(f"rows may have been swallowed in {len(swallowed) - MAX_LISTED} more places")
+        fields = plural(len(swallowed) - MAX_LISTED, "more quoted field holds", "more quoted fields hold")
+        console.warn(f"{fields} lines that look like rows")
 
 
 def warn_of_null_names(null_names: Counter[bytes], console: Console) -> None:
     if null_names:
         listed = ", ".join(f"{name.decode()} ({number})" for name, number in null_names.most_common())
-        console.warn(f"{plural(null_names.total(), 'name reads', 'names read')} like an empty cell: {listed}; "
-                     "the requests are written all the same")
+        names = plural(null_names.total(), "name looks like an empty cell", "names look like empty cells")
+        console.warn(f"{names}: {listed}; the requests were written anyway")
 
 
 def column_positions(table: Table) -> str:
@@ -1416,7 +1417,7 @@ def convert(args: argparse.Namespace, console: Console) -> None:
     warn_of_swallowed_rows(writer.swallowed, console)
     warn_of_null_names(writer.null_names, console)
     number = writer.batches.count
-    batches = f"; batch_tool.py create will make {number} batches of it" if number > 1 else ""
+    batches = f"; batch_tool.py create will split them into {number} batches" if number > 1 else ""
     console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({rows}){batches}")
 
 
@@ -1485,7 +1486,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("only one input can be stdin (-)")
     for path in inputs:
         if same_regular_file(path, args.output):
-            parser.error(f"{shown(path)} would be read and written at once; choose another --out")
+            parser.error(f"{shown(path)} is both an input and the output; choose another --out")
 
 
 # -- main --------------------------------------------------------------------------------------------------------

@@ -768,14 +768,14 @@ def test_many_swallowed_rows_are_summed_up(capsys: pytest.CaptureFixture[str]) -
     assert convert(HEADER + rows) == 0
     *warned, summed, _ = capsys.readouterr().err.splitlines()
     assert len(warned) == 20
-    assert summed == "gen_batch_jsonl.py: warning: rows may have been swallowed in 3 more places"
+    assert summed == "gen_batch_jsonl.py: warning: 3 more quoted fields hold lines that look like rows"
 
 
 # -- CSV: files as people have them ------------------------------------------------------------------------------
 
 NO_DATA = (
-    "gen_batch_jsonl.py: warning: the CSV has no artist_data, so it is empty in every request; "
-    "if another column holds it, name that with --data-column"
+    "gen_batch_jsonl.py: warning: the CSV has no artist_data column, so artist_data is empty in every request; "
+    "if another column holds the data, name it with --data-column"
 )
 
 
@@ -847,7 +847,7 @@ def test_a_file_without_data_is_converted_with_a_warning(capsys: pytest.CaptureF
 def test_where_a_template_would_help_the_warning_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("artist_id,artist_name,born\n1,A,1960\n") == 0
     assert capsys.readouterr().err.splitlines()[0] == (
-        f"{NO_DATA}; a stored prompt gets only the name and the data, a template (--prompt-file) can use every column"
+        f"{NO_DATA}; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
     )
     write("prompt.md", "{{artist_name}} {{artist_data}} {{born}}")
     assert main([*FILES, *TEMPLATE_ARGS]) == 0
@@ -885,8 +885,8 @@ def test_an_artist_with_the_name_of_a_column_is_an_artist() -> None:
 def test_a_header_in_another_order_ends_the_run(again: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}1,A,x\n{again}\nB,2,y\n") == 1
     assert capsys.readouterr().err == (
-        "gen_batch_jsonl.py: error: line 3: names the columns again, but not as the header does; "
-        "convert the parts of the file one by one\n"
+        "gen_batch_jsonl.py: error: line 3: a second header that differs from the first; "
+        "split the file before this line and convert the parts one by one\n"
     )
 
 
@@ -914,8 +914,8 @@ def test_names_that_read_like_a_null_are_kept_and_counted(capsys: pytest.Capture
     assert convert(f"{HEADER}1,NaN,x\n2, #N/A ,x\n3,A,NULL\n4,\"NaN\",x\n5,\\N,x\n6,,x\n") == 0
     assert [name for _, name, _ in variables()] == ["NaN", "#N/A", "A", "NaN", "\\N"]
     assert capsys.readouterr().err.splitlines()[1] == (
-        "gen_batch_jsonl.py: warning: 4 names read like an empty cell: NaN (2), #N/A (1), \\N (1); "
-        "the requests are written all the same"
+        "gen_batch_jsonl.py: warning: 4 names look like empty cells: NaN (2), #N/A (1), \\N (1); "
+        "the requests were written anyway"
     )
 
 
@@ -1339,16 +1339,16 @@ def test_placeholders_are_replaced_by_the_values(text: str, filled: str) -> None
     assert json.loads(line)["body"]["input"] == filled
 
 
-THERE_ARE = "there are artist_id, artist_name, artist_data, born, Born, country"
+LISTED = "the columns are artist_id, artist_name, artist_data, born, Born, country"
 BAD_TEMPLATES = pytest.mark.parametrize(
     ("text", "message"),
     [
         ("For {{artist_name}}\n\n{{ name }}",
-         f"prompt.md line 3: the placeholder {{{{ name }}}} names no column; {THERE_ARE}"),
-        ("{{artist_name}} {{}}", f"prompt.md line 1: the placeholder {{{{}}}} names no column; {THERE_ARE}"),
-        ("{{artist_name}} {{a\nb}}", f"prompt.md line 1: the placeholder {{{{a\\nb}}}} names no column; {THERE_ARE}"),
+         f"prompt.md line 3: the placeholder {{{{ name }}}} names no column; {LISTED}"),
+        ("{{artist_name}} {{}}", f"prompt.md line 1: the placeholder {{{{}}}} names no column; {LISTED}"),
+        ("{{artist_name}} {{a\nb}}", f"prompt.md line 1: the placeholder {{{{a\\nb}}}} names no column; {LISTED}"),
         ("{{artist_name}} {{ BORN }}",
-         f"prompt.md line 1: the placeholder {{{{ BORN }}}} names 2 columns; rename them in the CSV; {THERE_ARE}"),
+         f"prompt.md line 1: the placeholder {{{{ BORN }}}} names 2 columns; rename one of them in the CSV; {LISTED}"),
         ("Facts: {{artist_data}}",
          "prompt.md: the template has no {{artist_name}}, so no prompt would name its artist"),
         ("", "prompt.md: the template has no {{artist_name}}, so no prompt would name its artist"),
@@ -1396,8 +1396,8 @@ BAD_BODY_FILES = pytest.mark.parametrize(
         ('{"a": NaN}', "body.json: not valid JSON: NaN is not allowed"),
         ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not allowed"),
         ("[1]", 'body.json: not a JSON object; write the fields as {"max_output_tokens": 400, ...}'),
-        ('{"model": "x"}', 'body.json: the field "model" is written by this tool; use --model'),
-        ('{"prompt": 1}', 'body.json: the field "prompt" is written by this tool; take it out of the file'),
+        ('{"model": "x"}', 'body.json: this tool writes the field "model" itself; use --model'),
+        ('{"prompt": 1}', 'body.json: this tool writes the field "prompt" itself; remove it from the file'),
     ],
 )
 
@@ -1461,7 +1461,7 @@ def test_twenty_skipped_rows_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert convert(f"{HEADER}1,A,x\n" + "1,B,x\n" * 25) == 0
     *listed, more, _ = capsys.readouterr().err.splitlines()
     assert len(listed) == 20
-    assert more == "gen_batch_jsonl.py: warning: more rows are skipped; --verbose lists all of them"
+    assert more == "gen_batch_jsonl.py: warning: more rows were skipped; --verbose lists all of them"
 
 
 def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1573,7 +1573,7 @@ def test_more_requests_than_a_batch_takes_are_announced(capsys: pytest.CaptureFi
     assert convert(HEADER + rows) == 0
     assert capsys.readouterr().err == (
         "Wrote 50001 requests to out.jsonl (50001 rows read, 0 skipped); "
-        "batch_tool.py create will make 2 batches of it\n"
+        "batch_tool.py create will split them into 2 batches\n"
     )
     assert convert(HEADER + rows, "--limit", "50000") == 0
     assert capsys.readouterr().err == "Wrote 50000 requests to out.jsonl (50000 rows read, 0 skipped)\n"
@@ -1792,7 +1792,7 @@ def test_reading_and_writing_one_file_exits_2(how: str) -> None:
     with open("in.csv", "rb") as stdin:
         finished = run(SCRIPT, "--in", "-" if how == "stdin" else "in.csv", "--out", destination, *STORED, stdin=stdin)
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].endswith("would be read and written at once; choose another --out")
+    assert finished.stderr.splitlines()[-1].endswith("is both an input and the output; choose another --out")
     assert Path("in.csv").read_text() == content
 
 
@@ -1812,7 +1812,7 @@ def test_the_output_may_not_be_another_input(option: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         main(["--in", str(SAMPLE), "--out", "text", *TEMPLATE_ARGS, option, "text"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("text would be read and written at once; choose another --out\n")
+    assert capsys.readouterr().err.endswith("text is both an input and the output; choose another --out\n")
 
 
 def test_a_terminal_or_dev_null_may_be_read_and_written(capsys: pytest.CaptureFixture[str]) -> None:
