@@ -1434,8 +1434,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "prompt template, instead of --prompt-id [PROMPT_FILE]"
     prompt.add_argument("--prompt-file", type=input_path, metavar="FILE", help=text)
     add("--prompt-version", type=text_argument, metavar="V", help="version of the stored prompt [PROMPT_VERSION]")
-    add("--instructions-file", type=input_path, metavar="FILE", help="text sent as instructions with every request")
-    text = "what the requests are for; chat completions only with --prompt-file (default: %(default)s)"
+    add("--instructions-file", type=input_path, metavar="FILE", help="file with the instructions for every request")
+    text = "API endpoint of the requests; /v1/chat/completions only with --prompt-file (default: %(default)s)"
     add("--endpoint", choices=(RESPONSES, CHAT_COMPLETIONS), default=RESPONSES, help=text)
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
@@ -1446,8 +1446,8 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{role.removeprefix('artist_')}-column", type=text_argument, metavar="NAME", help=text)
     add("--limit", type=positive_int, metavar="N", help="read only the first N data rows")
     add("--skip-header", action="store_true", help=f"the CSV has no header; its columns are {','.join(COLUMNS)}")
-    add("--strict", action="store_true", help="the first invalid row ends the run, with no output")
-    add("--verbose", action="store_true", help="say more on stderr: every skipped row, the columns")
+    add("--strict", action="store_true", help="stop at the first invalid row and write nothing")
+    add("--verbose", action="store_true", help="list every skipped row, and the columns, on stderr")
     return parser
 
 
