@@ -990,45 +990,41 @@ class InputCheck:
                     return
                 yield Problem(number, "invalid_json_line", str(error))
             else:
-                yield from self._request_problems(number, request)
+                for code, message in self._problems_of(number, request):
+                    yield Problem(number, code, message)
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
-    def _request_problems(self, number: int, request: Json) -> Iterator[Problem]:
-        yield from self._id_problems(number, request.get("custom_id"))
-        method, url, body = request.get("method"), request.get("url"), request.get("body")
+    def _problems_of(self, number: int, request: Json) -> list[tuple[str, str]]:
+        """The code and the message of each problem of a request."""
+        found = []
+        custom_id, method, url, body = map(request.get, ("custom_id", "method", "url", "body"))
+        if custom_id is None:
+            found.append(("missing_required_parameter", "custom_id is missing"))
+        elif not isinstance(custom_id, str) or not custom_id:
+            found.append(("invalid_request", "custom_id is not a string with at least one character"))
+        elif (first := self.index.line_of.setdefault(custom_id, number)) != number:
+            found.append(("duplicate_custom_id", f"custom_id {quoted(custom_id)} was already used on line {first}"))
         if method != "POST":
-            yield Problem(number, "invalid_request", f'method is {quoted(method)}, not "POST"')
+            found.append(("invalid_request", f'method is {quoted(method)}, not "POST"'))
         if not self.endpoint and isinstance(url, str) and url.startswith("/") and url.isprintable():
             self.endpoint = url
         if not url or url != self.endpoint:
             endpoint = self.endpoint or "a path like /v1/responses"
-            yield Problem(number, "url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}")
-        if isinstance(body, dict):
-            yield from self._body_problems(number, body)
-        else:
-            yield Problem(number, "invalid_request", "body is not a JSON object")
-
-    def _id_problems(self, number: int, custom_id: Any) -> Iterator[Problem]:
-        if custom_id is None:
-            yield Problem(number, "missing_required_parameter", "custom_id is missing")
-        elif not isinstance(custom_id, str) or not custom_id:
-            yield Problem(number, "invalid_request", "custom_id is not a string with at least one character")
-        elif (first := self.index.line_of.setdefault(custom_id, number)) != number:
-            message = f"custom_id {quoted(custom_id)} was already used on line {first}"
-            yield Problem(number, "duplicate_custom_id", message)
-
-    def _body_problems(self, number: int, body: Json) -> Iterator[Problem]:
+            found.append(("url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}"))
+        if not isinstance(body, dict):
+            found.append(("invalid_request", "body is not a JSON object"))
+            return found
         if body.get("stream") is True:
-            yield Problem(number, "invalid_request", "body.stream is true; a batch cannot stream")
-        model = body.get("model")
-        if model is None:
+            found.append(("invalid_request", "body.stream is true; a batch cannot stream"))
+        if (model := body.get("model")) is None:
             self.without_model += 1
         elif self.model is None:
             self.model = model
         elif model != self.model:
             message = f"model is {quoted(model)}, not {quoted(self.model)}; a batch has one model"
-            yield Problem(number, "model_mismatch", message)
+            found.append(("model_mismatch", message))
+        return found
 
 
 def check_input(requests: Input, check: InputCheck, console: Console) -> list[Part]:
@@ -1048,20 +1044,29 @@ def check_input(requests: Input, check: InputCheck, console: Console) -> list[Pa
     return check.divider.parts()
 
 
-def index_requests(requests: Input) -> RequestIndex:
-    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice."""
-    index = RequestIndex({}, bytearray())
+def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
+    """The requests of a file, each added to an index that is empty at first.
+
+    Raises CommandError for a line that is not a request, or a custom_id used twice.
+    """
     for number, line in enumerate(requests.lines(), 1):
         index.digests.extend(digest_of(line))
         try:
-            custom_id = str_field(read_object(line), "custom_id")
+            request = read_object(line)
         except ValueError as error:
             raise CommandError(f"{requests.name} line {number}: {error}; --in must be the request file") from None
-        if not custom_id:
+        custom_id = request.get("custom_id")
+        if not isinstance(custom_id, str) or not custom_id:
             raise CommandError(f"{requests.name} line {number}: no custom_id; --in must be the request file")
         if index.line_of.setdefault(custom_id, number) != number:
             problem = f"custom_id {quoted(custom_id)} was used before; see validate"
             raise CommandError(f"{requests.name} line {number}: {problem}")
+        yield request
+
+
+def index_requests(requests: Input) -> RequestIndex:
+    index = RequestIndex({}, bytearray())
+    deque(indexed_requests(requests, index), maxlen=0)
     return index
 
 
@@ -1834,9 +1839,9 @@ def response_text(body: Any) -> tuple[str, str]:
 def classify_text(body: Json) -> Outcome:
     """The outcome of a complete Response or chat completion, by what it says."""
     text, refusal = response_text(body)
-    finish_reason = next((choice.get("finish_reason") for choice in objects(body.get("choices"))), None)
-    if finish_reason in ("length", "content_filter"):
-        return Outcome(REJECTED, "incomplete", finish_reason)
+    for choice in objects(body.get("choices"))[:1]:
+        if (finish_reason := choice.get("finish_reason")) in ("length", "content_filter"):
+            return Outcome(REJECTED, "incomplete", finish_reason)
     if refusal:
         return Outcome(REJECTED, "refusal", refusal)
     return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
@@ -1876,16 +1881,17 @@ def classify(result: Json) -> Outcome:
     return Outcome(REJECTED if is_final else RETRYABLE, code or f"http_{status}", message)
 
 
-def token_count(value: Any) -> int | None:
+def token_count(usage: Json, name: str, chat_name: str) -> int | None:
+    value = usage[name] if name in usage else usage.get(chat_name)
     return value if type(value) is int and 0 <= value < 10**15 else None
 
 
 def token_usage(body: Any) -> tuple[int | None, int | None]:
     """Input and output tokens of a response; None where it does not say."""
-    usage = child_object(body, "usage") if isinstance(body, dict) else {}
-    input_tokens = usage.get("input_tokens", usage.get("prompt_tokens"))
-    output_tokens = usage.get("output_tokens", usage.get("completion_tokens"))
-    return token_count(input_tokens), token_count(output_tokens)
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None, None
+    return token_count(usage, "input_tokens", "prompt_tokens"), token_count(usage, "output_tokens", "completion_tokens")
 
 
 class BestLine(NamedTuple):
@@ -1956,7 +1962,7 @@ class Results:
         known = 0
         for number, offset, line in lines_with_offsets(file, name, start):
             try:
-                known += self._add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
+                known += self.add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
             except ValueError as error:
                 if is_own:
                     advice = "it holds something other than results, so it is left alone; choose another --out"
@@ -1966,15 +1972,15 @@ class Results:
                     self._console.warn(f"{name} line {number}: {error}; line ignored")
         return known
 
-    def _add(
+    def add(
         self,
         result: Json,
         place: tuple[BinaryIO, int, int],
-        sent_digests: Mapping[str, bytes] | None,
+        sent_digests: Mapping[str, bytes] | None = None,
         *,
-        keep_others: bool,
+        keep_others: bool = False,
     ) -> bool:
-        """Index a results line. Returns whether its custom_id is known."""
+        """Index a results line. Returns whether its custom_id is known; raises ValueError if it is no result."""
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
@@ -1984,7 +1990,7 @@ class Results:
         if not sha256 and sent_digests is not None:
             sha256 = sent_digests.get(custom_id, b"").hex() or "unknown"  # so that it counts as of no request
         outcome = classify(result)
-        line = BestLine(outcome.kind, sys.intern(outcome.code[:80]), *place)
+        line = BestLine(outcome.kind, outcome.code and sys.intern(outcome.code[:80]), *place)
         position = self.requests.line_of.get(custom_id, 0) - 1
         if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
             self._add_current(position, line, outcome, token_usage(body_of(result)))
@@ -2130,10 +2136,11 @@ def artist_name(request: Json) -> str:
     return ""
 
 
-def bio_of(line: BestLine | None) -> Bio:
+def bio_of(line: BestLine | None, result: Json | None = None) -> Bio:
+    """The bio of a request by its results line, and by what that holds if it is decoded already."""
     if line is None or line.outcome == OUTDATED:
         return Bio(error=MISSING if line is None else OUTDATED)
-    result = read_object(line.read())
+    result = result or read_object(line.read())
     body = body_of(result)
     error = "" if line.outcome == SUCCEEDED else classify(result).error()
     tokens = ("" if count is None else str(count) for count in token_usage(body))
@@ -3178,15 +3185,17 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retry, export
 
 
-def read_results(
-    args: argparse.Namespace, console: Console, stack: contextlib.ExitStack
-) -> tuple[list[Input], Results]:
-    """The request file and all of --results, open in `stack`, and the best results of the requests."""
-    inputs = [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
+def open_inputs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Input]:
+    """The request file and all of --results, open in `stack`."""
+    return [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
+
+
+def read_results(inputs: Sequence[Input], console: Console) -> Results:
+    """The best results of the requests, by the request file and the results files."""
     results = Results(index_requests(inputs[0]), console)
     for each in inputs[1:]:
         results.read(each.file, each.name)
-    return inputs, results
+    return results
 
 
 def refuse_changes(inputs: Iterable[Input]) -> None:
@@ -3208,7 +3217,8 @@ def whole_output(path: str, inputs: Iterable[Input]) -> Iterator[BinaryIO]:
 
 def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
-        inputs, results = read_results(args, console, stack)
+        inputs = open_inputs(args, stack)
+        results = read_results(inputs, console)
         kinds = TO_SEND | {REJECTED} if args.include_rejected else TO_SEND
         outcomes = results.outcomes()
         count = sum(outcomes[kind] for kind in kinds)
@@ -3223,6 +3233,36 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     if not args.include_rejected and outcomes[REJECTED]:
         console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
+
+
+class NotInOrder(Exception):
+    """The results are not in request order, one line for each request."""
+
+
+def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[Sequence[str]]:
+    """The header and rows of the bios in one pass, if the results are in request order, as `run` writes them.
+
+    Indexes requests and results on the way. Raises NotInOrder if anything about the results needs a second look.
+    """
+    yield BIO_COLUMNS
+    answers = lines_with_offsets(lines.file, lines.name, 0)
+    end = 0
+    try:
+        for request in indexed_requests(requests, results.requests):
+            _, offset, line = next(answers)
+            end = offset + len(line)
+            result = read_object(line)
+            if result.get("custom_id") != request["custom_id"]:
+                raise NotInOrder
+            results.best.append(None)
+            results.add(result, (lines.file, offset, len(line)))
+            yield request["custom_id"], artist_name(request), *bio_of(results.best[-1], result)
+        for _, offset, line in answers:  # results of other requests, or better ones of these
+            results.add(read_object(line), (lines.file, offset, len(line)))
+    except (StopIteration, ValueError):
+        raise NotInOrder from None
+    if any(line and line.offset >= end for line in results.best):
+        raise NotInOrder
 
 
 def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
@@ -3317,20 +3357,38 @@ def spreadsheet_rows(
                      "row; see --id-column")
 
 
+def write_csv(args: argparse.Namespace, inputs: Sequence[Input], rows: Iterable[Sequence[str]]) -> None:
+    with whole_output(args.output, inputs) as out:
+        if args.excel:
+            out.write("\ufeff".encode())
+        out.writelines(map(excel_line if args.excel else csv_line, rows))
+
+
+def export_in_order(args: argparse.Namespace, inputs: Sequence[Input], console: Console) -> Results | None:
+    """Export in one pass, if the results are in request order. Otherwise nothing is written, and None returned."""
+    if len(inputs) > 2 or args.csv or is_stream(args.output):
+        return None
+    requests, lines = inputs
+    results = Results(RequestIndex({}, bytearray()), console)
+    try:
+        write_csv(args, inputs, rows_in_order(requests, lines, results))
+    except NotInOrder:
+        return None
+    return results
+
+
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    line_of = excel_line if args.excel else csv_line
     with contextlib.ExitStack() as stack:
-        inputs, results = read_results(args, console, stack)
-        if args.csv:
-            spreadsheet = stack.enter_context(open_input(args.csv))
-            inputs.append(spreadsheet)
-            rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
-        else:
-            rows = bio_rows(inputs[0], results)
-        with whole_output(args.output, inputs) as out:
-            if args.excel:
-                out.write("\ufeff".encode())
-            out.writelines(map(line_of, rows))
+        inputs = open_inputs(args, stack)
+        if not (results := export_in_order(args, inputs, console)):
+            results = read_results(inputs, console)
+            if args.csv:
+                spreadsheet = stack.enter_context(open_input(args.csv))
+                inputs.append(spreadsheet)
+                rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
+            else:
+                rows = bio_rows(inputs[0], results)
+            write_csv(args, inputs, rows)
     report_results(wrote(args.output), results, console)
     return 0
 
