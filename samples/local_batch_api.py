@@ -69,7 +69,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler
 from itertools import islice
@@ -245,40 +245,18 @@ def json_or_none(text: bytes) -> Any:
         return None
 
 
-def read_form(body: BinaryIO, boundary: bytes, upload: Path) -> Json:
-    """Read a multipart body in bounded memory. The content of its file goes to ``upload``."""
+def read_form(body: bytes, boundary: bytes, upload: Path) -> Json:
+    """The text fields of a multipart body. The content of its file goes to ``upload``."""
     content: Json = {}
-    mark = b"--" + boundary
-    line = body.readline(CHUNK)
-    while line.rstrip() == mark:
-        names = dict(re.findall(r'\b(name|filename)="([^"]*)"', read_part_headers(body)))
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, value = part.removesuffix(b"\r\n").partition(b"\r\n\r\n")
+        names = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode(errors="replace")))
         if "filename" in names:
-            with upload.open("wb") as file:
-                line = copy_part(body, mark, file)
-            content |= {"filename": names["filename"].replace("%22", '"'), "bytes": upload.stat().st_size}
+            upload.write_bytes(value)
+            content |= {"filename": names["filename"].replace("%22", '"'), "bytes": len(value)}
         else:
-            value = io.BytesIO()
-            line = copy_part(body, mark, value)
-            content[names.get("name", "")] = value.getvalue().decode(errors="replace")
-    return content if line.rstrip() == mark + b"--" else {}
-
-
-def read_part_headers(body: BinaryIO) -> str:
-    return b"".join(iter(lambda: body.readline(CHUNK).strip(), b"")).decode(errors="replace")
-
-
-def copy_part(body: BinaryIO, mark: bytes, target: BinaryIO) -> bytes:
-    """Copy everything up to the next boundary. Returns the line of the boundary, or nothing at the end of the body."""
-    held = b""  # its line end belongs to the boundary, if one follows
-    while line := body.readline(CHUNK):
-        if line.endswith(b"\r"):  # CHUNK may end between \r and \n
-            line += body.read(1)
-        if held.endswith(b"\r\n") and line.startswith(mark):
-            target.write(held[:-2])
-            return line
-        target.write(held)
-        held = line
-    return b""
+            content[names.get("name", "")] = value.decode(errors="replace")
+    return content
 
 
 # ---- what the service keeps ----
@@ -912,15 +890,12 @@ class Handler(BaseHTTPRequestHandler):
     def received(self) -> Exchange:
         url, upload = urlsplit(self.path), self.server.api.new_path()
         headers = {name.lower(): value for name, value in self.headers.items()}
-        size = left = int(headers.get("content-length", 0))
-        with tempfile.TemporaryFile() as body:
-            while block := self.rfile.read(min(left, CHUNK)):
-                left -= body.write(block)
-            if left:
-                raise ConnectionAbortedError("the client went away")
-            body.seek(0)
-            boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
-            content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body.read())
+        size = int(headers.get("content-length", 0))
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionAbortedError("the client went away")
+        boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
+        content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body)
         return Exchange(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
 
     def suffer(self, fault: Fault, request: Exchange) -> None:
@@ -982,33 +957,16 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
-    daemon_threads = False  # so that server_close() waits for them
+    daemon_threads = True  # a client may keep its connection open
     request_queue_size = 128
 
     def __init__(self, port: int, api: LocalBatchAPI) -> None:
         self.api = api
-        self.connections: set[socket.socket] = set()
         super().__init__((HOST, port), Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError) and not self.api.stopping.is_set():
             super().handle_error(request, client_address)
-
-    def close(self) -> None:
-        """Stop listening, and end the connections that clients keep open."""
-        self.shutdown()
-        for connection in list(self.connections):
-            with suppress(OSError):  # it has just ended by itself
-                connection.shutdown(socket.SHUT_RDWR)
-        self.server_close()
 
 
 class LocalBatchAPI(BatchService):
@@ -1040,7 +998,8 @@ class LocalBatchAPI(BatchService):
 
     def __exit__(self, *exc_info: object) -> None:
         self.stopping.set()
-        self.server.close()
+        self.server.shutdown()
+        self.server.server_close()
         self.temporary.cleanup()
 
     def take_fault(self, request: Exchange) -> Fault | None:
