@@ -1224,10 +1224,10 @@ class BatchCounter:
             self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS - 1, MAX_BATCH_BYTES - len(lines)
 
 
-def restore_hidden(lines: bytes) -> bytes:
+def restore_hidden(lines: bytes, delimiter: bytes) -> bytes:
     """Replace the stand-ins in lines of JSON by what they stand for."""
-    for char, stand_in in STAND_INS.items():
-        lines = lines.replace(stand_in, JSON_ESCAPES.get(char, char))
+    for char in (delimiter, b"\n", b"\r", b'"'):
+        lines = lines.replace(STAND_INS[char], JSON_ESCAPES.get(char, char))
     return lines
 
 
@@ -1315,7 +1315,7 @@ class RequestWriter:
             columns = [*columns, shorten_names(names)]
         if needs_escapes:
             columns = escape_columns(columns)
-        requests = restore_hidden(self._template.render(columns))
+        requests = restore_hidden(self._template.render(columns), self._layout.delimiter)
         self._out.write(requests)
         self.written += len(names)
         self.batches.add(requests, len(names))
