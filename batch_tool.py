@@ -38,7 +38,6 @@ import math
 import mmap
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -197,7 +196,7 @@ def atomic_replace(path: str) -> Iterator[BinaryIO]:
     directory = os.path.dirname(path)
     with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
         os.makedirs(directory)
-    temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(directory, f".{PROG}-{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "x+b", buffering=CHUNK_BYTES) as file:
             with contextlib.suppress(FileNotFoundError):

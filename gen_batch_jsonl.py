@@ -37,7 +37,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -191,7 +190,7 @@ def atomic_replace(path: str) -> Iterator[BinaryIO]:
     directory = os.path.dirname(path)
     with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
         os.makedirs(directory)
-    temporary = os.path.join(directory, f".{PROG}-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(directory, f".{PROG}-{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "x+b", buffering=CHUNK_BYTES) as file:
             with contextlib.suppress(FileNotFoundError):
@@ -1134,7 +1133,7 @@ def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTempla
     One request is written as JSON, with marks (slots) in place of a row's values, and then cut at these marks. They are
     random, so that no text contains one by accident.
     """
-    nonce = secrets.token_hex(16)
+    nonce = os.urandom(16).hex()
 
     def slot(position: int) -> str:
         return f"<{nonce} {position}>"
