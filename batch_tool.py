@@ -428,29 +428,29 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 FILE_LIFETIME_SECONDS = 30 * 24 * 60 * 60  # of an uploaded file; Batch API guide
-PAGE_SIZE = 100  # the most that a listing takes; API reference
-MAX_PAGES = 500  # a longer listing is taken to be endless
-MAX_OLD_PAGES = 3  # full pages of nothing but older batches end the search
+PAGE_SIZE = 100  # maximum `limit` of a listing; API reference
+MAX_PAGES = 500  # a longer listing is considered endless
+MAX_OLD_PAGES = 3  # this many full pages with nothing but older batches end the search
 MAX_TRIES = 3  # of one request
 MAX_TEXT_CHARS = 200  # of a text from the server, in a message
-LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch shows in the listing after about ten
-FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; clearly longer, for a POST that is carried out late
+LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch may take about ten to be listed
+FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; longer, because a POST may take effect late
 VALIDATION_POLL_SECONDS = 5
 RIVAL_CHECK_SECONDS = 12  # after a POST; by then the listing shows what was submitted in the same second
 OUTPUT_DELAY_SECONDS = 600  # how long a completed batch may lack its output file
-RATE_LIMIT_BUDGET = 600.0  # seconds; how long one call waits out 429s in all
-OUTAGE_BUDGET = 3600.0  # seconds; how long `run` outlives an outage
-MAX_PAUSE = 60.0  # seconds between two tries, where the server does not ask for more
+RATE_LIMIT_BUDGET = 600.0  # seconds; total time that one call waits because of 429s
+OUTAGE_BUDGET = 3600.0  # seconds; how long `run` keeps trying during an outage
+MAX_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
 QUIET_PAUSE_SECONDS = 5  # a longer pause is reported
-POLL_SECONDS = 60  # time-out of one poll
+POLL_SECONDS = 60  # time-out of a request, unless another one is given
 UPLOAD_SECONDS = 600  # time-out of the response to an upload
-MODEL_SECONDS = 10  # time-out of the look at a model, which may go without a response
+MODEL_SECONDS = 10  # time-out of the model check, which is skipped without a response
 ANSWER_SECONDS = 600  # time-out of one request of `preview`, which waits for the model
-MAX_SECONDS = 10**8  # of --interval and --timeout; sleep() takes not much more
-YOUNG_SECONDS = 120  # a batch this young may still be unknown (404)
+MAX_SECONDS = 10**8  # of --interval and --timeout; sleep() fails on much larger values
+YOUNG_SECONDS = 120  # a batch this new may still get a 404
 SHUTDOWN_WARNING_DAYS = 30
-MAX_IDLE_REFUSALS = 2  # for the token limit, with no batch of ours active; then a part is halved
-MAX_SINGLE_REFUSALS = 5  # the same for a part of one request
+MAX_IDLE_REFUSALS = 2  # token-limit refusals, with no batch of ours active, before a part is halved
+MAX_SINGLE_REFUSALS = 5  # and before a single request is given up
 ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SECRET = re.compile(
     r"""
@@ -469,13 +469,9 @@ SECRET = re.compile(
     re.VERBOSE,
 )
 REDACTED = "[secret]"
-NO_SUCH_PATH = re.compile(  # what web servers and frameworks say of a path, rather than of a file or batch
+NO_SUCH_PATH = re.compile(  # how web servers report an unknown path, as opposed to an unknown file or batch
     r"\s*(<.*|(404 )?(page )?not found\W*|.*invalid url.*)?\s*", re.DOTALL | re.IGNORECASE
 )
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel takes such a cell for a formula
-SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
-TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
-BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
 TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
 KNOWN_STATUSES = (*TERMINAL_STATUSES, "validating", "in_progress", "finalizing", "cancelling")
 
@@ -494,8 +490,8 @@ class TimedOut(Exit):
 class ApiError(CommandError):
     """A request to the API that got no usable response.
 
-    Where there was a response: its HTTP status, the error's code and type, the seconds that it asks to wait, and
-    whether the service lacks the whole endpoint.
+    If there was a response, it has the HTTP status, the error's code and type, the requested pause in seconds, and
+    whether the endpoint is missing.
     """
 
     def __init__(
@@ -531,7 +527,7 @@ class NotSent(OutcomeUnknown):
 
 
 class WrongSize(OutcomeUnknown):
-    """A file was not transferred whole. That costs time, so it is repeated a few times only, never for an hour."""
+    """A file was not transferred whole. A transfer is slow, so it is retried a few times only, even by `run`."""
 
 
 class NotJson(OutcomeUnknown):
@@ -539,24 +535,22 @@ class NotJson(OutcomeUnknown):
 
 
 class OutputGone(CommandError):
-    """The output file of a batch is no longer at the server."""
+    """The output file of a batch is no longer on the server."""
 
     def __init__(self) -> None:
-        super().__init__("its output file is gone at the server; an earlier download may still have its results; "
+        super().__init__("its output file is no longer on the server; an earlier download may still have its results; "
                          "run --force sends its requests, and pays for them, again")
 
 
 class OutputMissing(CommandError):
-    """A completed batch counts successes, but its output file is not there."""
+    """A completed batch reports successes but has no output file."""
 
 
 class IncompleteListing(CommandError):
-    """The API did not list all batches, so a batch may exist that is not in the listing."""
+    """The API did not list all batches, so there may be batches that we do not know."""
 
 
 # ---- text and JSON
-
-
 
 
 def to_json(content: Any) -> str:
@@ -581,7 +575,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 @functools.cache
 def fast_json() -> Callable[..., Any] | None:
-    """The JSON decoder that comes with the openai package, which is twice as fast; None where it is missing."""
+    """The JSON decoder that comes with the openai package, which is twice as fast; None if it is missing."""
     try:
         from jiter import from_json
     except ImportError:
@@ -600,7 +594,7 @@ def json_problem(error: Exception) -> str:
 
 
 def decode_json(line: bytes, strict: bool) -> Any:
-    """Decode with the fast decoder; where that refuses the line, `json` decides. Raises ValueError, RecursionError."""
+    """Decode with the fast decoder. If that rejects the line, let `json` decide. Raises ValueError, RecursionError."""
     if from_json := fast_json():
         try:
             return from_json(line, allow_inf_nan=not strict)
@@ -610,7 +604,7 @@ def decode_json(line: bytes, strict: bool) -> Any:
 
 
 def read_object(line: bytes, *, strict: bool = False) -> Json:
-    """The JSON object on a line. Raises ValueError that says what is wrong. `strict` refuses NaN and Infinity."""
+    """The JSON object on a line. Raises ValueError with the reason. `strict` refuses NaN and Infinity."""
     try:
         content = decode_json(line, strict)
     except (ValueError, RecursionError) as error:
@@ -641,7 +635,7 @@ def int_field(content: Json, name: str) -> int | None:
 
 
 def secrets_in_environment() -> list[str]:
-    """The API key and the password in the base URL, each in the forms that it may be printed in."""
+    """The API key and the password in the base URL, each in every form in which it may be printed."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     try:
         password = urllib.parse.urlsplit(os.environ.get("OPENAI_BASE_URL", "").strip()).password or ""
@@ -664,7 +658,7 @@ def redact(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """The text on one line, cut to a readable length. Secrets go first: half of one would not be recognized."""
+    """Put the text on one line, and cut it to a readable length. Secrets go first: `redact` would miss half of one."""
     words = " ".join(hide_secrets(text[:10_000]).split())
     if len(words) <= MAX_TEXT_CHARS:
         return words
@@ -673,8 +667,11 @@ def shorten(text: str) -> str:
     return (whole if len(whole) > MAX_TEXT_CHARS / 2 else start) + " …"
 
 
+# ---- output
+
+
 def print_result(text: str, console: Console) -> None:
-    """Print one line to stdout and flush it. What its encoding lacks is written as backslash escapes."""
+    """Print one line to stdout and flush it. Characters outside its encoding become backslash escapes."""
     console.clear_progress()
     with open_output(STDOUT) as stdout:
         stdout.write((console.redact(text) + "\n").encode(sys.stdout.encoding, "backslashreplace"))
@@ -709,7 +706,7 @@ class Clock:
 
     @contextlib.contextmanager
     def limit(self, seconds: float | None) -> Iterator[None]:
-        """Raise TimedOut in the block after this many seconds, even in a call that a slow server keeps busy."""
+        """Raise TimedOut in the block after this many seconds, even during a call to a very slow server."""
         if seconds is None:
             yield
             return
@@ -719,7 +716,7 @@ class Clock:
 
         before = signal.signal(signal.SIGALRM, time_out)
         self._deadline = self.now() + seconds
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: a callback may swallow the exception
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # repeat every second: a callback may swallow the exception
         try:
             yield
         finally:
@@ -734,13 +731,13 @@ class Clock:
 @contextlib.contextmanager
 def temporary_file() -> Iterator[BinaryIO]:
     """A file without a name. It lasts as long as the block."""
-    advice = "; set TMPDIR to a directory with room"
+    advice = "; set TMPDIR to a directory with free space"
     with os_errors_as("write a temporary file", advice), tempfile.TemporaryFile() as file:
         yield cast(BinaryIO, file)
 
 
 def chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """The rest of the file. Separates errors of reading from those of the code that uses the chunks."""
+    """The rest of the file, in chunks."""
     with os_errors_as(f"read {name}"):
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
@@ -772,6 +769,7 @@ class Input(NamedTuple):
         return self._stamp(self.file) != self.stamp
 
     def refuse_changes(self) -> None:
+        """Raise CommandError if the file was changed since it was opened."""
         if self.is_changed():
             raise CommandError(f"{self.name} was changed while it was in use; run the same command again")
 
@@ -859,7 +857,7 @@ class FilePart(io.BufferedIOBase):
 
 
 class Part(NamedTuple):
-    """Consecutive lines of a request file that make one batch. `sha256` is of their bytes."""
+    """Consecutive lines of a request file, sent as one batch. `sha256` is the hash of their bytes."""
 
     label: str
     offset: int
@@ -881,16 +879,16 @@ class Problem(NamedTuple):
 
 
 def guess_content(first_line: bytes) -> str:
-    """What a file that is not JSONL seems to be, and what to do; empty where its first line looks like JSON."""
+    """What a file that is not JSONL probably is, and what to do about it. Empty if the first line looks like JSON."""
     if first_line.startswith(b"PK\x03\x04"):
-        return "not JSONL but an Excel workbook or a zip file; save it as CSV, and convert that with gen_batch_jsonl.py"
+        return "an Excel workbook or a zip file, not JSONL; save it as CSV and convert it with gen_batch_jsonl.py"
     if first_line.startswith(b"\x1f\x8b"):
-        return "not JSONL but a gzip file; decompress it first"
+        return "a gzip file, not JSONL; decompress it first"
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "not JSONL in UTF-8 but a file in UTF-16; if it is a CSV, convert it with gen_batch_jsonl.py first"
+        return "UTF-16, but JSONL is UTF-8; if it is a CSV, convert it with gen_batch_jsonl.py"
     text = first_line.removeprefix(b"\xef\xbb\xbf").strip()
     if text != first_line.strip() and text.startswith(b"{"):
-        return "a byte-order mark stands before the first request; save the file without it"
+        return "the file begins with a byte-order mark; save it without one"
     if not text or text.startswith((b"{", b"[")):
         return ""
     if any(delimiter.encode() in text for delimiter in DELIMITERS):
@@ -1070,7 +1068,7 @@ def index_requests(requests: Input) -> RequestIndex:
 
 
 def split_part(part: Part, requests: BinaryIO) -> list[Part]:
-    """The two halves of a part of at least two requests. `requests` is the file that it is part of."""
+    """The two halves of a part of at least two requests. `requests` is the file that contains it."""
     divider = PartDivider(-(-part.requests // 2))
     requests.seek(part.offset)
     for line in itertools.islice(requests, part.requests):
@@ -1085,7 +1083,7 @@ def split_part(part: Part, requests: BinaryIO) -> list[Part]:
 
 
 class Counts(NamedTuple):
-    """How many requests of a batch have ended, and how. None where the API does not say."""
+    """The request counts of a batch. Each is None if the API does not give it."""
 
     completed: int | None
     failed: int | None
@@ -1097,7 +1095,7 @@ def is_id(value: Any) -> bool:
 
 
 def file_id_field(content: Json, name: str) -> str:
-    """A file id of a Batch as it came; empty if it is null or missing. `Api.size_of` refuses a string that is no id."""
+    """A file id of a Batch as it came; empty if null or missing. `Api.size_of` refuses a string that is not an id."""
     value = content.get(name) or ""
     if not isinstance(value, str):
         raise OutcomeUnknown(f"{name} of batch {content['id']} is not a file id: {quoted(value)}")
@@ -1105,10 +1103,10 @@ def file_id_field(content: Json, name: str) -> str:
 
 
 class Batch(NamedTuple):
-    """A Batch object of the API. `raw` is the object as it came; only its id and status are sure to be there."""
+    """A Batch object of the API. `raw` is the object as it came; only `id` and `status` are guaranteed."""
 
     id: str
-    status: str  # in lower case, `cancelled` with two l; `raw` has it as it came
+    status: str  # lower case, `canceled` spelled `cancelled`; `raw` has the original
     created_at: int | None  # Unix seconds
     input_file_id: str
     output_file_id: str
@@ -1122,7 +1120,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def parse(cls, content: Any) -> Batch:
-        """Raises OutcomeUnknown where the content is not a Batch."""
+        """Raises OutcomeUnknown if the content is not a Batch."""
         if not isinstance(content, dict) or not is_id(content.get("id")) or not str_field(content, "status"):
             raise OutcomeUnknown(f"the response is not a batch: {shorten(to_json(content))}")
         status = content["status"].lower()
@@ -1190,7 +1188,7 @@ def by_age(batches: Iterable[Batch]) -> list[Batch]:
 
 
 def local_time(moment: int | None, separator: str = "T") -> str:
-    """Unix seconds as local time; empty where there are none."""
+    """Unix seconds as local time; empty if there are none."""
     try:
         return datetime.datetime.fromtimestamp(moment).isoformat(separator, "seconds") if moment else ""
     except (OverflowError, OSError, ValueError):
@@ -1198,7 +1196,7 @@ def local_time(moment: int | None, separator: str = "T") -> str:
 
 
 def status_lines(batch: Batch) -> Iterator[str]:
-    """What `status` shows of a batch. Lines without a value are left out."""
+    """The lines that `status` prints for a batch. Those without a value are left out."""
     yield f"Status: {batch.raw['status']}"
     for name in ("created", "completed", "failed", "expired", "cancelled", *([] if batch.has_ended else ["expires"])):
         if moment := local_time(int_field(batch.raw, f"{name}_at")):
@@ -1212,7 +1210,7 @@ def status_lines(batch: Batch) -> Iterator[str]:
 
 
 def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
-    """The Batch object on one line as the API gave it, and where its files were saved."""
+    """The Batch object on one line as the API gave it, and the paths of its saved files."""
     try:
         return json.dumps({**batch.raw, **(saved or {})}, default=str)
     except RecursionError:
@@ -1223,16 +1221,16 @@ def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
 
 
 def json_object(content: bytes) -> Json:
-    """The JSON object of a response. It is parsed here, as the SDK makes a `str` of what is not labelled JSON."""
+    """The JSON object of a response. Parsed here because the SDK returns a `str` if the content type is not JSON."""
     try:
         return read_object(content)
     except ValueError:
         text = shorten(content.decode(errors="replace"))
-        raise NotJson(f"the response is not a JSON object: {text or 'it is empty'}") from None
+        raise NotJson(f"the response is not a JSON object: {text}" if text else "the response is empty") from None
 
 
 def http_date(text: str) -> float | None:
-    """An HTTP date as Unix seconds; None where it is not one."""
+    """An HTTP date as Unix seconds; None if it is not one."""
     from email.utils import parsedate_to_datetime  # takes a while to import
 
     try:
@@ -1265,12 +1263,13 @@ def error_fields(value: Any) -> tuple[str, str]:
 
 
 def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError:
+    """Map an HTTP error status to an ApiError: 408, 409 and 5xx (not 501) leave the outcome unknown; others refuse."""
     status = error.status_code
     body = error.body if isinstance(error.body, dict) else {}
     _, message = error_fields(error.body)
     text = message or error.response.text or error.response.reason_phrase
-    is_of_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or NO_SUCH_PATH.fullmatch(message)
-    no_endpoint = status == 405 or (status == 404 and bool(is_of_endpoint))
+    is_about_endpoint = operation in ("UPLOAD", "LIST_BATCHES") or NO_SUCH_PATH.fullmatch(message)
+    no_endpoint = status == 405 or (status == 404 and bool(is_about_endpoint))
     code = f" ({shorten(str(body['code']))})" if body.get("code") else ""
     advice = "; check OPENAI_API_KEY" if status == 401 else ""
     wait = retry_after(error.response.headers)
@@ -1293,7 +1292,7 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
 
 
 def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, url: str) -> ApiError:
-    """What an error of the SDK means, in the API's words where there are any."""
+    """Translate an error of the SDK. Use the API's own words if it sent any."""
     import httpx2
     import openai
 
@@ -1313,16 +1312,16 @@ def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, u
 
 
 def is_rate_limit(failure: ApiError) -> bool:
-    """Whether waiting helps. It does not where the account's quota is used up."""
+    """Whether it is a rate limit. An exhausted quota also has status 429, but waiting does not help."""
     return failure.status == 429 and "insufficient_quota" not in failure.codes
 
 
 class Retry:
     """Decides how long to wait before a call is tried again.
 
-    `outage_budget` is how many seconds of pauses a call may use for lost responses, 5xx and 429. Where it is 0, lost
-    responses are bounded by `tries`, and 429s by `rate_limit_budget` seconds. NotSent is repeated even with
-    `repeat_lost=False`, as it took no effect.
+    With an `outage_budget`, the pauses after lost responses, 5xx and 429s may take that many seconds in all. Without
+    one, `tries` limits the lost responses, and `rate_limit_budget` the seconds of pauses after 429s. NotSent had no
+    effect, so it is repeated even with `repeat_lost=False`.
     """
 
     def __init__(
@@ -1355,7 +1354,7 @@ class Retry:
             return pause if self._rate_limit_budget >= 0 else None
         if isinstance(failure, OutcomeUnknown):
             if failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent)):
-                return None  # a conflict stays one
+                return None  # a conflict would recur, and a lost request may have taken effect
             if self._outage_budget and not isinstance(failure, WrongSize):
                 return self._spend_outage(pause)
             return min(pause, RATE_LIMIT_BUDGET) if self._lost < self._tries else None
@@ -1390,11 +1389,11 @@ class LogHandler(logging.StreamHandler[TextIO]):
 
 @contextlib.contextmanager
 def open_log(path: str | None) -> Iterator[logging.Logger]:
-    """A log that only its owner can read. Without it no request is made: what costs money must leave a trace."""
+    """A log that only its owner can read. Requests cost money, so without a log none is made."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     if path is None:
         path = time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
-        flags |= os.O_NOFOLLOW  # somebody else may know the name beforehand
+        flags |= os.O_NOFOLLOW  # the name is predictable, so somebody else may have put a link there
     with os_errors_as(f"open the log {path}", "; choose another with --log-file"):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         descriptor = os.open(path, flags, 0o600)
@@ -1406,7 +1405,7 @@ def open_log(path: str | None) -> Iterator[logging.Logger]:
     try:
         yield log
     finally:
-        with contextlib.suppress(OSError):  # a line that could not be written has ended the command already
+        with contextlib.suppress(OSError):  # a failed write has already ended the command
             file.close()
 
 
@@ -1417,7 +1416,7 @@ class Page(NamedTuple):
     """One page of the listing of batches."""
 
     batches: list[Batch]
-    has_more: bool | None  # None where the API does not say
+    has_more: bool | None  # None if the API does not say
     server_time: float  # Unix seconds, by the server's Date header; else by this machine's clock
 
     @classmethod
@@ -1434,7 +1433,7 @@ class Page(NamedTuple):
 
 
 class FileInfo(NamedTuple):
-    """A File object of the API. `size` is None where the API does not give it (no `bytes`, or 0)."""
+    """A File object of the API. `size` is None if the API does not give it (no `bytes`, or 0)."""
 
     id: str
     size: int | None
@@ -1447,10 +1446,10 @@ class FileInfo(NamedTuple):
 
 
 class Api(NamedTuple):
-    """The operations of the API that the commands use. Each is logged and, where that costs nothing, repeated.
+    """The API calls that the commands make. Each is logged, and repeated after a failure if that cannot cost anything.
 
-    They raise Refused for a definite refusal, and OutcomeUnknown where no try got a usable response. With an
-    `outage_budget` (seconds) they outlive outages as long as that.
+    They raise Refused if the API refuses, and OutcomeUnknown if no try got a usable response. `outage_budget` is how
+    many seconds a call keeps trying during an outage.
     """
 
     client: OpenAI
@@ -1464,7 +1463,7 @@ class Api(NamedTuple):
     def call_with_retries(
         self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]], retry: Retry | None = None
     ) -> T:
-        """The first of the two values of `attempt`; the second one is logged as the response."""
+        """Call `attempt` until it succeeds or `retry` gives up. It returns the result, and the response to log."""
         import openai
 
         retry = retry or Retry(outage_budget=self.outage_budget)
@@ -1472,7 +1471,7 @@ class Api(NamedTuple):
             self.log.info("%s request %s", operation, to_json(logged_as))
             try:
                 result, response = attempt()
-            except (openai.OpenAIError, ApiError, UnicodeError) as error:  # the last: a response in no known charset
+            except (openai.OpenAIError, ApiError, UnicodeError) as error:  # UnicodeError: an unknown charset
                 failure = to_api_error(error, operation, self.url)
                 self.log.exception("%s error %s", operation, failure)
             else:
@@ -1504,7 +1503,7 @@ class Api(NamedTuple):
         return self.call_with_retries(operation, parameters, attempt, retry)
 
     def upload(self, requests: Input, part: Part, name: str) -> str:
-        """The id of the uploaded part. A file of the wrong size is deleted, and the upload repeated."""
+        """Upload a part, and return the id of its file. If the size is wrong, delete the file and upload again."""
         send = functools.partial(self.client.files.with_raw_response.create, timeout=UPLOAD_SECONDS)
         logged = {"file": name, **part._asdict()}
 
@@ -1520,7 +1519,10 @@ class Api(NamedTuple):
         return self.call_with_retries("UPLOAD", logged, attempt)
 
     def create_batch(self, request: Json, before_post: Callable[[], None]) -> Batch:
-        """One POST, repeated only where it took no effect: each could make a batch, and be charged."""
+        """Create a batch. Calls `before_post` before each POST.
+
+        The POST is repeated only if it had no effect, because each one could be charged for.
+        """
 
         def send(**parameters: Any) -> Any:
             before_post()  # each time: a rate limit may have been waited out meanwhile
@@ -1563,7 +1565,7 @@ class Api(NamedTuple):
         return self.call_with_retries("LIST_BATCHES", query, attempt)
 
     def pages(self, page_size: int = PAGE_SIZE) -> Iterator[Page]:
-        """All pages, newest batches first. Raises IncompleteListing where the pages do not come to an end."""
+        """All pages, newest batches first. Raises IncompleteListing if the listing repeats itself or does not end."""
         seen: set[str] = set()
         query: Json = {"limit": page_size}
         for _ in range(MAX_PAGES):
@@ -1609,11 +1611,13 @@ class Api(NamedTuple):
         return size or (None if self._has_content(file_id) else 0)
 
     def _has_content(self, file_id: str) -> bool:
+        """Whether the file has any bytes. Used if the API does not give its size."""
+
         def attempt() -> tuple[bool, Json]:
             has_content = any(self._stream(file_id))
             return has_content, {"empty": not has_content}
 
-        return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "look": "first bytes"}, attempt)
+        return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "range": "first bytes"}, attempt)
 
     def _stream(self, file_id: str) -> Iterator[bytes]:
         import httpx2
@@ -1623,10 +1627,13 @@ class Api(NamedTuple):
                 yield from response.iter_bytes(CHUNK_BYTES)
         except httpx2.HTTPError as error:
             why = str(error) or type(error).__name__
-            raise OutcomeUnknown(f"download of {file_id} from {self.url} broke off: {why}") from error
+            raise OutcomeUnknown(f"download of {file_id} from {self.url} was interrupted: {why}") from error
 
     def download(self, file_id: str, size: int | None, out: BinaryIO, name: str) -> int:
-        """Append the file to `out`, and return its size. Without a known size, its last line must be an object."""
+        """Append the file to `out`, and return its size.
+
+        If `size` is unknown, check that the last line is a JSON object.
+        """
         start = out.tell()
 
         def attempt() -> tuple[int, Json]:
@@ -1645,7 +1652,7 @@ class Api(NamedTuple):
         return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "path": name}, attempt)
 
     def delete_file(self, file_id: str) -> bool:
-        """Delete a file. Whether it is gone; warns where it is not."""
+        """Delete a file. Return False, with a warning, if it may still be there."""
         try:
             self.call_sdk("DELETE_FILE", {"file_id": file_id}, self.client.files.with_raw_response.delete, dict)
         except ApiError as failure:
@@ -1655,7 +1662,7 @@ class Api(NamedTuple):
         return True
 
     def check_model(self, model: Any) -> None:
-        """Raise CommandError where the model does not exist; warn where it is about to be shut down."""
+        """Raise CommandError if the model does not exist. Warn if it was shut down or will be soon."""
         if not isinstance(model, str) or model in ("", ".", ".."):  # the SDK refuses to build a path of these
             return
         send = functools.partial(self.client.models.with_raw_response.retrieve, timeout=MODEL_SECONDS)
@@ -1707,7 +1714,7 @@ def header_value(name: str) -> str:
     """An environment variable that is sent in a header, without the blanks around it."""
     value = os.environ.get(name, "").strip()
     if not value.isascii() or not value.isprintable():
-        raise CommandError(f"{name} has control or non-ASCII characters in it; set it again")
+        raise CommandError(f"{name} contains control or non-ASCII characters; set it again")
     return value
 
 
@@ -1736,7 +1743,7 @@ def without_password(url: str) -> str:
 
 
 def refuse_foreign_redirect(response: httpx2.Response) -> None:
-    """Make a redirect to another scheme, host or port an ordinary error: the client follows a location only."""
+    """Remove the location of a redirect to another scheme, host or port, so that the client reports an error."""
     import httpx2
 
     try:
@@ -1752,7 +1759,7 @@ def refuse_foreign_redirect(response: httpx2.Response) -> None:
 
 @contextlib.contextmanager
 def holding_signals() -> Iterator[None]:
-    """Keep signals back during the block: a callback of the interpreter would swallow the exception that they raise."""
+    """Delay signals until the block ends. An interpreter callback in it would swallow the exception that they raise."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         yield
@@ -1762,7 +1769,7 @@ def holding_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterator[Api]:
-    """The API that the environment names. No request is made yet."""
+    """Open the log and a client for the service that the environment names. Sends nothing yet."""
     key, url = api_key(), base_url()
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file) as log:
@@ -1780,16 +1787,19 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
                                    max_retries=0, timeout=POLL_SECONDS, http_client=http)
         except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
             advice = "check the proxy and certificate variables"
-            raise CommandError(f"the API client cannot be made: {error}; {advice}") from None
+            raise CommandError(f"cannot set up the API client: {error}; {advice}") from None
         with client:
             yield Api(client, without_password(str(client.base_url)), log, console, clock, args.verbose)
 
 
 # ---- results lines
 
+SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
+TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
+
 
 class Outcome(NamedTuple):
-    """How a request ended by its results line, and why."""
+    """How a request ended, according to its results line, and why."""
 
     kind: str  # SUCCEEDED, REJECTED, RETRYABLE, MISSING or OUTDATED
     code: str = ""
@@ -1803,7 +1813,7 @@ SUCCESS = Outcome(SUCCEEDED)
 
 
 def body_of(result: Json) -> Any:
-    """The body of the response, decoded where the service wrote it as a JSON string; None where there is none."""
+    """The body of the response, decoded if the service wrote it as a JSON string; None if there is none."""
     response = result.get("response")
     body = response.get("body") if isinstance(response, dict) else None
     if isinstance(body, str):
@@ -1836,7 +1846,7 @@ def response_text(body: Any) -> tuple[str, str]:
 
 
 def classify_text(body: Json) -> Outcome:
-    """The outcome of a complete Response or chat completion, by what it says."""
+    """The outcome of a complete Response or chat completion, judged by its text."""
     text, refusal = response_text(body)
     for choice in objects(body.get("choices"))[:1]:
         if (finish_reason := choice.get("finish_reason")) in ("length", "content_filter"):
@@ -1847,7 +1857,10 @@ def classify_text(body: Json) -> Outcome:
 
 
 def classify_body(body: Any, top_error: Any) -> Outcome:
-    """The outcome of a response with HTTP 200. What is not understood is rejected: it may have been paid for."""
+    """The outcome of a response with HTTP 200.
+
+    A body that is not understood is rejected rather than sent again, as it may have been paid for.
+    """
     if not isinstance(body, dict):
         return Outcome(REJECTED, "not_understood", error_fields(top_error)[1] or f"body is {quoted(body)}")
     error = body.get("error") if body.get("error") is not None else top_error
@@ -1866,7 +1879,7 @@ def classify_body(body: Any, top_error: Any) -> Outcome:
 
 
 def classify(result: Json) -> Outcome:
-    """How the request of a results line ended. `run`, `retry`, `export` and `preview` all decide by this."""
+    """How the request of a results line ended. `run`, `retry`, `export` and `preview` all use this."""
     response, top_error = result.get("response"), result.get("error")
     if not isinstance(response, dict):
         code, message = error_fields(top_error)
@@ -1886,15 +1899,15 @@ def token_count(usage: Json, name: str, chat_name: str) -> int | None:
 
 
 def token_usage(body: Any) -> tuple[int | None, int | None]:
-    """Input and output tokens of a response; None where it does not say."""
+    """Input and output tokens of a response; None if it does not say."""
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return None, None
     return token_count(usage, "input_tokens", "prompt_tokens"), token_count(usage, "output_tokens", "completion_tokens")
 
 
-class BestLine(NamedTuple):
-    """A results line: what it says of its request, and where it stands."""
+class ResultsLine(NamedTuple):
+    """A results line: the outcome, and where its bytes are."""
 
     outcome: str
     code: str
@@ -1908,9 +1921,9 @@ class BestLine(NamedTuple):
 
 
 class OtherLine(NamedTuple):
-    """A success of a request that the request file does not have; `sha256` is of that request, empty if unknown."""
+    """A success of a request that is not in the request file. `sha256` is the hash of that request, or empty."""
 
-    line: BestLine
+    line: ResultsLine
     sha256: str
 
 
@@ -1927,17 +1940,17 @@ def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[
 class Results:
     """The best results line of every request.
 
-    A success of the request wins, else its last line, else a line of another version of the request. The lines stay
-    in their files, which must stay open.
+    A success wins, then the last line of this request, then a line of another version of it. The lines stay in their
+    files, which must stay open.
     """
 
     def __init__(self, requests: RequestIndex, console: Console) -> None:
         self.requests = requests
-        self.best: list[BestLine | None] = [None] * len(requests.line_of)  # in request order
-        self.others: list[OtherLine] = []  # those to keep
+        self.best: list[ResultsLine | None] = [None] * len(requests.line_of)  # in request order
+        self.others: list[OtherLine] = []  # successes of other requests that the output keeps
         self.of_other_requests = 0  # successes of other requests, whether kept or not
-        self.ignored = 0  # lines that are no result of any request
-        self.input_tokens = 0  # charged for the lines in `best`
+        self.ignored = 0  # lines that are not results of any request
+        self.input_tokens = 0  # of all lines counted, also of failures that were replaced
         self.output_tokens = 0
         self._examples: dict[str, str] = {}  # a message for each error code
         self._console = console
@@ -1951,7 +1964,7 @@ class Results:
         *,
         is_own: bool = False,
     ) -> int:
-        """Index the lines of a file from `start` on. Returns how many have a custom_id that is known.
+        """Index the lines of a file from `start` on, and return how many have a known custom_id.
 
         `sent_digests` has the digest of each request as it was sent, by custom_id, if it may differ from the request
         file. A line that is not a result of a request draws a warning or, in the file that `run` wrote before
@@ -1987,9 +2000,9 @@ class Results:
             raise ValueError("not a results line (no response and no error)")
         sha256 = str_field(result, "request_sha256")
         if not sha256 and sent_digests is not None:
-            sha256 = sent_digests.get(custom_id, b"").hex() or "unknown"  # so that it counts as of no request
+            sha256 = sent_digests.get(custom_id, b"").hex() or "unknown"  # never a result of this file
         outcome = classify(result)
-        line = BestLine(outcome.kind, outcome.code and sys.intern(outcome.code[:80]), *place)
+        line = ResultsLine(outcome.kind, outcome.code and sys.intern(outcome.code[:80]), *place)
         position = self.requests.line_of.get(custom_id, 0) - 1
         if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
             self._add_current(position, line, outcome, token_usage(body_of(result)))
@@ -2005,7 +2018,7 @@ class Results:
         return position >= 0 or (sent_digests is not None and custom_id in sent_digests)
 
     def _add_current(
-        self, position: int, line: BestLine, outcome: Outcome, tokens: tuple[int | None, int | None]
+        self, position: int, line: ResultsLine, outcome: Outcome, tokens: tuple[int | None, int | None]
     ) -> None:
         known = self.best[position]
         if outcome.kind == MISSING or (known and known.outcome == SUCCEEDED and outcome.kind != SUCCEEDED):
@@ -2018,7 +2031,7 @@ class Results:
             self._examples[line.code] = shorten(outcome.message)
 
     def fall_back_on(self, earlier: Results) -> None:
-        """Take the successes of earlier results for requests without one, and the lines of other requests."""
+        """For requests without a success, take one from the earlier results. Keep their lines of other requests too."""
         for position, line in enumerate(earlier.best):
             known = self.best[position]
             if line and line.outcome == SUCCEEDED and (known is None or known.outcome != SUCCEEDED):
@@ -2037,13 +2050,13 @@ class Results:
         return {position for position in range(len(self.best)) if self.outcome_at(position) in wanted}
 
     def most_common_errors(self) -> str:
-        """The five commonest error codes, each with how often it occurred and an example of its message."""
+        """The five most common error codes, each with its count and an example of its message."""
         codes = Counter(line.code for line in self.best if line and line.code).most_common(5)
         errors = {code: ": ".join(filter(None, (code, self._examples[code]))) for code, _ in codes}
         return "; ".join(f"{number} × {errors[code]}" for code, number in codes)
 
     def summary(self) -> str:
-        """The totals, for stderr: the same words in every command."""
+        """The totals, worded the same for every command."""
         outcomes = self.outcomes()
         kinds = [SUCCEEDED, REJECTED, RETRYABLE, MISSING, *([OUTDATED] if outcomes[OUTDATED] else [])]
         counted = ", ".join(f"{outcomes[kind]} {kind}" for kind in kinds)
@@ -2060,10 +2073,10 @@ class Results:
 def report_results(prefix: str, results: Results, console: Console) -> None:
     console.message(f"{prefix}{results.summary()}")
     if errors := results.most_common_errors():
-        console.message(f"commonest errors: {errors}")
+        console.message(f"most common errors: {errors}")
 
 
-def wrote(path: str) -> str:
+def wrote_prefix(path: str) -> str:
     return "Wrote to stdout: " if path == STDOUT else f"Wrote {path}: "
 
 
@@ -2092,13 +2105,13 @@ def result_lines(results: Results) -> Iterator[bytes]:
     for other in results.others:
         content = with_request_sha256(other.line.read(), other.sha256)
         digest = hashlib.sha256(content).digest()
-        if digest not in seen:  # a batch may have been downloaded before
+        if digest not in seen:  # the same line may have been read from two files
             seen.add(digest)
             yield content
 
 
 def out_stamp(path: str) -> tuple[int, int, int] | None:
-    """What changes when the file is replaced or written to; None where it does not exist."""
+    """Changes whenever the file is replaced or written to. None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -2107,7 +2120,7 @@ def out_stamp(path: str) -> tuple[int, int, int] | None:
 
 
 def read_out(path: str | None, results: Results, stack: contextlib.ExitStack) -> None:
-    """Index the results file that --out names, if there is one. It stays open in `stack`."""
+    """Index the existing --out file, if any. It stays open in `stack`."""
     if path and not is_stream(path) and os.path.exists(path):
         with os_errors_as(f"read {path}"):
             file = stack.enter_context(open(path, "rb"))
@@ -2116,9 +2129,12 @@ def read_out(path: str | None, results: Results, stack: contextlib.ExitStack) ->
 
 # ---- bios
 
+BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel treats a cell that begins with one of these as a formula
+
 
 class Bio(NamedTuple):
-    """What the exported CSV says of a request. The tokens are empty where they are unknown."""
+    """The exported fields of a request. Unknown token counts are empty."""
 
     text: str = ""
     error: str = ""
@@ -2135,7 +2151,7 @@ def artist_name(request: Json) -> str:
     return ""
 
 
-def bio_of(line: BestLine | None, result: Json | None = None) -> Bio:
+def bio_of(line: ResultsLine | None, result: Json | None = None) -> Bio:
     """The bio of a request by its results line, and by what that holds if it is decoded already."""
     if line is None or line.outcome == OUTDATED:
         return Bio(error=MISSING if line is None else OUTDATED)
@@ -2158,7 +2174,7 @@ def csv_line(fields: Iterable[str]) -> bytes:
 
 
 def excel_line(fields: Iterable[str]) -> bytes:
-    """The same with a `'` before each cell that Excel would take for a formula."""
+    """Like csv_line, with a `'` before each cell that Excel would treat as a formula."""
     return csv_line("'" + field if field.startswith(FORMULA_STARTS) else field for field in fields)
 
 
@@ -2166,10 +2182,10 @@ def excel_line(fields: Iterable[str]) -> bytes:
 
 
 class Note:
-    """What this machine has submitted of one request file: a journal of uploaded files, each with its batch.
+    """A record, on this machine, of the files uploaded from one request file and of their batches.
 
-    It names a file before the POST of its batch, and the batch after it. The server stays the truth: the journal only
-    covers what the listing does not show yet. It may be deleted at any time.
+    A file is noted before its POST, its batch after it. The server has the final say; the note only covers what the
+    listing does not show yet. It may be deleted at any time.
     """
 
     def __init__(self, console: Console, file: BinaryIO | None = None, others: Sequence[str] = ()) -> None:
@@ -2178,11 +2194,11 @@ class Note:
         self.others = others  # paths of the notes of other request files at the same service
         self.names: set[str] = set()  # of the request file
         self.sha256_of: dict[str, str] = {}  # of the part, by file id
-        self.batches_of: dict[str, list[str]] = {}  # ids by file id; several where the token limit refused some
+        self.batches_of: dict[str, list[str]] = {}  # ids by file id; several if the token limit was hit
         self._posted: set[str] = set()  # files whose last POST has no outcome yet
         *lines, cut_line = (file.read() if file else b"").split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError):  # a line that was cut by a crash
+            with contextlib.suppress(ValueError):  # a crash may have cut a line short
                 self._apply(read_object(line))
         if file and cut_line:
             with contextlib.suppress(OSError):
@@ -2205,8 +2221,8 @@ class Note:
     def add(self, file_id: str, **fields: str) -> None:
         """Note the `sha256` and the `name` of an uploaded file before each POST of it, or its `batch` afterwards.
 
-        An empty `batch` means that the file can no longer become a batch. It is on disk when this returns, if it can
-        be written at all: a full disk must not stop what is under way.
+        An empty `batch` means that the file can no longer become a batch. The line is on disk when this returns. If it
+        cannot be written, warn: a full disk must not stop the command.
         """
         entry = {"file": file_id, **fields}
         self._apply(entry)
@@ -2218,7 +2234,7 @@ class Note:
             self._console.warn(f"cannot write the note of what was submitted: {error.strerror}")
 
     def assume_resolved(self) -> None:
-        """Take every POST as finished: the process that made it finds out what became of it."""
+        """Treat every POST as finished; the process that made it takes care of it."""
         self._posted.clear()
 
     def batch_ids(self) -> set[str]:
@@ -2236,7 +2252,7 @@ def remove_old_notes(directory: str) -> None:
 
 
 def open_note_file(path: str) -> BinaryIO:
-    """Open and lock a note. Raises BlockingIOError where another process has locked it."""
+    """Open and lock a note. Raises BlockingIOError if another process has locked it."""
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b", buffering=0)
         try:
@@ -2244,7 +2260,7 @@ def open_note_file(path: str) -> BinaryIO:
         except OSError:
             file.close()
             raise
-        if os.fstat(file.fileno()).st_nlink:  # else another process has just removed it as an old one
+        if os.fstat(file.fileno()).st_nlink:  # otherwise another process has just deleted it as an old one
             file.seek(0)
             return file
         file.close()
@@ -2252,9 +2268,9 @@ def open_note_file(path: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked_note(request_file_sha256: str, requests: Input, console: Console) -> Iterator[Note]:
-    """Lock these requests at this service for this user on this machine, whatever the path of the file.
+    """Open and lock the note of a request file. The name depends on its bytes and the service, not on its path.
 
-    Raises CommandError where another `create` or `run` of the same bytes is at work.
+    Raises CommandError if another `create` or `run` is using the same bytes.
     """
     service = [os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")]
     service[0] = (service[0] or DEFAULT_BASE_URL).rstrip("/")
@@ -2276,8 +2292,8 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
         except BlockingIOError:
             raise CommandError(f"{requests.name} is in use by another create or run; wait for it to finish") from None
         except OSError as error:
-            console.warn(f"cannot lock a note in {directory}: {error.strerror}; do not start another create or run of "
-                         f"{requests.name} meanwhile")
+            console.warn(f"cannot lock a note in {directory}: {error.strerror}; until this command ends, do not start "
+                         f"another create or run of {requests.name}")
         yield Note(console, file, others)
 
 
@@ -2287,17 +2303,17 @@ class AlreadySubmitted(CommandError):
     def __init__(self, batches: list[Batch]) -> None:
         names = ", ".join(batch.id for batch in batches)
         super().__init__(
-            f"other batches have requests of this file: {names}; nothing more was submitted; use the same "
-            "--max-requests as they did, or run, which takes their results and sends only the rest"
+            f"other batches already have requests of this file: {names}; nothing more was submitted; use their "
+            "--max-requests, or use run, which takes their results and sends only the rest"
         )
         self.batches = batches
 
 
 class Submitter:
-    """Makes one batch of a part of a request file, whatever happens to the responses.
+    """Creates exactly one batch for each part of a request file, even if responses are lost.
 
-    `known` are the ids of batches that are accounted for: earlier ones that were looked at, and its own. With
-    `finds_versions`, batches of other versions of the request file count as well.
+    `known` has the ids of batches that need no further attention: those it created, and earlier ones already handled.
+    With `finds_versions`, it also looks for batches of other versions of the file.
     """
 
     def __init__(
@@ -2320,13 +2336,13 @@ class Submitter:
         self._request_file_sha256 = request_file_sha256
         self._note = note
         self._finds_versions = finds_versions
-        self._files_of_versions: set[str] = set()  # by the notes of other versions
+        self._files_of_versions: set[str] = set()  # from the notes of other versions
         self._is_metadata_checked = False
 
     # finding batches
 
     def part_sha256(self, batch: Batch) -> str:
-        """The sha256 of the batch's input file; empty where it is unknown."""
+        """The sha256 of the batch's input file; empty if it is unknown."""
         return batch.metadata.get("input_sha256") or self._note.sha256_of.get(batch.input_file_id, "")
 
     def is_of_file(self, batch: Batch, part_hashes: Container[str]) -> bool:
@@ -2344,9 +2360,9 @@ class Submitter:
         return self._finds_versions and (has_name or batch.input_file_id in self._files_of_versions)
 
     def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
-        """The listed batches that may have a success, and those known only from notes. Oldest first.
+        """The batches that may have a success: listed ones, and those known only from notes. Oldest first.
 
-        With --force there are none.
+        Empty with --force.
         """
         if self._force:
             return []
@@ -2366,7 +2382,10 @@ class Submitter:
         return by_age(batch for batch in found.values() if batch.may_have_success)
 
     def _resolved(self, note: Note, found: dict[str, Batch]) -> set[str]:
-        """The ids of the batches of a note, once the outcome of each of its POSTs is known. Adds what was looked up."""
+        """Find out what became of each unresolved POST of a note, and return the ids of its batches.
+
+        Adds the batches found to `found`.
+        """
         for file_id in note.unresolved():
             self.api.console.message(f"file {file_id}: checking whether its batch was created")
             if batch := self._find_or_fence(file_id, set(note.batches_of[file_id])):
@@ -2375,7 +2394,10 @@ class Submitter:
         return note.batch_ids()
 
     def _add_unlisted(self, batch_ids: set[str], found: dict[str, Batch]) -> None:
-        """Add the batches that are not listed yet. In the first seconds, one may not be found by its id either."""
+        """Fetch the batches that are not listed yet, by id.
+
+        A new batch may get a 404 for some seconds, so this is tried several times.
+        """
         unlisted = batch_ids - found.keys()
         for delay in (0, *LOOK_UP_DELAYS):
             if unlisted:
@@ -2402,7 +2424,7 @@ class Submitter:
             and (self.is_of_file(batch, part_hashes) or self.is_of_other_version(batch))
         )
 
-    # making a batch
+    # creating a batch
 
     def _upload(self, requests: Input, part: Part) -> str:
         """Upload a part, and return the id of its file. Checks the model before the first upload."""
@@ -2422,11 +2444,11 @@ class Submitter:
         file_id: str = "",
         excluded: Sequence[str] = (),
     ) -> Batch:
-        """Make a batch of the part; `on_upload` gets the id of each uploaded file.
+        """Create a batch for the part. `on_upload` is called with the id of each uploaded file.
 
-        `file_id` is a file that was uploaded before, and `excluded` the batches of it that have failed. Raises
-        AlreadySubmitted where the listing shows another batch of this request file, and CommandError where the API
-        refuses, or where it cannot be told whether a batch exists.
+        `file_id` is an earlier upload to use, and `excluded` are its batches that failed. Raises AlreadySubmitted if
+        another batch of this request file is listed, and CommandError if the API refuses or if it stays unknown whether
+        a batch exists.
         """
         for _ in range(MAX_TRIES):
             if not file_id:
@@ -2442,13 +2464,14 @@ class Submitter:
                 self.known.add(batch.id)
                 self._warn_without_metadata(batch, part)
                 return batch
-            self.api.console.message(f"part {part.label}: no batch was made of file {file_id}, which is deleted")
+            self.api.console.message(f"part {part.label}: no batch was created for file {file_id}, "
+                                     "so the file was deleted")
             last_file_id, file_id, excluded = file_id, "", ()
-        raise CommandError(f"part {part.label}: {MAX_TRIES} tries to create its batch got no response (the last one of "
-                           f"file {last_file_id}); run the same command again later")
+        raise CommandError(f"part {part.label}: no response to {MAX_TRIES} tries to create its batch (last file: "
+                           f"{last_file_id}); run the same command again later")
 
     def _before_post(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
-        """Look at the listing, and note the file. A file that gets no batch is deleted."""
+        """Check the listing for other batches, then note the file. If the POST must not be made, delete the file."""
         try:
             if new := self.new_batches([part.sha256]):
                 raise AlreadySubmitted(new)
@@ -2456,13 +2479,13 @@ class Submitter:
             self._note.add(file_id, batch="")
             if not excluded:
                 self.api.delete_file(file_id)
-            if isinstance(error, ApiError):  # of the listing, so it must not look like one of the POST
+            if isinstance(error, ApiError):  # about the listing; it must not look like an error of the POST
                 raise CommandError(str(error)) from None
             raise
         self._note.add(file_id, sha256=part.sha256, name=self._name)
 
     def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
-        """The batch of one POST; None where it is sure that none was made, and the file is deleted."""
+        """Try once to create the batch. None if certainly none was created; the file is deleted then."""
         metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
         if part.sha256 != self._request_file_sha256:
             metadata["request_file_sha256"] = self._request_file_sha256
@@ -2483,7 +2506,7 @@ class Submitter:
         return self._find_or_fence(file_id, set(excluded))
 
     def _post_visible_file(self, request: Json, before_post: Callable[[], None]) -> Batch:
-        """POST. A file that was just uploaded and is not found yet is given some seconds."""
+        """POST. If the API does not find the new file yet, try again for some seconds."""
         for delay in LOOK_UP_DELAYS:
             try:
                 return self.api.create_batch(request, before_post)
@@ -2495,23 +2518,23 @@ class Submitter:
 
     def _warn_without_metadata(self, batch: Batch, part: Part) -> None:
         if not self._is_metadata_checked and batch.metadata.get("input_sha256") != part.sha256:
-            self.api.console.warn("this service keeps no metadata, so only a note on this machine protects the same "
-                                  "requests from being submitted, and paid for, again")
+            self.api.console.warn("this service keeps no metadata; only a note on this machine prevents the same "
+                                  "requests from being submitted and paid for again")
         self._is_metadata_checked = True
 
     # when the outcome of a POST is unknown
 
     def _find_or_fence(self, file_id: str, excluded: set[str]) -> Batch | None:
-        """The batch of an uploaded file whose POST has an unknown outcome; None once no batch can come of it any more.
+        """Find the batch of a file whose POST has an unknown outcome.
 
-        Deleting the file is the fence: a POST that is carried out later finds no file.
+        If there is none, fence the POST: delete the file, so that the POST fails if it takes effect later. Return None.
         """
         if batch := self._find_by_input_file(file_id, excluded, LOOK_UP_DELAYS):
             return batch
         if not self.api.delete_file(file_id):
             raise CommandError(self._in_doubt(file_id))
         batch = self._find_by_input_file(file_id, excluded, FENCED_LOOK_UP_DELAYS)
-        while batch and batch.status == "validating":  # it may still fail for its missing file
+        while batch and batch.status == "validating":  # it may still fail because its file was deleted
             self.api.clock.sleep(VALIDATION_POLL_SECONDS)
             batch = self.api.batch(batch.id)
         return None if batch and batch.status == "failed" else batch
@@ -2522,6 +2545,10 @@ class Submitter:
                 "will pick up the batch if there is one (--force would pay again)")
 
     def _find_by_input_file(self, file_id: str, excluded: set[str], delays: Iterable[float]) -> Batch | None:
+        """The oldest batch of a file, looked up repeatedly; None if there is none. Cancels any others.
+
+        Raises CommandError if the last look-up failed.
+        """
         is_answered = False
         for delay in delays:
             self.api.clock.sleep(delay)
@@ -2535,18 +2562,18 @@ class Submitter:
             if batches := [each for each in listed if each.input_file_id == file_id and each.id not in excluded]:
                 first, *rest = by_age(batches)
                 for batch in rest:
-                    self.cancel_rival(batch, first)
+                    self.cancel_duplicate(batch, first)
                 return first
         if not is_answered:
             raise CommandError(self._in_doubt(file_id))
         return None
 
-    def cancel_rival(self, batch: Batch, other: Batch) -> bool:
-        """Cancel a batch of ours that has the requests of another one, unless a fresh look shows that it has begun."""
+    def cancel_duplicate(self, batch: Batch, other: Batch) -> bool:
+        """Cancel our batch, which duplicates `other`, unless it has already started. Whether it was cancelled."""
         self.api.console.warn(f"batch {batch.id} has the same requests as batch {other.id}")
         self.known.add(batch.id)
         if self.api.batch(batch.id).status != "validating":
-            self.api.console.warn(f"batch {batch.id} has begun already, so it is not cancelled")
+            self.api.console.warn(f"batch {batch.id} has already started, so it was not cancelled")
             return False
         self.api.cancel(batch.id)
         self.api.console.message(f"batch {batch.id} is being cancelled")
@@ -2570,18 +2597,18 @@ def first_listing(api: Api, *, force: bool) -> list[Batch]:
 
 
 def lacks_output(api: Api, batch: Batch) -> bool:
-    """Whether a batch has completed with successes that no output file has yet."""
+    """Whether a batch completed with successes but has no output file yet, or an empty one."""
     if not batch.claims_successes:
         return False
     try:
         return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
-    except Refused:  # the file is gone, which is another matter
+    except Refused:  # the file is gone; the download will report that
         return False
 
 
 @contextlib.contextmanager
 def advice_if_stopped(advice: str, console: Console) -> Iterator[None]:
-    """Say how to go on if a signal or --timeout stops the block."""
+    """Say how to continue if a signal or --timeout stops the block."""
     try:
         yield
     except TimedOut:
@@ -2599,9 +2626,9 @@ class Polled(NamedTuple):
 
 
 class Poller:
-    """Looks at batches while they run. After a first response it outlives outages, for `outage_budget` seconds.
+    """Polls batches. After the first response, it puts up with outages of up to `outage_budget` seconds.
 
-    `latest` has each batch as it was seen last, by id.
+    `latest` has the last known state of each batch, by id.
     """
 
     def __init__(self, api: Api, *, outage_budget: float = math.inf, is_answered: bool = False) -> None:
@@ -2617,29 +2644,29 @@ class Poller:
         self._last_report = ""
 
     def poll(self, batch_ids: Iterable[str]) -> Polled:
-        """Look once at each batch."""
+        """Poll each batch once."""
         polled = Polled({}, {})
         for batch_id in batch_ids:
             try:
-                batch = self._look(batch_id)
-                if self._is_at_its_end(batch):
+                batch = self._fetch(batch_id)
+                if self._is_finished(batch):
                     polled.ended[batch_id] = batch
             except (OutputMissing, ApiError) as failure:
-                if self._outlives(failure):
+                if self._may_pass(failure):
                     self._api.console.warn(f"{batch_id}: {failure}; still waiting")
                 else:
                     polled.lost[batch_id] = failure
         return polled
 
-    def _outlives(self, failure: CommandError) -> bool:
-        """Whether the failure is an outage that may pass."""
+    def _may_pass(self, failure: CommandError) -> bool:
+        """Note when an outage began, and return whether to keep waiting."""
         is_outage = isinstance(failure, OutcomeUnknown) or (isinstance(failure, ApiError) and is_rate_limit(failure))
         if self._silent_since is None:
             self._silent_since = self._clock.now()
         return is_outage and self._is_answered and self._clock.now() - self._silent_since <= self._outage_budget
 
-    def _look(self, batch_id: str) -> Batch:
-        """The batch as it is now."""
+    def _fetch(self, batch_id: str) -> Batch:
+        """Fetch a batch, and remember that the API responded."""
         is_patient = self._outage_budget < math.inf
         retry = Retry(1, 0, repeat_lost=False, repeat_denied=is_patient) if self._is_answered else None
         batch = self._api.batch(batch_id, retry)
@@ -2651,8 +2678,8 @@ class Poller:
             self._api.console.warn(f"{batch_id}: status {quoted(batch.raw['status'])} is not known; still waiting")
         return batch
 
-    def _is_at_its_end(self, batch: Batch) -> bool:
-        """Whether it has ended, and its results are there. They may be some seconds late."""
+    def _is_finished(self, batch: Batch) -> bool:
+        """Whether it has ended and no longer lacks its output file, which may be late."""
         if not batch.has_ended or not lacks_output(self._api, batch):
             return batch.has_ended
         since = self._lacks_output_since.setdefault(batch.id, self._clock.now())
@@ -2664,7 +2691,7 @@ class Poller:
         return False
 
     def report(self) -> None:
-        """Print the progress over all batches: on a terminal each time, elsewhere when it has changed."""
+        """Print the progress of all batches: on a terminal every time, otherwise only after a change."""
         batches = self.latest.values()
         if not batches:
             return
@@ -2696,7 +2723,7 @@ def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
 
 
 def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
-    """Download a file to a path, and return its size. An empty file is not saved; a stream gets whole files only."""
+    """Download a file to a path, and return its size. An empty file is not saved. A stream gets complete files only."""
     size = api.size_of(file_id)
     if size == 0:
         return 0
@@ -2730,9 +2757,9 @@ class Saved(NamedTuple):
 
 
 def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> Saved:
-    """Save the files of a batch. An error file that is gone draws a warning.
+    """Save the files of a batch. If the error file is gone, warn.
 
-    Remove an error file that an earlier job left beside new results.
+    Remove an old error file beside new results.
     """
     saved = Saved({}, [])
     lost = set()
@@ -2745,7 +2772,7 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
             if kind == "results":
                 saved.failures.append(OutputGone())
             else:
-                api.console.warn(f"the error file of batch {batch.id} is gone at the server")
+                api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
         except CommandError as failure:
             lost.add(kind)
             saved.failures.append(failure)
@@ -2783,7 +2810,7 @@ class Usage(NamedTuple):
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
-    """`count` positions, evenly spread over `total`; all where there are not more."""
+    """`count` positions, or all if there are fewer, spread evenly over `total`."""
     count = min(count, total)
     return {(2 * number + 1) * total // (2 * count) for number in range(count)}
 
@@ -2810,7 +2837,7 @@ def rounded(number: float) -> str:
 
 
 def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple[float, float] | None) -> str:
-    """What all requests may use, by some of them. `prices` are dollars per million input and output tokens."""
+    """Estimate the tokens of all requests from a few. `prices` are dollars per million input and output tokens."""
     outputs = [usage.output_tokens for usage in usages]
     input_tokens = sum(usage.input_tokens for usage in usages) * body_bytes / sum(usage.body_bytes for usage in usages)
     output_tokens = sum(outputs) / len(outputs) * total
@@ -2826,7 +2853,7 @@ def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple
 
 
 def append_line(path: str, line: bytes) -> None:
-    """Add a line to a file, which is whole or as it was."""
+    """Append a line by replacing the file atomically."""
     with open_output(path) as out:
         if os.path.exists(path):
             with open(path, "rb") as old:
@@ -2838,7 +2865,7 @@ def append_line(path: str, line: bytes) -> None:
 
 @contextlib.contextmanager
 def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
-    """A function that adds a line to the file, or writes it to the stream, at once; without a path it does nothing."""
+    """A function that appends a line to the file, or writes it to the stream, at once; without a path, it drops it."""
     if path is None:
         yield lambda line: None
     elif not is_stream(path):
@@ -2849,7 +2876,7 @@ def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
 
 
 def preview_result(api: Api, request: Json) -> Json:
-    """Send a request right away. Its results line, which has no response if the outcome is unknown."""
+    """Send a request right away, and return its results line. It has no response if the outcome is unknown."""
     result: Json = {"id": None, "custom_id": request["custom_id"], "response": None, "error": None}
     try:
         return result | {"response": api.send_now(request["url"], request["body"])}
@@ -2918,21 +2945,21 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
 
 
 def is_reusable(batch: Batch) -> bool:
-    """Whether the batch runs, or has completed with a success."""
+    """Whether a batch that may have a success is running or completed, so that its part need not be submitted."""
     return batch.status == "completed" or not (batch.has_ended or batch.status == "cancelling")
 
 
 def partial_warning(part: Part, batch: Batch) -> str:
-    when = "" if batch.has_ended else "once it has ended, "
+    when = "" if batch.has_ended else " once the batch has ended"
     return (
         f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished "
-        f"{batch.counts.completed or 0} of its {batch.counts.total or part.requests} requests; {when}run on the same "
-        "file takes those and sends only the rest"
+        f"{batch.counts.completed or 0} of its {batch.counts.total or part.requests} requests; to get those and "
+        f"send only the rest, use run on the same file{when}"
     )
 
 
 def wait_for_output(api: Api, batch: Batch) -> None:
-    """Wait for the output file of a completed batch that counts successes. Raises OutputMissing after ten minutes."""
+    """Wait for the output file of a completed batch with successes. Raises OutputMissing after ten minutes."""
     if not lacks_output(api, batch):
         return
     poller = Poller(api)
@@ -2945,7 +2972,10 @@ def wait_for_output(api: Api, batch: Batch) -> None:
 def create_part(
     args: argparse.Namespace, submitter: Submitter, requests: Input, part: Part, batches: Sequence[Batch]
 ) -> bool:
-    """Print the batch of a part: one of these earlier ones, or a new one. False where an earlier one is partial."""
+    """Submit a part unless one of these earlier batches has it, and print its batch.
+
+    Returns False if an earlier batch finished only some of it.
+    """
     console = submitter.api.console
 
     def print_batch(batch: Batch) -> None:
@@ -3000,7 +3030,7 @@ def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
 
 def each_batch(batch_ids: Iterable[str], console: Console, action: Callable[[str], None]) -> int:
-    """Do the action for every id. One that fails does not keep the others from it. The exit code."""
+    """Call `action` for every id, also after one has failed. Return the exit code."""
     exit_code = 0
     for batch_id in dict.fromkeys(batch_ids):
         try:
@@ -3012,7 +3042,7 @@ def each_batch(batch_ids: Iterable[str], console: Console, action: Callable[[str
 
 
 def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
-    """Print a batch. Where it has ended, save its files and print where."""
+    """Print a batch. If it has ended, save its files and print their paths."""
     show = result_printer(api.console, to_stderr=False)
     if not args.json:
         for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
@@ -3051,7 +3081,7 @@ def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
 
 
 def save_polled(args: argparse.Namespace, api: Api, polled: Polled) -> int:
-    """Show and save each batch that was waited for. The exit code."""
+    """Show and save each batch that was waited for, and return the exit code."""
 
     def save_or_fail(batch_id: str) -> None:
         if batch_id in polled.lost:
@@ -3075,7 +3105,7 @@ def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
 
 def most_common_errors(path: str) -> str:
-    """The commonest errors of an error file, by code and message."""
+    """The most common errors of an error file, each with its count."""
     counts: Counter[str] = Counter()
     with open_input(path) as errors:
         for line in errors.lines():
@@ -3085,7 +3115,7 @@ def most_common_errors(path: str) -> str:
 
 
 def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
-    """Save the files of a batch. Raises CommandError where they are not all that was asked for."""
+    """Save the files of a batch. Raises CommandError if it has not ended, failed, or finished only some requests."""
     batch = api.batch(batch_id)
     if not batch.has_ended:
         raise CommandError(f"Batch not completed (status: {batch.raw['status']})")
@@ -3099,7 +3129,7 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
         raise CommandError(f"Batch failed: {batch.failure_reasons()}")
     if "results" not in saved.sizes:
         errors = f": {most_common_errors(paths['errors'])}" if saved.sizes else ""
-        raise CommandError(f"Batch has no results (status: {batch.status}){errors}")
+        raise CommandError(f"Batch has no results (status: {batch.raw['status']}){errors}")
     if batch.status != "completed":
         raise CommandError(f"Batch {batch.status} with {batch.counts.completed or 0} of {batch.counts.total or 0} "
                            "requests completed; run on the same request file sends only the rest")
@@ -3274,7 +3304,7 @@ def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
 def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
     """The header of a CSV and its rows, each with its line number; without blank rows and repeated headers.
 
-    Raises CommandError where a row's quoting is malformed, or where the header has no such id column.
+    Raises CommandError if a row's quoting is malformed, or if the header has no such id column.
     """
     descriptor = spreadsheet.file.fileno()
     start = os.pread(descriptor, 4, 0)
@@ -3311,9 +3341,9 @@ def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple
 
 
 def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
-    """The number of columns: those of the header, or more where a row has more.
+    """The number of columns: those of the header, or more if a row has more.
 
-    Warns of rows that are not valid in the encoding. Raises CommandError where so many are not that it must be another.
+    Warns of rows that cannot be decoded. Raises CommandError if there are so many that the encoding must be wrong.
     """
     width = rows = 0  # the header is a row, too
     undecodable = []  # line numbers
@@ -3335,12 +3365,12 @@ def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console
 def spreadsheet_rows(
     spreadsheet: Input, encoding: str, id_column: str, results: Results, console: Console
 ) -> Iterator[Sequence[str]]:
-    """The rows of a spreadsheet as they are, each with the bio of its request."""
+    """The header and rows of a spreadsheet, each with the bio columns added."""
     csv.field_size_limit(sys.maxsize)
     width = spreadsheet_width(spreadsheet, encoding, id_column, console)
     rows = (row for _, row in records(spreadsheet, encoding, id_column))
     header = next(rows)
-    id_at = [*map(column_key, header)].index(column_key(id_column))
+    id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
     yield *header, *[""] * (width - len(header)), *BIO_COLUMNS[2:]
     line_of = results.requests.line_of
     exported: set[str] = set()
@@ -3388,7 +3418,7 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             else:
                 rows = bio_rows(inputs[0], results)
             write_csv(args, inputs, rows)
-    report_results(wrote(args.output), results, console)
+    report_results(wrote_prefix(args.output), results, console)
     return 0
 
 
@@ -3401,14 +3431,14 @@ def positions_of(part: Part) -> range:
 
 
 class QueuedPart:
-    """A part to submit, the file that it is part of, and the positions of its requests in the request file."""
+    """A part to submit, the file that contains it, and the positions of its requests in the request file."""
 
     def __init__(self, source: Input, part: Part, positions: Sequence[int]) -> None:
         self.source = source
         self.part = part
         self.positions = positions
         self.file_id = ""  # of its upload
-        self.refused: list[str] = []  # batches of that upload, over the token limit
+        self.refused: list[str] = []  # batches of that upload that exceeded the token limit
         self.idle_refusals = 0
 
     def after_idle_refusal(self) -> list[QueuedPart]:
@@ -3424,16 +3454,16 @@ class QueuedPart:
         if self.idle_refusals >= MAX_SINGLE_REFUSALS:
             raise CommandError(
                 f"part {self.part.label} (1 request, {plural(self.part.size, 'byte')}) was refused "
-                f"{MAX_SINGLE_REFUSALS} times for the token limit, with no batch of this run active; the limit of this "
-                "account is too small for it"
+                f"{MAX_SINGLE_REFUSALS} times for the token limit while no batch of this run was active; the account's "
+                "limit is too small for this request"
             )
         return [self]
 
 
 class Queue:
-    """Decides which parts may be submitted now, given the token limit that no endpoint reports.
+    """Decides which parts may be submitted now. The API does not report its token limit in advance.
 
-    After a refusal, a batch that ends makes room for one part. With no batch active, time may make room.
+    After a refusal, each batch that ends makes room for one part. If none is active, waiting may help.
     """
 
     def __init__(self, parts: Iterable[QueuedPart]) -> None:
@@ -3468,7 +3498,7 @@ class Queue:
         return self._idle_refusals if is_stuck else 0
 
 
-class Flight:
+class ActiveBatch:
     """An active batch whose results a run waits for."""
 
     def __init__(
@@ -3480,13 +3510,13 @@ class Flight:
         queued: QueuedPart | None = None,
         submitted_at: float = -math.inf,
     ) -> None:
-        self.batch = batch  # as it was first seen
+        self.batch = batch  # as first seen
         self.positions = positions  # of its requests in the request file; None if they are unknown
         self.sent_digests = sent_digests  # of its requests by custom_id, if they may differ from the request file
         self.queued = queued  # what to submit again after a refusal
         self.submitted_at = submitted_at  # by this run; -inf: by another
         self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if submitted_at > -math.inf else math.inf
-        self.may_be_cancelled = False  # it was being cancelled before, or this run cancels it
+        self.cancel_is_expected = False  # already being cancelled when found, or cancelled by this run
 
 
 class Round(NamedTuple):
@@ -3497,16 +3527,16 @@ class Round(NamedTuple):
 
 
 class Run:
-    """Brings every request to a success or its last error.
+    """Sends requests, in rounds, until each has succeeded or the attempts are used up.
 
-    All state follows from the request file, --out, and the batches at the server. `flights` are the active batches
-    by id, `spool` is a temporary file for what is downloaded.
+    Its state can be rebuilt from the request file, --out and the server. `active` are the active batches by id,
+    `spool` is a temporary file for downloads.
     """
 
     def __init__(
         self, args: argparse.Namespace, submitter: Submitter, requests: Input, results: Results, spool: BinaryIO
     ) -> None:
-        self.flights: dict[str, Flight] = {}
+        self.active: dict[str, ActiveBatch] = {}
         self._args = args
         self._submitter = submitter
         self._api = submitter.api
@@ -3516,10 +3546,10 @@ class Run:
         self._results = results
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
-        self._gone: list[Flight] = []  # those whose output file is gone
+        self._gone: list[ActiveBatch] = []  # batches whose output file is no longer on the server
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
-        """Take what the listed batches did, then submit the rest, in at most --attempts rounds."""
+        """Use the results of listed batches, then submit the rest in at most --attempts rounds."""
         self._pick_up_earlier(parts, listed)
         attempts_left: int = self._args.attempts
         while True:
@@ -3527,7 +3557,7 @@ class Run:
             if pending and self._requests.is_changed():
                 self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
                 pending = set()
-            if not pending and not self.flights:
+            if not pending and not self.active:
                 return
             if pending and attempts_left < self._args.attempts:
                 number = self._args.attempts - attempts_left + 1
@@ -3538,18 +3568,18 @@ class Run:
             attempts_left = 0 if done.cancelled else attempts_left - done.submitted
 
     def _pending(self) -> set[int]:
-        """The positions of the requests to submit now: those without a result that no active batch has."""
-        flights = self.flights.values()
-        if any(flight.positions is None for flight in flights):
-            return set()  # only its results tell which requests it has
+        """The positions of the requests that have no result and are not in an active batch."""
+        active = self.active.values()
+        if any(each.positions is None for each in active):
+            return set()  # we only learn from its results which requests it has
         pending = self._results.positions(TO_SEND)
-        pending.difference_update(*(flight.positions or () for flight in flights))
+        pending.difference_update(*(each.positions or () for each in active))
         for gone in self._gone:
             if left := len(pending if gone.positions is None else pending.intersection(gone.positions)):
                 raise CommandError(
-                    f"the output file of batch {gone.batch.id} is gone at the server, so {plural(left, 'request')} of "
-                    "it would have to be sent, and perhaps paid for, again; name an earlier download with --results, "
-                    "or use --force"
+                    f"the output file of batch {gone.batch.id} is no longer on the server, so {left} of its requests "
+                    "would have to be sent, and perhaps paid for, again; name an earlier download with --results, or "
+                    "use --force"
                 )
         return pending
 
@@ -3568,7 +3598,7 @@ class Run:
         return [QueuedPart(source, part, order[part.first : part.first + part.requests]) for part in divider.parts()]
 
     def _round(self, queue: Queue) -> Round:
-        """Submit the parts, and take the results of every batch, until none is active."""
+        """Submit the parts, and download the results of every batch, until none is active."""
         submitted = cancelled = cut_short = False
         while True:
             while queued := queue.take():
@@ -3578,52 +3608,52 @@ class Run:
                     cut_short = True
                     queue.clear()
             self._poller.report()
-            if not self.flights and not queue:
+            if not self.active and not queue:
                 return Round(submitted and not cut_short, cancelled)
             self._wait(self._args.interval)
             refused, ended = [], 0
-            for batch, flight in self._ended():
+            for batch, watched in self._ended():
                 if batch.status != "failed":
                     ended += 1
-                    self._take(batch, flight)
-                    cancelled = cancelled or (batch.status == "cancelled" and not flight.may_be_cancelled)
-                elif (queued := flight.queued) and batch.is_over_token_limit and self._is_still_to_send(flight):
+                    self._download_results(batch, watched)
+                    cancelled = cancelled or (batch.status == "cancelled" and not watched.cancel_is_expected)
+                elif (queued := watched.queued) and batch.is_over_token_limit and self._is_still_to_send(watched):
                     self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
                     del self._poller.latest[batch.id]
                     queued.refused.append(batch.id)
                     refused.append(queued)
-                elif not batch.is_over_token_limit and flight.sent_digests is None:
+                elif not batch.is_over_token_limit and watched.sent_digests is None:
                     raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
                                        "batches still running will be picked up by the next run")
             if cancelled or cut_short:
                 queue.clear()
-            elif idle_refusals := queue.settle(refused, ended, is_idle=not self.flights):
+            elif idle_refusals := queue.settle(refused, ended, is_idle=not self.active):
                 seconds = self._args.interval * 2 ** min(idle_refusals, 5)
                 self._console.message(f"no batch of this run is active; trying again in {seconds:g} s")
                 self._clock.sleep(seconds)
 
-    def _ended(self) -> Iterator[tuple[Batch, Flight]]:
-        """Look once at every active batch. Those that have ended are active no more."""
-        polled = self._poller.poll([*self.flights])
+    def _ended(self) -> Iterator[tuple[Batch, ActiveBatch]]:
+        """Poll every active batch once. Yield those that have ended, and stop watching them."""
+        polled = self._poller.poll([*self.active])
         for batch_id, failure in polled.lost.items():
-            age = self._clock.now() - self.flights[batch_id].submitted_at
+            age = self._clock.now() - self.active[batch_id].submitted_at
             if not (isinstance(failure, NotFound) and age < YOUNG_SECONDS):
                 raise failure
-            self._console.warn(f"{batch_id}: {failure}; it is new, so this may pass; still waiting")
+            self._console.warn(f"{batch_id}: {failure}; the batch is new and may not be visible yet; still waiting")
         for batch in polled.ended.values():
-            if batch.status == "cancelled" and not self.flights[batch.id].may_be_cancelled:
-                self._console.warn(f"batch {batch.id} was cancelled; this run ends once the others have ended, and a "
-                                   "later one does the rest")
-            yield batch, self.flights.pop(batch.id)
+            if batch.status == "cancelled" and not self.active[batch.id].cancel_is_expected:
+                self._console.warn(f"batch {batch.id} was cancelled; this run ends when its other batches have ended; "
+                                   "run again to send the rest")
+            yield batch, self.active.pop(batch.id)
 
-    def _is_still_to_send(self, flight: Flight) -> bool:
+    def _is_still_to_send(self, watched: ActiveBatch) -> bool:
         """Whether its requests still have no result and are in no other active batch."""
-        return flight.positions is not None and self._pending().issuperset(flight.positions)
+        return watched.positions is not None and self._pending().issuperset(watched.positions)
 
     def _wait(self, seconds: float) -> None:
-        """Sleep, and look for rivals of new batches when it is time for that."""
+        """Sleep. Meanwhile, look for rivals of each new batch when that is due."""
         end = self._clock.now() + seconds
-        while (due := min((each.rival_check_at for each in self.flights.values()), default=math.inf)) <= end:
+        while (due := min((each.rival_check_at for each in self.active.values()), default=math.inf)) <= end:
             self._clock.sleep(max(0.0, due - self._clock.now()))
             self._look_for_rivals()
         if (rest := end - self._clock.now()) > 0:
@@ -3646,17 +3676,17 @@ class Run:
             batch = self._submitter.submit(queued.source, queued.part, on_upload, queued.file_id, queued.refused)
         except AlreadySubmitted as found:
             if not queued.refused:
-                queued.file_id = ""  # it is deleted
+                queued.file_id = ""  # the file was deleted
             picked_up = [self._pick_up_found(batch, queued.part) for batch in found.batches]
             return False if any(picked_up) else self._submit(queued)
         self._console.message(f"part {label}: Batch ID: {batch.id}")
         now = self._clock.now()
         self._poller.latest[batch.id] = batch
-        self.flights[batch.id] = Flight(batch, queued.positions, queued=queued, submitted_at=now)
+        self.active[batch.id] = ActiveBatch(batch, queued.positions, queued=queued, submitted_at=now)
         return True
 
     def _pick_up_found(self, batch: Batch, part: Part) -> bool:
-        """Take or follow a batch that has shown up before a POST. Whether it has requests that are to be sent."""
+        """Pick up a batch that was found just before a POST. Whether it has requests that we still need."""
         if not self._submitter.is_of_file(batch, [part.sha256]):
             self._submitter.known.add(batch.id)
             return self._pick_up_other_version(batch)
@@ -3664,32 +3694,33 @@ class Run:
         return True
 
     def _look_for_rivals(self) -> None:
-        """Check for rivals: batches of the same requests that another machine submitted at the same time."""
+        """Look for rivals: batches of the same requests that another machine submitted at the same time."""
         now = self._clock.now()
-        own: dict[str, Flight] = {}  # by the sha256 of the part
-        for flight in self.flights.values():
-            if flight.queued and flight.rival_check_at <= now:
-                flight.rival_check_at = math.inf
-                own[flight.queued.part.sha256] = flight
+        own: dict[str, ActiveBatch] = {}  # by the sha256 of the part
+        for watched in self.active.values():
+            if watched.queued and watched.rival_check_at <= now:
+                watched.rival_check_at = math.inf
+                own[watched.queued.part.sha256] = watched
         for rival in self._submitter.new_batches(own):
             if mine := own.get(self._submitter.part_sha256(rival)):
-                self._meet_rival(mine, rival)
+                self._settle_rival(mine, rival)
             else:  # it is found again before the next POST
-                self._console.warn(f"batch {rival.id} may have some of the same requests")
+                self._console.warn(f"batch {rival.id} may contain some of the same requests")
 
-    def _meet_rival(self, flight: Flight, rival: Batch) -> None:
-        """Of two batches of the same requests, the older one stays. Each process cancels only its own."""
+    def _settle_rival(self, watched: ActiveBatch, rival: Batch) -> None:
+        """Keep the older of two batches with the same requests. Each process cancels only its own."""
         self._submitter.known.add(rival.id)
-        if flight.batch.age_key < rival.age_key:
-            self._console.warn(f"batch {rival.id} has the same requests as batch {flight.batch.id}, which stays")
-        elif self._submitter.cancel_rival(flight.batch, rival):
-            flight.may_be_cancelled = True
-            self.flights[rival.id] = Flight(rival, flight.positions)
+        if watched.batch.age_key < rival.age_key:
+            self._console.warn(f"batch {rival.id} has the same requests as batch {watched.batch.id}, which is older "
+                               "and is kept")
+        elif self._submitter.cancel_duplicate(watched.batch, rival):
+            watched.cancel_is_expected = True
+            self.active[rival.id] = ActiveBatch(rival, watched.positions)
 
     # earlier batches
 
     def _pick_up_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
-        """Take the results of earlier batches that have ended, and follow those that run."""
+        """Download the results of earlier batches that have ended, and watch those that are running."""
         part_of = {part.sha256: part for part in parts}
         batches = self._submitter.earlier_batches(listed)
         for batch in batches:
@@ -3700,46 +3731,46 @@ class Run:
                 self._pick_up_other_version(batch)
 
     def _pick_up(self, batch: Batch, part: Part | None) -> None:
-        """Take or follow a batch of this request file, of this part of it if it is one of the present division."""
+        """Pick up a batch of this request file. `part` is its part, if the file is divided as it was then."""
         self._submitter.known.add(batch.id)
         if part:
             self._console.message(f"part {part.label} was already submitted as batch {batch.id} ({batch.status})")
             positions = positions_of(part)
-            flight = Flight(batch, positions, queued=QueuedPart(self._requests, part, positions))
+            watched = ActiveBatch(batch, positions, queued=QueuedPart(self._requests, part, positions))
         else:
-            self._console.message(f"batch {batch.id} ({batch.status}) has some of the requests already")
+            self._console.message(f"batch {batch.id} ({batch.status}) already has some of the requests")
             digests = self._input_digests(batch)
-            flight = Flight(batch, None if digests is None else self._same_requests(digests))
-        self._follow(flight)
+            watched = ActiveBatch(batch, None if digests is None else self._same_requests(digests))
+        self._take_or_watch(watched)
 
     def _pick_up_other_version(self, batch: Batch) -> bool:
-        """Take or follow a batch of another version of the file. Whether it has requests that need a result."""
+        """Pick up a batch of another version of the file if it has requests that we need. Whether it has."""
         if not (pending := self._pending()):
             return False
         self._submitter.known.add(batch.id)
         digests = self._input_digests(batch)
         same = set() if digests is None else self._same_requests(digests) & pending
         if digests is None:
-            self._console.warn(f"batch {batch.id} is of an earlier version of {self._requests.name}, but its input "
-                               "file is not available; requests that it has may be paid for again")
+            self._console.warn(f"batch {batch.id} was made from an earlier version of {self._requests.name}, but its "
+                               "input file is not available; requests in both may be paid for twice")
         elif same:
-            self._console.message(f"batch {batch.id} ({batch.status}) of an earlier version of {self._requests.name} "
-                                  f"has {plural(len(same), 'request')} of this one already")
-            self._follow(Flight(batch, same, sent_digests=digests))
+            self._console.message(f"batch {batch.id} ({batch.status}), made from an earlier version of "
+                                  f"{self._requests.name}, already has {len(same)} of the requests")
+            self._take_or_watch(ActiveBatch(batch, same, sent_digests=digests))
         return bool(same)
 
-    def _follow(self, flight: Flight) -> None:
-        """Take the results of a batch that has ended; watch one that runs."""
-        batch = flight.batch
-        flight.may_be_cancelled = batch.status == "cancelling"
+    def _take_or_watch(self, watched: ActiveBatch) -> None:
+        """Download the results of a batch that has ended; watch one that is running."""
+        batch = watched.batch
+        watched.cancel_is_expected = batch.status == "cancelling"
         self._poller.latest[batch.id] = batch
         if batch.has_ended and not lacks_output(self._api, batch):
-            self._take(batch, flight)
+            self._download_results(batch, watched)
         else:
-            self.flights[batch.id] = flight
+            self.active[batch.id] = watched
 
     def _input_digests(self, batch: Batch) -> dict[str, bytes] | None:
-        """The digests of the requests of a batch by custom_id, by its input file; None where that is gone."""
+        """The digests of a batch's requests by custom_id, from its input file. None if that is gone or unusable."""
         digests: dict[str, bytes] = {}
         try:
             with temporary_file() as copy:
@@ -3747,7 +3778,7 @@ class Run:
                 self._api.download(batch.input_file_id, self._api.size_of(batch.input_file_id), copy, name)
                 for line in Input.of(copy, name).lines():
                     digests[str_field(read_object(line), "custom_id")] = digest_of(line)
-        except (Refused, WrongSize, ValueError):
+        except (Refused, WrongSize, ValueError):  # ValueError: a line that is not a request
             return None
         return digests
 
@@ -3762,7 +3793,7 @@ class Run:
 
     # results
 
-    def _take(self, batch: Batch, flight: Flight) -> None:
+    def _download_results(self, batch: Batch, watched: ActiveBatch) -> None:
         """Download and index the files of a batch that has ended."""
         matched = 0
         for kind, file_id in batch.files.items():
@@ -3773,12 +3804,12 @@ class Run:
                     continue
                 self._api.download(file_id, size, self._spool, name)
             except NotFound:
-                self._console.warn(f"the {kind} file of batch {batch.id} is gone at the server")
+                self._console.warn(f"the {kind} file of batch {batch.id} is no longer on the server")
                 if kind == "results":
-                    self._gone.append(flight)
+                    self._gone.append(watched)
                 continue
-            matched += self._results.read(self._spool, name, start, flight.sent_digests)
-        if batch.claims_successes and not matched and flight not in self._gone:
+            matched += self._results.read(self._spool, name, start, watched.sent_digests)
+        if batch.claims_successes and not matched and watched not in self._gone:
             raise CommandError(
                 f"batch {batch.id} has completed {plural(batch.counts.completed or 0, 'request')}, but none of its "
                 f"results has a custom_id of {self._requests.name}; nothing more is sent, because that would be paid "
@@ -3821,10 +3852,10 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             results.fall_back_on(latest)
         if args.force:
             results.fall_back_on(earlier)
-        advice = "; run the same command again where there is room: it takes the results without paying again"
+        advice = "; free some space and run the same command again: it fetches the results without paying again"
         with open_output(args.output, advice) as out:
             out.writelines(result_lines(results))
-    report_results(wrote(args.output), results, console)
+    report_results(wrote_prefix(args.output), results, console)
     return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
 
 
@@ -3846,7 +3877,7 @@ def id_argument(text: str) -> str:
 def batch_size(text: str) -> int:
     number = positive_int(text)
     if number > MAX_BATCH_REQUESTS:
-        raise argparse.ArgumentTypeError(f"a batch takes {MAX_BATCH_REQUESTS} requests at most: {text!a}")
+        raise argparse.ArgumentTypeError(f"the limit of a batch is {MAX_BATCH_REQUESTS} requests: {text!a}")
     return number
 
 
@@ -3864,7 +3895,7 @@ def price_pair(text: str) -> tuple[float, float]:
     return price_in, price_out
 
 
-# Options by their flag, or by `COMMAND FLAG` where a command needs other words.
+# Options by flag, or by `COMMAND FLAG` if a command needs other words.
 OPTIONS: dict[str, dict[str, Any]] = {
     "--in": {"dest": "input", "required": True, "type": input_path, "metavar": "JSONL",
              "help": "request file, - for stdin"},
@@ -3873,8 +3904,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--completion-window": {"type": text_argument, "default": "24h", "metavar": "W",
                             "help": "how long the API may take (default: %(default)s)"},
     "--max-requests": {"type": batch_size, "default": MAX_BATCH_REQUESTS, "metavar": "N",
-                       "help": "requests in one batch (default: %(default)s); use fewer for a small token limit"},
-    "--force": {"action": "store_true", "help": "submit what was submitted before, and pay again"},
+                       "help": "maximum number of requests per batch (default: %(default)s); lower it if the account's "
+                               "token limit is small"},
+    "--force": {"action": "store_true", "help": "submit everything, even what was submitted before, and pay again"},
     "--json": {"action": "store_true", "help": "print each batch as one line of JSON, as the API gave it"},
     "--batch-id": {"dest": "batch_ids", "nargs": "+", "required": True, "type": id_argument, "metavar": "ID",
                    "help": "ids of batches, as create, run and list print them"},
@@ -3886,26 +3918,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--limit": {"type": positive_int, "default": 20, "metavar": "N",
                 "help": "how many batches to show (default: %(default)s)"},
     "--attempts": {"type": positive_int, "default": 3, "metavar": "N",
-                   "help": "rounds in all; each sends again what can be retried (default: %(default)s)"},
+                   "help": "maximum number of rounds; each later one sends the retryable requests again "
+                           "(default: %(default)s)"},
     "--results": {"nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
-                  "help": "output and error files, and what run writes"},
+                  "help": "results: output and error files, or files that run wrote"},
     "--include-rejected": {"action": "store_true",
-                           "help": "also write those that the API would refuse again as they are"},
+                           "help": "also write requests that the API would probably refuse again"},
     "--requests": {"type": positive_int, "default": 3, "metavar": "N",
                    "help": "how many requests to send at once (default: %(default)s)"},
     "--prices": {"type": price_pair, "metavar": "IN,OUT",
                  "help": "dollars per million input and output tokens, for an estimate of the cost"},
     "--csv": {"type": input_path, "metavar": "CSV",
-              "help": "the artists' spreadsheet: write its rows and columns, and the bios behind them"},
+              "help": "the artists' spreadsheet: write its rows, with the bio columns added"},
     "--id-column": {"type": text_argument, "metavar": "NAME",
                     "help": "column of --csv that holds the ids (default: artist_id)"},
     "--encoding": {"type": encoding_name, "metavar": "NAME", "help": "encoding of --csv (default: utf-8)"},
-    "--excel": {"action": "store_true", "help": "write for Excel: a byte-order mark, and no cell that is a formula"},
+    "--excel": {"action": "store_true",
+                "help": "write for Excel: add a byte-order mark, and put a ' before cells that look like formulas"},
     "--log-file": {"type": log_path, "metavar": "PATH",
                    "help": "log to append to (default: logs/batch_YYYYMMDD_HHMMSS.log)"},
     "--verbose": {"action": "store_true", "help": "show each API response on stderr"},
     "preview --out": {"dest": "output", "type": output_path, "metavar": "JSONL",
-                      "help": "results file to add the answers to, - for stdout; run to the same file keeps them"},
+                      "help": "results file to add the responses to, - for stdout; run keeps them if it writes the "
+                              "same file"},
     "retrieve --out": {"dest": "output", "type": output_path, "metavar": "PATH",
                        "help": "output file, with the error file beside it (default: results_ID.jsonl, "
                                "errors_ID.jsonl); with one --batch-id only"},
@@ -3916,7 +3951,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "run --out": {"dest": "output", "required": True, "type": output_path, "metavar": "JSONL",
                   "help": "results file to bring up to date, - for stdout"},
     "run --results": {"nargs": "+", "default": [], "type": input_path, "metavar": "JSONL",
-                      "help": "further results that are there already"},
+                      "help": "more files with results that you already have"},
 }
 ONLINE = ("--log-file", "--verbose")
 Command = Callable[[argparse.Namespace, Console, Clock], int]
@@ -3956,7 +3991,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error where one file would be used in two ways that exclude each other."""
+    """Report a usage error if a file would be read and written at once, or used twice."""
     results = getattr(args, "results", [])
     is_run = args.command is cmd_run
     inputs = [path for path in (getattr(args, "input", None), getattr(args, "csv", None), *results) if path]
@@ -3976,10 +4011,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_paths(parser, args)
     if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
-        parser.error("--out goes with one --batch-id")
+        parser.error("--out works with a single --batch-id only")
     if args.command is cmd_export:
         if not args.csv and (args.id_column or args.encoding):
-            parser.error("--id-column and --encoding go with --csv")
+            parser.error("--id-column and --encoding need --csv")
         args.id_column, args.encoding = args.id_column or "artist_id", args.encoding or "utf-8"
     args.argv = [*(sys.argv[1:] if argv is None else argv)]
     return args
@@ -3994,8 +4029,8 @@ def main(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the command line. The exit code."""
-    gc.disable()  # there are few reference cycles here; looking for them takes a fifth of the time, also of the imports
+    """Run a command, and return its exit code. Invalid arguments raise SystemExit(2), as in argparse."""
+    gc.disable()  # few reference cycles are made, and looking for them takes a fifth of the time
     console = Console(sys.stderr, redact)
     try:
         with stopping_on_signals():

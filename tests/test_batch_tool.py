@@ -364,12 +364,12 @@ def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: 
          "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
         (b"\xef\xbb\xbfid;name\n" * 9, "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
         (b"\xff\xfea\0,\0\n\0" * 9,
-         "not JSONL in UTF-8 but a file in UTF-16; if it is a CSV, convert it with gen_batch_jsonl.py first"),
+         "UTF-16, but JSONL is UTF-8; if it is a CSV, convert it with gen_batch_jsonl.py"),
         (b"PK\x03\x04\x14\n\n\n",
-         "not JSONL but an Excel workbook or a zip file; save it as CSV, and convert that with gen_batch_jsonl.py"),
-        (b"\x1f\x8b\x08\n\n", "not JSONL but a gzip file; decompress it first"),
+         "an Excel workbook or a zip file, not JSONL; save it as CSV and convert it with gen_batch_jsonl.py"),
+        (b"\x1f\x8b\x08\n\n", "a gzip file, not JSONL; decompress it first"),
         (b'\xef\xbb\xbf{"custom_id": "a1"}\n',
-         "a byte-order mark stands before the first request; save the file without it"),
+         "the file begins with a byte-order mark; save it without one"),
         (b"NewJeans\n" * 9, "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
     ],
     ids=in_short,
@@ -468,7 +468,7 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY[:9]}{char}{KEY[9:]}")
     assert tool("list") == 1
-    assert capsys.readouterr() == ("", error("OPENAI_API_KEY has control or non-ASCII characters in it; set it again"))
+    assert capsys.readouterr() == ("", error("OPENAI_API_KEY contains control or non-ASCII characters; set it again"))
     assert api.exchanges == []
 
 
@@ -485,7 +485,7 @@ def test_an_organization_that_no_header_can_carry_is_one_line(
 ) -> None:
     monkeypatch.setenv("OPENAI_ORG_ID", "é")
     assert tool("list") == 1
-    assert capsys.readouterr().err == error("OPENAI_ORG_ID has control or non-ASCII characters in it; set it again")
+    assert capsys.readouterr().err == error("OPENAI_ORG_ID contains control or non-ASCII characters; set it again")
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_an_environment_that_makes_no_client_is_one_line(
     monkeypatch.setenv(name, value)
     assert tool("list") == 1
     _, err = capsys.readouterr()
-    assert err.startswith("batch_tool.py: error: the API client cannot be made: ")
+    assert err.startswith("batch_tool.py: error: cannot set up the API client: ")
     assert words in err
     assert err.endswith("; check the proxy and certificate variables\n")
     assert err.count("\n") == 1
@@ -1422,7 +1422,7 @@ def test_a_post_that_was_lost_is_fenced_and_made_again_with_another_file(
     assert err == (
         warning(f"CREATE_BATCH: no response from {api.base_url}/: [Errno 104] Connection reset by peer; checking "
                 "whether the batch was created")
-        + f"part 1/1: no batch was made of file {lost_id}, which is deleted\n"
+        + f"part 1/1: no batch was created for file {lost_id}, so the file was deleted\n"
     )
     assert clock.naps == [*LOOKS, *FENCED_LOOKS]
     assert ([*api.files], posts(api)) == ([only_batch(api).input_file_id], 2)
@@ -1485,7 +1485,7 @@ def test_a_post_is_made_three_times_at_most_and_the_last_one_is_fenced_too(
     assert tool("create", "--in", requests_file()) == 1
     out, err = capsys.readouterr()
     *_, last = out.splitlines()
-    reason = f"3 tries to create its batch got no response (the last one of file {last.removeprefix('File ID: ')})"
+    reason = f"no response to 3 tries to create its batch (last file: {last.removeprefix('File ID: ')})"
     assert err.endswith(error(f"part 1/1: {reason}; run the same command again later"))
     assert clock.naps == [*LOOKS, *FENCED_LOOKS] * 3
     assert (posts(api), asked(api, "DELETE"), api.files) == (3, 3, {})
@@ -1684,7 +1684,7 @@ def test_a_note_that_cannot_be_written_draws_a_warning(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", state)
     assert tool("create", "--in", requests_file()) == 0
-    words = "do not start another create or run of requests.jsonl meanwhile"
+    words = "until this command ends, do not start another create or run of requests.jsonl"
     told = warning(f"cannot lock a note in {state}/batch_tool: {reason}; {words}")
     assert capsys.readouterr() == (ids(only_batch(api)), told)
     assert not Path("relative").exists()
@@ -1693,8 +1693,8 @@ def test_a_note_that_cannot_be_written_draws_a_warning(
 def test_a_service_that_keeps_no_metadata_draws_one_warning(api: LocalBatchAPI, tool: Tool, capsys: Capture) -> None:
     api.habits.add("no-metadata")
     assert tool("create", "--in", requests_file(), "--max-requests", 1) == 0
-    reason = ("this service keeps no metadata, so only a note on this machine protects the same requests from being "
-              "submitted, and paid for, again")
+    reason = ("this service keeps no metadata; only a note on this machine prevents the same requests from being "
+              "submitted and paid for again")
     assert capsys.readouterr() == ("".join(map(ids, api.batches.values())), warning(reason))
 
 
@@ -1752,10 +1752,10 @@ def test_nothing_is_paid_for_twice(
         assert asked(api, "GET", "/models/") == 0
     elif fate == "left out":
         done = f"{1 if output and not fields else 0} of its 2 requests"
-        when = "once it has ended, " if status == "cancelling" else ""
+        when = " once the batch has ended" if status == "cancelling" else ""
         assert capsys.readouterr() == ("", warning(
-            f"part 1/1 not submitted: batch batch_1 ({name}) has finished {done}; {when}run on the same file takes "
-            "those and sends only the rest"
+            f"part 1/1 not submitted: batch batch_1 ({name}) has finished {done}; to get those and send only "
+            f"the rest, use run on the same file{when}"
         ))
     else:
         assert capsys.readouterr() == (ids(last_batch(api)), "")
@@ -1844,8 +1844,8 @@ def test_another_division_of_the_same_file_is_refused_with_both_ways_on(
     assert tool("create", "--in", "requests.jsonl", *second) == 1
     names = ", ".join(sorted(api.batches, key=lambda batch_id: (api.batches[batch_id].created_at, batch_id)))
     assert capsys.readouterr() == ("", error(
-        f"other batches have requests of this file: {names}; nothing more was submitted; use the same --max-requests "
-        "as they did, or run, which takes their results and sends only the rest"
+        f"other batches already have requests of this file: {names}; nothing more was submitted; use "
+        "their --max-requests, or use run, which takes their results and sends only the rest"
     ))
     assert times_paid(api) == [1, 1]
 
@@ -1863,7 +1863,8 @@ def test_the_listing_is_looked_at_again_right_before_the_post(
     batch = only_batch(api)
     out, err = capsys.readouterr()
     assert out.endswith(ids(batch)) == same_part
-    assert ("other batches have requests of this file: batch_1; nothing more was submitted; " in err) != same_part
+    refusal = "other batches already have requests of this file: batch_1; nothing more was submitted; "
+    assert (refusal in err) != same_part
     assert ([*api.files], posts(api)) == ([batch.input_file_id], 0)
 
 
@@ -2570,7 +2571,7 @@ def test_retrieve_says_that_the_results_are_not_there_yet(
     assert capsys.readouterr() == ("", error(f"batch_1: {reason}"))
 
 
-def test_a_batch_without_a_success_saves_its_errors_and_shows_the_commonest(
+def test_a_batch_without_a_success_saves_its_errors_and_shows_the_most_common(
     api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     errors = jsonl(refused("a1"), refused("a2", 400, "bad"), refused("a3"), b"[\n", b"7\n")
@@ -2751,8 +2752,8 @@ def test_an_output_file_that_is_gone_is_an_error_that_names_the_batch(
     assert tool(command, "--batch-id", "batch_1") == 1
     out, err = capsys.readouterr()
     assert err.endswith(error(
-        "batch_1: its output file is gone at the server; an earlier download may still have its results; run --force "
-        "sends its requests, and pays for them, again"
+        "batch_1: its output file is no longer on the server; an earlier download may still have its results; run "
+        "--force sends its requests, and pays for them, again"
     ))
     assert out.endswith(f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n")
 
@@ -2772,7 +2773,7 @@ def test_an_error_file_that_is_gone_is_a_warning(
 ) -> None:
     done_batch(api, error_file_id="file-gone")
     assert tool(command, "--batch-id", "batch_1") == 0
-    assert capsys.readouterr().err.endswith(warning("the error file of batch batch_1 is gone at the server"))
+    assert capsys.readouterr().err.endswith(warning("the error file of batch batch_1 is no longer on the server"))
     assert Path("results_batch_1.jsonl").read_bytes() == jsonl(success("a1"))
 
 
@@ -3183,7 +3184,7 @@ def test_retry_counts_how_the_requests_have_ended(tool: Tool, capsys: Capture) -
     assert capsys.readouterr() == (
         "Requests to retry: 4\n",
         "1 succeeded, 1 rejected, 3 retryable, 1 missing of 6 requests; tokens: 12 input, 4 output\n"
-        "commonest errors: 2 × server_error: Sorry.; 1 × bad: Sorry.; 1 × batch_expired: Not run in time.\n"
+        "most common errors: 2 × server_error: Sorry.; 1 × bad: Sorry.; 1 × batch_expired: Not run in time.\n"
         "rejected requests would be rejected again, so they are not written; see --include-rejected\n",
     )
     assert Path("again.jsonl").read_bytes() == jsonl(*map(request, "cdef"))
@@ -3196,7 +3197,7 @@ def test_include_rejected_writes_those_too(tool: Tool, capsys: Capture) -> None:
     assert capsys.readouterr() == (
         "Requests to retry: 2\n",
         "1 succeeded, 1 rejected, 0 retryable, 1 missing of 3 requests; tokens: 12 input, 4 output\n"
-        "commonest errors: 1 × bad: Sorry.\n",
+        "most common errors: 1 × bad: Sorry.\n",
     )
     assert Path("again.jsonl").read_bytes() == jsonl(*map(request, "ab"))
 
@@ -3209,7 +3210,7 @@ def test_the_example_of_an_error_is_the_first_one_with_a_message_and_short(tool:
     ))
     assert retry(tool, "err.jsonl") == 0
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("commonest errors: 3 × x: Very long. Very long. ")
+    assert last.startswith("most common errors: 3 × x: Very long. Very long. ")
     assert len(last) < 250
 
 
@@ -3355,7 +3356,7 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
     )
     assert capsys.readouterr() == ("", (
         "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
-        "commonest errors: 1 × server_error: Sorry.\n"
+        "most common errors: 1 × server_error: Sorry.\n"
     ))
 
 
@@ -3532,7 +3533,7 @@ def test_the_spreadsheet_comes_back_with_its_rows_and_columns_as_they_are(
     )
     assert capsys.readouterr() == ("", (
         "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
-        "commonest errors: 1 × server_error: Sorry.\n"
+        "most common errors: 1 × server_error: Sorry.\n"
     ))
 
 
@@ -3864,7 +3865,7 @@ def test_help_is_a_result_within_80_columns(command: str | None, work: Path, cap
         (["validate"], "the following arguments are required: --in"),
         (["create", "--in", ""], "argument --in: must not be empty"),
         (["create", "--in", "x", "--max-requests", "0"], "not a whole number of 1 or more: '0'"),
-        (["create", "--in", "x", "--max-requests", "50001"], "a batch takes 50000 requests at most: '50001'"),
+        (["create", "--in", "x", "--max-requests", "50001"], "the limit of a batch is 50000 requests: '50001'"),
         (["create", "--in", "x", "--endpoint", "a\nb"], "has control characters or is not valid UTF-8: 'a\\nb'"),
         (["list", "--limit", "-1"], "not a whole number of 1 or more: '-1'"),
         (["list", "--limit", "1_0"], "not a whole number of 1 or more: '1_0'"),
@@ -3879,15 +3880,15 @@ def test_help_is_a_result_within_80_columns(command: str | None, work: Path, cap
         (["status", "--batch-id", "é"], "not a batch id: '\\xe9'"),
         (["status", "--batch-id", "a\n"], "not a batch id: 'a\\n'"),
         (["status", "--batch-id", ""], "not a batch id: ''"),
-        (["retrieve", "--batch-id", "a", "b", "--out", "x"], "--out goes with one --batch-id"),
+        (["retrieve", "--batch-id", "a", "b", "--out", "x"], "--out works with a single --batch-id only"),
         (["preview", "--in", "x", "--requests", "0"], "not a whole number of 1 or more: '0'"),
         (["preview", "--in", "x", "--prices", "1"], "not two prices like 0.05,0.25: '1'"),
         (["preview", "--in", "x", "--prices", "1,-2"], "not two prices like 0.05,0.25: '1,-2'"),
         (["preview", "--in", "x", "--prices", "1,nan"], "not two prices like 0.05,0.25: '1,nan'"),
         (["preview", "--in", "x", "--prices", "1,2,3"], "not two prices like 0.05,0.25: '1,2,3'"),
         (["export", *USAGE["export"], "--encoding", "nope", "--csv", "c"], "not an encoding that Python knows: 'nope'"),
-        (["export", *USAGE["export"], "--id-column", "x"], "--id-column and --encoding go with --csv"),
-        (["export", *USAGE["export"], "--encoding", "ascii"], "--id-column and --encoding go with --csv"),
+        (["export", *USAGE["export"], "--id-column", "x"], "--id-column and --encoding need --csv"),
+        (["export", *USAGE["export"], "--encoding", "ascii"], "--id-column and --encoding need --csv"),
         (["export", "--in", "-", "--csv", "-", "--results", "s", "--out", "o"], "only one input can be stdin (-)"),
         (["retry", "--in", "-", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),
         (["retry", "--in", "/dev/stdin", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),

@@ -345,7 +345,7 @@ def test_input_that_finds_no_room_to_be_copied_is_one_line(work: Path) -> None:
     with open("requests.jsonl", "rb") as source:
         done = subprocess.run([sys.executable, str(MANAGER), "validate", "--in", "-"], stdin=source,
                               capture_output=True, text=True, preexec_fn=limit_file_size)
-    error = "cannot write a temporary file: File too large; set TMPDIR to a directory with room"
+    error = "cannot write a temporary file: File too large; set TMPDIR to a directory with free space"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"batch_tool.py: error: {error}\n")
 
 

@@ -176,7 +176,7 @@ part 1/1: Batch ID: batch_ID
 batches: 1 validating; 0:00:10 elapsed
 batches: 1 completed; requests: 1/2 (50%); 0:00:20 elapsed
 Wrote results.jsonl: 2 succeeded, 2 rejected, 0 retryable, 1 missing of 5 requests; tokens: 360 input, 135 output
-commonest errors: 1 × bad_request: Bad Request, as the local mock server was told to.; \
+most common errors: 1 × bad_request: Bad Request, as the local mock server was told to.; \
 1 × incomplete: max_output_tokens
 """
 
@@ -474,8 +474,8 @@ def test_create_of_other_parts_names_the_batches_and_the_ways_on(
     first, second = sorted(api.batches)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"batch_tool.py: error: other batches have requests of this file: {first}, {second}; nothing more was "
-        "submitted; use the same --max-requests as they did, or run, which takes their results and sends only the rest"
+        f"batch_tool.py: error: other batches already have requests of this file: {first}, {second}; nothing more was "
+        "submitted; use their --max-requests, or use run, which takes their results and sends only the rest"
     )
     assert posts(api) == 2
 
@@ -533,7 +533,8 @@ def test_without_a_place_for_notes_it_warns_and_works(
     monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
     content = write_requests("a1")
     assert run() == 0
-    assert "/file/batch_tool: Not a directory; do not start another create or run" in capsys.readouterr().err
+    message = "/file/batch_tool: Not a directory; until this command ends, do not start another create or run"
+    assert message in capsys.readouterr().err
     assert_paid_once(api, content)
 
 
@@ -541,7 +542,7 @@ def test_a_service_without_metadata_is_told_of_once(api: LocalBatchAPI, capsys: 
     api.habits = {"no-metadata"}
     write_requests("a1", "a2")
     assert run("--max-requests", "1") == 0
-    assert capsys.readouterr().err.count("warning: this service keeps no metadata, so only a note on this machine") == 1
+    assert capsys.readouterr().err.count("warning: this service keeps no metadata; only a note on this machine") == 1
 
 
 def test_a_batch_of_the_note_that_is_not_found_for_some_seconds_is_looked_for_again(api: LocalBatchAPI) -> None:
@@ -604,7 +605,7 @@ def test_each_of_three_posts_has_its_fence(api: LocalBatchAPI, capsys: pytest.Ca
     content = write_requests("a1")
     assert run(time=time) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "3 tries to create its batch got no response" in error
+    assert "no response to 3 tries to create its batch" in error
     assert (len(api.carry_out()), len(api.batches), len(api.files)) == (3, 0, 0)
     assert run(time=time) == 0
     assert_paid_once(api, content)
@@ -837,7 +838,8 @@ def test_of_rivals_the_older_one_stays_and_that_of_another_machine_is_left_alone
     write_requests("a1")
     own, other = meet(api, own_is_older=True)
     assert own.status == "completed"
-    assert f"batch {other.id} has the same requests as batch {own.id}, which stays" in capsys.readouterr().err
+    message = f"batch {other.id} has the same requests as batch {own.id}, which is older and is kept"
+    assert message in capsys.readouterr().err
     assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
 
 
@@ -845,7 +847,7 @@ def test_a_rival_that_has_begun_is_not_cancelled(api: LocalBatchAPI, capsys: pyt
     api.hold = "in_progress"
     write_requests("a1")
     own, _ = meet(api, own_is_older=False)
-    assert f"batch {own.id} has begun already, so it is not cancelled" in capsys.readouterr().err
+    assert f"batch {own.id} has already started, so it was not cancelled" in capsys.readouterr().err
     assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
 
 
@@ -988,8 +990,8 @@ def test_the_error_of_a_request_that_never_fits(api: LocalBatchAPI, capsys: pyte
     content = write_requests("a1")
     assert run() == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"batch_tool.py: error: part 1/1 (1 request, {len(content)} bytes) was refused 5 times for the token limit, "
-        "with no batch of this run active; the limit of this account is too small for it"
+        f"batch_tool.py: error: part 1/1 (1 request, {len(content)} bytes) was refused 5 times for the token limit "
+        "while no batch of this run was active; the account's limit is too small for this request"
     )
 
 
@@ -1459,9 +1461,9 @@ def test_a_batch_of_an_earlier_version_is_told_by_its_input_file(
     time = FakeTime() if has_ended else FakeTime(nothing, nothing, lambda: setattr(batch, "status", "completed"))
     assert run(time=time) == 0
     assert {*flat(sent(api)[1:])} == {"new", "a2", "a3"}
-    assert f"batch {batch.id} ({status}) of an earlier version of requests.jsonl has 2 requests of this one" in (
-        capsys.readouterr().err
-    )
+    made = f"batch {batch.id} ({status}), made from an earlier version of requests.jsonl"
+    message = f"{made}, already has 2 of the requests"
+    assert message in capsys.readouterr().err
     by_request = {json.loads(line)["request_sha256"] for line in OUT.read_bytes().splitlines()}
     assert by_request == {sha256_of(line) for content in (REQUESTS.read_bytes(), jsonl(request("a2"), request("gone")))
                           for line in content.splitlines()}
@@ -1588,8 +1590,8 @@ def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
     content = edit(*bios(2))
     assert run() == 0
     assert (
-        f"warning: batch {batch.id} is of an earlier version of requests.jsonl, but its input file is not available; "
-        "requests that it has may be paid for again"
+        f"warning: batch {batch.id} was made from an earlier version of requests.jsonl, but its input file is not "
+        "available; requests in both may be paid for twice"
     ) in capsys.readouterr().err
     assert_paid_once(api, content)
 
@@ -1602,7 +1604,7 @@ def test_an_earlier_version_whose_output_file_is_gone_ends_the_run(
     del api.files[batch.output_file_id]
     edit(*bios(2))
     assert run() == 1
-    assert f"error: the output file of batch {batch.id} is gone at the server, so 1 request of it" in (
+    assert f"error: the output file of batch {batch.id} is no longer on the server, so 1 of its requests" in (
         capsys.readouterr().err
     )
     assert posts(api) == 0
@@ -1708,7 +1710,7 @@ def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
     edit(*bios(2))
     api.faults.append(Fault("GET", "/files/", status=404, message="No such File object", times=99))
     assert run("--interval", interval) == 1
-    assert "is gone at the server, so 2 requests of it would have to be sent" in capsys.readouterr().err
+    assert "is no longer on the server, so 2 of its requests would have to be sent" in capsys.readouterr().err
     assert posts(api) == 1
 
 
