@@ -33,7 +33,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import mmap
 import os
@@ -43,7 +42,6 @@ import stat
 import sys
 import tempfile
 import time
-import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
@@ -636,12 +634,14 @@ def int_field(content: Json, name: str) -> int | None:
 
 def secrets_in_environment() -> list[str]:
     """The API key and the password in the base URL, each in every form in which it may be printed."""
+    from urllib.parse import unquote, urlsplit  # takes a while to import
+
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     try:
-        password = urllib.parse.urlsplit(os.environ.get("OPENAI_BASE_URL", "").strip()).password or ""
+        password = urlsplit(os.environ.get("OPENAI_BASE_URL", "").strip()).password or ""
     except ValueError:
         password = ""
-    forms = [key, json.dumps(key)[1:-1], password, urllib.parse.unquote(password)]
+    forms = [key, json.dumps(key)[1:-1], password, unquote(password)]
     return [secret for secret in dict.fromkeys(forms) if len(secret) >= 8]
 
 
@@ -977,7 +977,7 @@ class InputCheck:
             if self._hashes_lines:
                 self.index.digests.extend(digest_of(line))
             if len(line) > self._max_bytes:
-                message = f"{len(line)} bytes; a batch takes {self._max_bytes} at most"
+                message = f"{len(line)} bytes; the limit of a batch is {self._max_bytes}"
                 yield Problem(number, "invalid_request", message)
             try:
                 request = read_object(line, strict=True)
@@ -999,7 +999,7 @@ class InputCheck:
         if custom_id is None:
             found.append(("missing_required_parameter", "custom_id is missing"))
         elif not isinstance(custom_id, str) or not custom_id:
-            found.append(("invalid_request", "custom_id is not a string with at least one character"))
+            found.append(("invalid_request", "custom_id is not a non-empty string"))
         elif (first := self.index.line_of.setdefault(custom_id, number)) != number:
             found.append(("duplicate_custom_id", f"custom_id {quoted(custom_id)} was already used on line {first}"))
         if method != "POST":
@@ -1319,9 +1319,9 @@ def is_rate_limit(failure: ApiError) -> bool:
 class Retry:
     """Decides how long to wait before a call is tried again.
 
-    With an `outage_budget`, the pauses after lost responses, 5xx and 429s may take that many seconds in all. Without
-    one, `tries` limits the lost responses, and `rate_limit_budget` the seconds of pauses after 429s. NotSent had no
-    effect, so it is repeated even with `repeat_lost=False`.
+    A call may wait `rate_limit_budget` seconds in all because of 429s, and its response may be lost `tries` times. With
+    an `outage_budget`, 429s and lost responses may take that many seconds in all instead. NotSent had no effect, so it
+    is repeated even with `repeat_lost=False`.
     """
 
     def __init__(
@@ -1333,62 +1333,58 @@ class Retry:
         repeat_lost: bool = True,
         repeat_denied: bool = False,
     ) -> None:
-        self._tries = tries
-        self._rate_limit_budget = rate_limit_budget
-        self._outage_budget = outage_budget
+        self._tries_left = tries
+        self._seconds_left = outage_budget or rate_limit_budget
+        self._outlives_outages = bool(outage_budget)
         self._repeat_lost = repeat_lost
         self._repeat_denied = repeat_denied or bool(outage_budget)
         self._failures = 0
-        self._lost = 0
 
     def pause_after(self, failure: ApiError) -> float | None:
         """Seconds to wait after a failure; None to give up."""
         self._failures += 1
-        self._lost += isinstance(failure, OutcomeUnknown)
-        backoff = min(0.5 * 2.0 ** min(self._failures - 1, 10), MAX_PAUSE)
-        pause = max(failure.retry_after or 0, backoff)
-        if is_rate_limit(failure):
-            if self._outage_budget:
-                return self._spend_outage(pause)
-            self._rate_limit_budget -= pause
-            return pause if self._rate_limit_budget >= 0 else None
-        if isinstance(failure, OutcomeUnknown):
-            if failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent)):
-                return None  # a conflict would recur, and a lost request may have taken effect
-            if self._outage_budget and not isinstance(failure, WrongSize):
-                return self._spend_outage(pause)
-            return min(pause, RATE_LIMIT_BUDGET) if self._lost < self._tries else None
-        if failure.status in (401, 403) and self._repeat_denied and self._failures < MAX_TRIES:
-            return pause
-        return None
-
-    def _spend_outage(self, pause: float) -> float | None:
-        self._outage_budget -= pause
-        return pause if self._outage_budget > 0 else None
+        pause = max(failure.retry_after or 0, min(0.5 * 2.0 ** min(self._failures - 1, 10), MAX_PAUSE))
+        is_lost = isinstance(failure, OutcomeUnknown)
+        if is_lost and (failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent))):
+            return None  # a conflict would recur, and a lost request may have taken effect
+        if is_rate_limit(failure) or (is_lost and self._outlives_outages and not isinstance(failure, WrongSize)):
+            self._seconds_left -= pause
+            return pause if self._seconds_left >= 0 else None
+        if is_lost:
+            self._tries_left -= 1
+            return min(pause, RATE_LIMIT_BUDGET) if self._tries_left > 0 else None
+        is_denied = failure.status in (401, 403) and self._repeat_denied
+        return pause if is_denied and self._failures < MAX_TRIES else None
 
 
 # ---- the log
 
 
-class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes one line per event, without secrets. Raises CommandError if the log cannot be written."""
+class Log:
+    """Writes one line per event at once, without secrets. Raises CommandError if it cannot be written."""
 
     def __init__(self, file: TextIO, path: str) -> None:
-        super().__init__(file)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._file = file
         self._path = path
 
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+    def info(self, message: str) -> None:
+        self._write("INFO", message)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CommandError(f"cannot write the log {self._path}: {reason}; choose another with --log-file") from None
+    def error(self, message: str) -> None:
+        """Write a message and the stack of the exception that is being handled."""
+        import traceback
+
+        self._write("ERROR", f"{message}\n{traceback.format_exc().rstrip()}")
+
+    def _write(self, level: str, message: str) -> None:
+        moment = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        with os_errors_as(f"write the log {self._path}", "; choose another with --log-file"):
+            self._file.write(redact(f"{moment} {level} {message}") + "\n")
+            self._file.flush()
 
 
 @contextlib.contextmanager
-def open_log(path: str | None) -> Iterator[logging.Logger]:
+def open_log(path: str | None) -> Iterator[Log]:
     """A log that only its owner can read. Requests cost money, so without a log none is made."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     if path is None:
@@ -1400,10 +1396,8 @@ def open_log(path: str | None) -> Iterator[logging.Logger]:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
-    log = logging.Logger(PROG)
-    log.addHandler(LogHandler(file, path))
     try:
-        yield log
+        yield Log(file, path)
     finally:
         with contextlib.suppress(OSError):  # a failed write has already ended the command
             file.close()
@@ -1454,7 +1448,7 @@ class Api(NamedTuple):
 
     client: OpenAI
     url: str  # the base URL without a password, for messages
-    log: logging.Logger
+    log: Log
     console: Console
     clock: Clock
     verbose: bool
@@ -1468,14 +1462,14 @@ class Api(NamedTuple):
 
         retry = retry or Retry(outage_budget=self.outage_budget)
         while True:
-            self.log.info("%s request %s", operation, to_json(logged_as))
+            self.log.info(f"{operation} request {to_json(logged_as)}")
             try:
                 result, response = attempt()
             except (openai.OpenAIError, ApiError, UnicodeError) as error:  # UnicodeError: an unknown charset
                 failure = to_api_error(error, operation, self.url)
-                self.log.exception("%s error %s", operation, failure)
+                self.log.error(f"{operation} error {failure}")
             else:
-                self.log.info("%s response %s", operation, to_json(response))
+                self.log.info(f"{operation} response {to_json(response)}")
                 if self.verbose:
                     self.console.message(f"{operation}: {to_json(response)}")
                 return result
@@ -1726,9 +1720,11 @@ def api_key() -> str:
 
 
 def base_url() -> str:
+    from urllib.parse import urlsplit
+
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         usable = re.fullmatch("(?i:https?)://[!-~]+", url) and parts.port != 0 and (parts.hostname or "").encode("idna")
     except ValueError:
         usable = False
@@ -1738,8 +1734,7 @@ def base_url() -> str:
 
 
 def without_password(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return re.sub("^([a-z]+://)[^/?#]*@", r"\1", url)
 
 
 def refuse_foreign_redirect(response: httpx2.Response) -> None:
@@ -1773,7 +1768,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
     key, url = api_key(), base_url()
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file) as log:
-        log.info("START %s", to_json([PROG, *args.argv]))
+        log.info(f"START {to_json([PROG, *args.argv])}")
         try:
             with holding_signals():
                 import httpx2
@@ -1887,10 +1882,10 @@ def classify(result: Json) -> Outcome:
     status, body = response.get("status_code"), body_of(result)
     if status == 200:
         return classify_body(body, top_error)
-    is_final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
+    is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
     inner = body.get("error") or body if isinstance(body, dict) else body
     code, message = error_fields(inner or top_error)
-    return Outcome(REJECTED if is_final else RETRYABLE, code or f"http_{status}", message)
+    return Outcome(REJECTED if is_refusal else RETRYABLE, code or f"http_{status}", message)
 
 
 def token_count(usage: Json, name: str, chat_name: str) -> int | None:
@@ -1904,6 +1899,11 @@ def token_usage(body: Any) -> tuple[int | None, int | None]:
     if not isinstance(usage, dict):
         return None, None
     return token_count(usage, "input_tokens", "prompt_tokens"), token_count(usage, "output_tokens", "completion_tokens")
+
+
+def ranked(counts: Counter[str], shown_as: Callable[[str], str] = str) -> str:
+    """The five most common texts, each with its count."""
+    return "; ".join(f"{number} × {shown_as(text)}" for text, number in counts.most_common(5))
 
 
 class ResultsLine(NamedTuple):
@@ -1977,7 +1977,7 @@ class Results:
                 known += self.add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
             except ValueError as error:
                 if is_own:
-                    advice = "it holds something other than results, so it is left alone; choose another --out"
+                    advice = "it holds something other than results, so it was left as it is; choose another --out"
                     raise CommandError(f"{name} line {number}: {error}; {advice}") from None
                 self.ignored += 1
                 if self.ignored <= MAX_LISTED:
@@ -2051,9 +2051,8 @@ class Results:
 
     def most_common_errors(self) -> str:
         """The five most common error codes, each with its count and an example of its message."""
-        codes = Counter(line.code for line in self.best if line and line.code).most_common(5)
-        errors = {code: ": ".join(filter(None, (code, self._examples[code]))) for code, _ in codes}
-        return "; ".join(f"{number} × {errors[code]}" for code, number in codes)
+        codes = Counter(line.code for line in self.best if line and line.code)
+        return ranked(codes, lambda code: ": ".join(filter(None, (code, self._examples[code]))))
 
     def summary(self) -> str:
         """The totals, worded the same for every command."""
@@ -2737,7 +2736,7 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
     if os.path.isfile(path):
         if skip_complete and os.path.getsize(path) == size:
             return size
-        api.log.info("DOWNLOAD_RESULTS replaces %s", to_json(path))
+        api.log.info(f"DOWNLOAD_RESULTS replaces {to_json(path)}")
     with open_output(path) as out:
         return api.download(file_id, size, out, path)
 
@@ -2990,19 +2989,19 @@ def create_part(
         wait_for_output(submitter.api, reused)
         print_file_id(reused.input_file_id)
         print_batch(reused)
-    elif batches:
+        return True
+    if batches:
         console.warn(partial_warning(part, batches[-1]))
         return False
-    else:
-        try:
-            print_batch(submitter.submit(requests, part, print_file_id))
-        except AlreadySubmitted as found:
-            of_part = [batch for batch in found.batches if submitter.part_sha256(batch) == part.sha256]
-            if not of_part:
-                raise
-            submitter.known.update(batch.id for batch in of_part)  # not the others: later parts must find those
-            return create_part(args, submitter, requests, part, of_part)
-    return True
+    try:
+        print_batch(submitter.submit(requests, part, print_file_id))
+        return True
+    except AlreadySubmitted as found:
+        batches = [batch for batch in found.batches if submitter.part_sha256(batch) == part.sha256]
+        if not batches:
+            raise
+        submitter.known.update(batch.id for batch in batches)  # not the others: later parts must find those
+    return create_part(args, submitter, requests, part, batches)
 
 
 def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3104,14 +3103,14 @@ def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retrieve
 
 
-def most_common_errors(path: str) -> str:
+def errors_in(path: str) -> str:
     """The most common errors of an error file, each with its count."""
     counts: Counter[str] = Counter()
     with open_input(path) as errors:
         for line in errors.lines():
             with contextlib.suppress(ValueError):
                 counts[shorten(classify(read_object(line)).error())] += 1
-    return "; ".join(f"{number} × {error}" for error, number in counts.most_common(5))
+    return ranked(counts)
 
 
 def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
@@ -3128,7 +3127,7 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
     if batch.status == "failed":
         raise CommandError(f"Batch failed: {batch.failure_reasons()}")
     if "results" not in saved.sizes:
-        errors = f": {most_common_errors(paths['errors'])}" if saved.sizes else ""
+        errors = f": {errors_in(paths['errors'])}" if saved.sizes else ""
         raise CommandError(f"Batch has no results (status: {batch.raw['status']}){errors}")
     if batch.status != "completed":
         raise CommandError(f"Batch {batch.status} with {batch.counts.completed or 0} of {batch.counts.total or 0} "
@@ -3340,7 +3339,7 @@ def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple
         raise CommandError(f"{spreadsheet.name} cannot be decoded: {error}; see --encoding") from None
 
 
-def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
+def check_spreadsheet(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
     """The number of columns: those of the header, or more if a row has more.
 
     Warns of rows that cannot be decoded. Raises CommandError if there are so many that the encoding must be wrong.
@@ -3358,7 +3357,7 @@ def spreadsheet_width(spreadsheet: Input, encoding: str, id_column: str, console
         problem = f"{spreadsheet.name}: {counted} cannot be decoded, first on line {undecodable[0]}"
         if len(undecodable) > 1 and len(undecodable) > 0.05 * rows:  # the limits of gen_batch_jsonl.py
             raise CommandError(f"{problem}; name the encoding with --encoding")
-        console.warn(f"{problem}; each wrong byte is written as a question mark; see --encoding")
+        console.warn(f"{problem}; each undecodable byte becomes a question mark; see --encoding")
     return width
 
 
@@ -3366,8 +3365,7 @@ def spreadsheet_rows(
     spreadsheet: Input, encoding: str, id_column: str, results: Results, console: Console
 ) -> Iterator[Sequence[str]]:
     """The header and rows of a spreadsheet, each with the bio columns added."""
-    csv.field_size_limit(sys.maxsize)
-    width = spreadsheet_width(spreadsheet, encoding, id_column, console)
+    width = check_spreadsheet(spreadsheet, encoding, id_column, console)
     rows = (row for _, row in records(spreadsheet, encoding, id_column))
     header = next(rows)
     id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
@@ -3382,8 +3380,8 @@ def spreadsheet_rows(
             bio = bio_of(results.best[line_of[artist_id] - 1])
         yield *row[:width], *[""] * (width - len(row)), *bio
     if left := len(line_of) - len(exported):
-        console.warn(f"the results of {plural(left, 'request')} are left out, because {spreadsheet.name} has no such "
-                     "row; see --id-column")
+        missing = f"{spreadsheet.name} has no row for {plural(left, 'request')}"
+        console.warn(f"{missing}, whose results are left out; see --id-column")
 
 
 def write_csv(args: argparse.Namespace, inputs: Sequence[Input], rows: Iterable[Sequence[str]]) -> None:
@@ -3413,6 +3411,7 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             results = read_results(inputs, console)
             if args.csv:
                 spreadsheet = stack.enter_context(open_input(args.csv))
+                csv.field_size_limit(sys.maxsize)
                 inputs.append(spreadsheet)
                 rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
             else:
@@ -3965,7 +3964,8 @@ def build_parser() -> argparse.ArgumentParser:
     def add(command: Command, text: str, *flags: str) -> None:
         name = command.__name__.removeprefix("cmd_")
         subparser = commands.add_parser(name, help=text, description=text)
-        subparser.set_defaults(command=command)
+        subparser.set_defaults(command=command, input=None, csv=None, results=(), batch_ids=())
+        subparser.set_defaults(output=None, log_file=None)
         for flag in flags:
             subparser.add_argument(flag, **OPTIONS.get(f"{name} {flag}") or OPTIONS[flag])
 
@@ -3991,26 +3991,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Report a usage error if a file would be read and written at once, or used twice."""
-    results = getattr(args, "results", [])
-    is_run = args.command is cmd_run
-    inputs = [path for path in (getattr(args, "input", None), getattr(args, "csv", None), *results) if path]
-    output, log = getattr(args, "output", None), getattr(args, "log_file", None)
+    """Report a usage error if a file would be read and written at once, or written twice."""
+    inputs = [path for path in (args.input, args.csv, *args.results) if path]
     if inputs.count(STDIN) > 1:
         parser.error("only one input can be stdin (-)")
-    for path, destination in itertools.product(inputs, filter(None, (output, log))):
-        is_own_result = is_run and destination == output and path in results  # run keeps what its own --out has
+    for path, destination in itertools.product(inputs, filter(None, (args.output, args.log_file))):
+        is_own_result = args.command is cmd_run and destination == args.output and path in args.results  # it is kept
         if same_regular_file(path, destination) and not is_own_result:
             parser.error(f"{shown(path)} would be read and written at once; choose another path to write")
-    if output and log and os.path.realpath(output) == os.path.realpath(log):
-        parser.error("--out and --log-file are the same file; choose another for the log")
+    written = [path for batch_id in args.batch_ids for path in batch_paths(batch_id, args.output).values()]
+    if args.output:
+        written.append(args.output)
+    if args.log_file and os.path.realpath(args.log_file) in map(os.path.realpath, written):
+        parser.error("the log would be the same file as the output; choose another --log-file")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_paths(parser, args)
-    if getattr(args, "output", None) and len(getattr(args, "batch_ids", [])) > 1:
+    if args.output and len(args.batch_ids) > 1:
         parser.error("--out works with a single --batch-id only")
     if args.command is cmd_export:
         if not args.csv and (args.id_column or args.encoding):

@@ -306,8 +306,8 @@ INVALID = pytest.mark.parametrize(
         (b"[" * 100_000 + b"\n", "invalid_json_line: "),
         (request("a1"), f"duplicate_custom_id: {DUPLICATE}"),
         (request(None), "missing_required_parameter: custom_id is missing"),
-        (request(""), "invalid_request: custom_id is not a string with at least one character"),
-        (request(7), "invalid_request: custom_id is not a string with at least one character"),
+        (request(""), "invalid_request: custom_id is not a non-empty string"),
+        (request(7), "invalid_request: custom_id is not a non-empty string"),
         (request("b", method="GET"), 'invalid_request: method is "GET", not "POST"'),
         (request("b", url="/v1/embeddings"), 'url_mismatch: url is "/v1/embeddings", not /v1/responses'),
         (request("b", url=None), "url_mismatch: url is null, not /v1/responses"),
@@ -345,7 +345,7 @@ def test_an_empty_file_is_an_error(tool: Tool, capsys: Capture) -> None:
 def test_a_line_longer_than_a_batch_may_be_is_an_error() -> None:
     line = jsonl(request())
     (problem,) = batch_tool.InputCheck(max_bytes=len(line) - 1).problems([line])
-    assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; a batch takes {len(line) - 1} at most"
+    assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; the limit of a batch is {len(line) - 1}"
 
 
 def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: Capture) -> None:
@@ -1100,7 +1100,7 @@ def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
     assert tool("preview", "--in", "requests.jsonl", "--out", "artists.csv") == 1
     assert capsys.readouterr() == ("", error(
         "artists.csv line 1: not valid JSON: Expecting value (character 1 of the line); it holds something other than "
-        "results, so it is left alone; choose another --out"
+        "results, so it was left as it is; choose another --out"
     ))
     assert (api.exchanges, Path("artists.csv").read_text()) == ([], "artist_id\n")
 
@@ -3566,7 +3566,7 @@ def test_the_encoding_of_the_spreadsheet_can_be_named(exported: None, tool: Tool
 def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
     assert spreadsheet(tool, b"artist_id,artist_name\na1,A\na2,Bj\xf6rk\n").endswith("\r\na2,Bj?rk,Two.,,12,4\r\n")
     assert capsys.readouterr().err.startswith(warning(
-        "artists.csv: 1 of 2 rows cannot be decoded, first on line 3; each wrong byte is written as a question "
+        "artists.csv: 1 of 2 rows cannot be decoded, first on line 3; each undecodable byte becomes a question "
         "mark; see --encoding"
     ))
 
@@ -3639,7 +3639,7 @@ def test_every_row_that_is_not_blank_is_accounted_for(
 def test_requests_without_a_row_draw_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
     assert spreadsheet(tool, "artist_id,Name\nx,a1\na2,a2\n").endswith("x,a1,,no request,,\r\na2,a2,Two.,,12,4\r\n")
     assert capsys.readouterr().err.splitlines(keepends=True)[0] == warning(
-        "the results of 2 requests are left out, because artists.csv has no such row; see --id-column"
+        "artists.csv has no row for 2 requests, whose results are left out; see --id-column"
     )
 
 
@@ -3926,10 +3926,16 @@ def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None
     assert usage_error(arguments, capsys).endswith(READ_AND_WRITTEN)
 
 
-def test_the_results_cannot_go_into_the_log(work: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("arguments", [
+    ["run", "--in", "requests.jsonl", "--out", "x", "--log-file", "./x"],
+    ["status", "--batch-id", "b1", "b2", "--log-file", "results_b2.jsonl"],
+    ["retrieve", "--batch-id", "b1", "--out", "x.jsonl", "--log-file", "./x.errors.jsonl"],
+], ids=in_short)
+def test_the_results_cannot_go_into_the_log(arguments: list[str], work: Path, capsys: Capture) -> None:
     requests_file()
-    arguments = ["run", "--in", "requests.jsonl", "--out", "x", "--log-file", "./x"]
-    assert usage_error(arguments, capsys).endswith("--out and --log-file are the same file; choose another for the log")
+    assert usage_error(arguments, capsys).endswith(
+        "the log would be the same file as the output; choose another --log-file"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[KEY], ["list", "--api-key", KEY], ["status", "--batch-id", f"Bearer {KEY}"],

@@ -1356,7 +1356,7 @@ def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
         OUT.write_bytes(other)
         assert run() == 1
         assert re.search(
-            r"error: results.jsonl line \d: .*; it holds something other than results, so it is left alone; choose "
+            r"error: results.jsonl line \d: .*; it holds something other than results, so it was left as it is; choose "
             "another --out\n$",
             capsys.readouterr().err,
         )
@@ -1952,7 +1952,7 @@ RETRY_TABLE: dict[str, tuple[Mapping[str, Any], Failure, list[float | None]]] = 
     "rate limit": ({"rate_limit_budget": 6}, LIMITED, [0.5, 1, 2, None]),
     "rate limit with a long pause": ({}, batch_tool.Refused("", 429, (), 400), [400, None]),
     "rate limit with too long a pause": ({}, batch_tool.Refused("", 429, (), 900), [None]),
-    "rate limit in a run": ({"outage_budget": 3600}, batch_tool.Refused("", 429, (), 900), [900, 900, 900, None]),
+    "rate limit in a run": ({"outage_budget": 3600}, batch_tool.Refused("", 429, (), 900), [900, 900, 900, 900, None]),
     "rate limit that says next to nothing": ({}, batch_tool.Refused("", 429, (), 0.001), [0.5, 1, 2, 4, 8, 16, 32, 60]),
     "quota used up": ({"outage_budget": 3600}, batch_tool.Refused("", 429, ("insufficient_quota",)), [None]),
 }
@@ -1963,6 +1963,12 @@ def test_pauses_by_a_table(case: str) -> None:
     options, failure, pauses = RETRY_TABLE[case]
     retry = batch_tool.Retry(**options)
     assert [retry.pause_after(failure) for _ in pauses] == pauses
+
+
+def test_lost_responses_in_an_outage_leave_three_tries_for_wrong_sizes() -> None:
+    retry = batch_tool.Retry(outage_budget=3600)
+    failures = [batch_tool.OutcomeUnknown("", 503)] * 4 + [batch_tool.WrongSize("")] * 3
+    assert [retry.pause_after(failure) for failure in failures] == [0.5, 1, 2, 4, 8, 16, None]
 
 
 # ---- any sequence
