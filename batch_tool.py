@@ -488,8 +488,8 @@ class TimedOut(Exit):
 class ApiError(CommandError):
     """A request to the API that got no usable response.
 
-    If there was a response, it has the HTTP status, the error's code and type, the requested pause in seconds, and
-    whether the endpoint is missing.
+    The attributes describe the response, if there was one: its HTTP status, the code and the type of its error, the
+    pause in seconds that it asks for, and whether it says that there is no such endpoint.
     """
 
     def __init__(
@@ -509,7 +509,7 @@ class ApiError(CommandError):
 
 
 class Refused(ApiError):
-    """The API refused the request: the same request would be refused again."""
+    """The API refused the request, so it had no effect. A rate limit (429) is one of these, too."""
 
 
 class NotFound(Refused):
@@ -556,11 +556,6 @@ def to_json(content: Any) -> str:
         return json.dumps(content, ensure_ascii=False, default=str)
     except RecursionError:  # the encoder allows less nesting than the decoder
         return '"nested too deeply"'
-
-
-def quoted(value: Any) -> str:
-    """The value as JSON for a message, cut to a readable length."""
-    return to_json(value)[:80]
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -657,8 +652,13 @@ def redact(text: str) -> str:
     return escape_controls(hide_secrets(text))
 
 
+def quoted(value: Any) -> str:
+    """The value as JSON for a message, cut to a readable length. Secrets go first: `redact` would miss half of one."""
+    return hide_secrets(to_json(value)[:10_000])[:80]
+
+
 def shorten(text: str) -> str:
-    """Put the text on one line, and cut it to a readable length. Secrets go first: `redact` would miss half of one."""
+    """Put the text on one line, and cut it to a readable length between words."""
     words = " ".join(hide_secrets(text[:10_000]).split())
     if len(words) <= MAX_TEXT_CHARS:
         return words
@@ -951,7 +951,7 @@ def digest_of(line: bytes) -> bytes:
 class InputCheck:
     """Checks a request file as the API will, divides it into parts and indexes it, in one pass.
 
-    `endpoint` is the url of the first request if none is given. The index has digests only with `hashes_lines`.
+    `endpoint` is the first url that is a path, if none is given. The index has digests only with `hashes_lines`.
     """
 
     def __init__(
@@ -987,13 +987,13 @@ class InputCheck:
                     return
                 yield Problem(number, "invalid_json_line", str(error))
             else:
-                for code, message in self._problems_of(number, request):
+                for code, message in self._add(number, request):
                     yield Problem(number, code, message)
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
-    def _problems_of(self, number: int, request: Json) -> list[tuple[str, str]]:
-        """The code and the message of each problem of a request."""
+    def _add(self, number: int, request: Json) -> list[tuple[str, str]]:
+        """Note the custom_id, url and model of a request, and return the code and message of each of its problems."""
         found = []
         custom_id, method, url, body = map(request.get, ("custom_id", "method", "url", "body"))
         if custom_id is None:
@@ -1162,7 +1162,7 @@ class Batch(NamedTuple):
 
     @property
     def may_have_success(self) -> bool:
-        """Whether it is running, or names an output file and its counts do not rule out a success."""
+        """Whether it has not ended, or may have a success by its counts and its output file."""
         completed, failed, total = self.counts
         none_succeeded = completed == 0 and bool(failed or total)
         has_output = bool(self.output_file_id) and not none_succeeded and self.status != "failed"

@@ -184,6 +184,12 @@ def test_what_looks_like_a_key_is_hidden(text: str, shown: str) -> None:
     assert batch_tool.redact(text) == shown
 
 
+@pytest.mark.parametrize("space", range(30, 79, 8))
+def test_a_key_that_a_cut_would_halve_is_hidden_whole(space: int, monkeypatch: Environment) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "an-ordinary-password-of-a-proxy")
+    assert "an-ordin" not in batch_tool.redact(batch_tool.quoted("x" * space + "an-ordinary-password-of-a-proxy"))
+
+
 @pytest.mark.parametrize(
     "text, shown",
     [
