@@ -537,7 +537,7 @@ class OutputGone(CommandError):
 
     def __init__(self) -> None:
         super().__init__("its output file is no longer on the server; an earlier download may still have its results; "
-                         "run --force sends its requests, and pays for them, again")
+                         "run --force sends, and pays for, all requests of its file again")
 
 
 class OutputMissing(CommandError):
@@ -1274,7 +1274,7 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     advice = "; check OPENAI_API_KEY" if status == 401 else ""
     wait = retry_after(error.response.headers)
     if status == 429 and wait and wait > RATE_LIMIT_BUDGET:
-        advice = f"; run the same command again in {math.ceil(wait / 60)} minutes"
+        advice = f"; it asks to wait {math.ceil(wait / 60)} minutes"
     if 300 <= status < 400:
         text = "this redirect is not followed"
     if no_endpoint or 300 <= status < 400:
@@ -1348,8 +1348,10 @@ class Retry:
         if is_lost and (failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent))):
             return None  # a conflict would recur, and a lost request may have taken effect
         if is_rate_limit(failure) or (is_lost and self._outlives_outages and not isinstance(failure, WrongSize)):
+            if self._outlives_outages:
+                pause = min(pause, self._seconds_left)
             self._seconds_left -= pause
-            return pause if self._seconds_left >= 0 else None
+            return pause if pause and self._seconds_left >= 0 else None
         if is_lost:
             self._tries_left -= 1
             return min(pause, RATE_LIMIT_BUDGET) if self._tries_left > 0 else None
@@ -1361,31 +1363,45 @@ class Retry:
 
 
 class Log:
-    """Writes one line per event at once, without secrets. Raises CommandError if it cannot be written."""
+    """Writes each event as one line, flushed immediately, without secrets.
+
+    A line that cannot be written does not keep what was paid for from being used. `failure` says why; from then on, no
+    request is made.
+    """
 
     def __init__(self, file: TextIO, path: str) -> None:
+        self.failure: CommandError | None = None
         self._file = file
         self._path = path
 
-    def info(self, message: str) -> None:
-        self._write("INFO", message)
+    def request(self, message: str) -> None:
+        """Write a line about a request before it is made. Raises CommandError if a line could not be written."""
+        self.info(message)
+        if self.failure:
+            raise self.failure
+
+    def info(self, message: str, level: str = "INFO") -> None:
+        moment = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        try:
+            with os_errors_as(f"write the log {self._path}", "; choose another with --log-file"):
+                self._file.write(redact(f"{moment} {level} {message}") + "\n")
+                self._file.flush()
+        except CommandError as failure:
+            self.failure = self.failure or failure
 
     def error(self, message: str) -> None:
         """Write a message and the stack of the exception that is being handled."""
         import traceback
 
-        self._write("ERROR", f"{message}\n{traceback.format_exc().rstrip()}")
-
-    def _write(self, level: str, message: str) -> None:
-        moment = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
-        with os_errors_as(f"write the log {self._path}", "; choose another with --log-file"):
-            self._file.write(redact(f"{moment} {level} {message}") + "\n")
-            self._file.flush()
+        self.info(f"{message}\n{traceback.format_exc().rstrip()}", "ERROR")
 
 
 @contextlib.contextmanager
 def open_log(path: str | None) -> Iterator[Log]:
-    """A log that only its owner can read. Requests cost money, so without a log none is made."""
+    """A log that only its owner can read. Requests cost money: without a log none is made.
+
+    Raises CommandError if the log cannot be opened or, at the end, if it could not be written.
+    """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     if path is None:
         path = time.strftime("logs/batch_%Y%m%d_%H%M%S.log")
@@ -1396,11 +1412,14 @@ def open_log(path: str | None) -> Iterator[Log]:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
     file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
+    log = Log(file, path)
     try:
-        yield Log(file, path)
+        yield log
     finally:
-        with contextlib.suppress(OSError):  # a failed write has already ended the command
+        with contextlib.suppress(OSError):  # `failure` has it
             file.close()
+    if log.failure:
+        raise log.failure
 
 
 # ---- the API
@@ -1457,12 +1476,12 @@ class Api(NamedTuple):
     def call_with_retries(
         self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]], retry: Retry | None = None
     ) -> T:
-        """Call `attempt` until it succeeds or `retry` gives up. It returns the result, and the response to log."""
+        """Call `attempt`, which returns a result and the response to log, until it succeeds or `retry` gives up."""
         import openai
 
         retry = retry or Retry(outage_budget=self.outage_budget)
         while True:
-            self.log.info(f"{operation} request {to_json(logged_as)}")
+            self.log.request(f"{operation} request {to_json(logged_as)}")
             try:
                 result, response = attempt()
             except (openai.OpenAIError, ApiError, UnicodeError) as error:  # UnicodeError: an unknown charset
@@ -1565,8 +1584,10 @@ class Api(NamedTuple):
         for _ in range(MAX_PAGES):
             page = self.page(query)
             ids = {batch.id for batch in page.batches}
-            is_last = page.has_more is False or (page.has_more is None and not ids - seen and len(ids) < page_size)
-            if not ids - seen and not is_last:
+            is_new = not ids <= seen
+            # without `has_more`, a short page with nothing new is the end
+            is_last = page.has_more is False or (page.has_more is None and not is_new and len(ids) < page_size)
+            if not is_new and not is_last:
                 raise IncompleteListing("the server repeats a page of its listing of batches")
             yield page
             if is_last:
@@ -1843,9 +1864,9 @@ def response_text(body: Any) -> tuple[str, str]:
 def classify_text(body: Json) -> Outcome:
     """The outcome of a complete Response or chat completion, judged by its text."""
     text, refusal = response_text(body)
-    for choice in objects(body.get("choices"))[:1]:
-        if (finish_reason := choice.get("finish_reason")) in ("length", "content_filter"):
-            return Outcome(REJECTED, "incomplete", finish_reason)
+    choice = next(iter(objects(body.get("choices"))), {})  # as in response_text
+    if (finish_reason := choice.get("finish_reason")) in ("length", "content_filter"):
+        return Outcome(REJECTED, "incomplete", finish_reason)
     if refusal:
         return Outcome(REJECTED, "refusal", refusal)
     return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
@@ -1883,7 +1904,7 @@ def classify(result: Json) -> Outcome:
     if status == 200:
         return classify_body(body, top_error)
     is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-    inner = body.get("error") or body if isinstance(body, dict) else body
+    inner = (body.get("error") or body) if isinstance(body, dict) else body
     code, message = error_fields(inner or top_error)
     return Outcome(REJECTED if is_refusal else RETRYABLE, code or f"http_{status}", message)
 
@@ -1921,7 +1942,10 @@ class ResultsLine(NamedTuple):
 
 
 class OtherLine(NamedTuple):
-    """A success of a request that is not in the request file. `sha256` is the hash of that request, or empty."""
+    """A success of a request that is not in the request file.
+
+    `sha256` is the hash of that request, `unknown` if its batch did not send it, or empty if the line does not say.
+    """
 
     line: ResultsLine
     sha256: str
@@ -1949,8 +1973,9 @@ class Results:
         self.best: list[ResultsLine | None] = [None] * len(requests.line_of)  # in request order
         self.others: list[OtherLine] = []  # successes of other requests that the output keeps
         self.of_other_requests = 0  # successes of other requests, whether kept or not
+        self.unmatched = 0  # those of which nothing tells the request
         self.ignored = 0  # lines that are not results of any request
-        self.input_tokens = 0  # of all lines counted, also of failures that were replaced
+        self.input_tokens = 0  # of several lines with the same outcome only the first counts: they may be one
         self.output_tokens = 0
         self._examples: dict[str, str] = {}  # a message for each error code
         self._console = console
@@ -1963,18 +1988,17 @@ class Results:
         sent_digests: Mapping[str, bytes] | None = None,
         *,
         is_own: bool = False,
-    ) -> int:
-        """Index the lines of a file from `start` on, and return how many have a known custom_id.
+    ) -> None:
+        """Index the lines of a file from `start` on.
 
         `sent_digests` has the digest of each request as it was sent, by custom_id, if it may differ from the request
-        file. A line that is not a result of a request draws a warning or, in the file that `run` wrote before
-        (`is_own`), raises CommandError.
+        file. A line that `add` refuses draws a warning or, in the file that `run` wrote before (`is_own`), raises
+        CommandError.
         """
         keep_others = is_own or sent_digests is not None
-        known = 0
         for number, offset, line in lines_with_offsets(file, name, start):
             try:
-                known += self.add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
+                self.add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
             except ValueError as error:
                 if is_own:
                     advice = "it holds something other than results, so it was left as it is; choose another --out"
@@ -1982,7 +2006,6 @@ class Results:
                 self.ignored += 1
                 if self.ignored <= MAX_LISTED:
                     self._console.warn(f"{name} line {number}: {error}; line ignored")
-        return known
 
     def add(
         self,
@@ -1991,8 +2014,11 @@ class Results:
         sent_digests: Mapping[str, bytes] | None = None,
         *,
         keep_others: bool = False,
-    ) -> bool:
-        """Index a results line. Returns whether its custom_id is known; raises ValueError if it is no result."""
+    ) -> None:
+        """Index a results line.
+
+        Raises ValueError if it is not one or, without `keep_others`, if the request file has no such custom_id.
+        """
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
@@ -2006,16 +2032,16 @@ class Results:
         position = self.requests.line_of.get(custom_id, 0) - 1
         if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
             self._add_current(position, line, outcome, token_usage(body_of(result)))
-            return True
+            return
         if outcome.kind == SUCCEEDED:
             self.of_other_requests += 1
+            self.unmatched += position < 0 and not sha256
             if keep_others:
                 self.others.append(OtherLine(line, sha256))
         if position >= 0 and self.best[position] is None:
             self.best[position] = line._replace(outcome=OUTDATED, code="")
         if position < 0 and not sha256 and not keep_others:
             raise ValueError(f"custom_id {quoted(custom_id)} is not in the request file")
-        return position >= 0 or (sent_digests is not None and custom_id in sent_digests)
 
     def _add_current(
         self, position: int, line: ResultsLine, outcome: Outcome, tokens: tuple[int | None, int | None]
@@ -2151,7 +2177,7 @@ def artist_name(request: Json) -> str:
 
 
 def bio_of(line: ResultsLine | None, result: Json | None = None) -> Bio:
-    """The bio of a request by its results line, and by what that holds if it is decoded already."""
+    """The bio of a request from its results line. `result` is that line decoded, if the caller has it."""
     if line is None or line.outcome == OUTDATED:
         return Bio(error=MISSING if line is None else OUTDATED)
     result = result or read_object(line.read())
@@ -2246,8 +2272,9 @@ class Note:
 
 def remove_old_notes(directory: str) -> None:
     for entry in os.scandir(directory):
-        if entry.is_file() and time.time() - entry.stat().st_mtime > FILE_LIFETIME_SECONDS:
-            os.unlink(entry.path)
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it
+            if entry.is_file() and time.time() - entry.stat().st_mtime > FILE_LIFETIME_SECONDS:
+                os.unlink(entry.path)
 
 
 def open_note_file(path: str) -> BinaryIO:
@@ -2451,7 +2478,7 @@ class Submitter:
         """
         for _ in range(MAX_TRIES):
             if not file_id:
-                file_id = self._upload(requests, part)
+                file_id, excluded = self._upload(requests, part), ()
                 try:
                     on_upload(file_id)
                 except (CommandError, Exit):
@@ -2465,7 +2492,7 @@ class Submitter:
                 return batch
             self.api.console.message(f"part {part.label}: no batch was created for file {file_id}, "
                                      "so the file was deleted")
-            last_file_id, file_id, excluded = file_id, "", ()
+            last_file_id, file_id = file_id, ""
         raise CommandError(f"part {part.label}: no response to {MAX_TRIES} tries to create its batch (last file: "
                            f"{last_file_id}); run the same command again later")
 
@@ -2679,8 +2706,10 @@ class Poller:
 
     def _is_finished(self, batch: Batch) -> bool:
         """Whether it has ended and no longer lacks its output file, which may be late."""
-        if not batch.has_ended or not lacks_output(self._api, batch):
-            return batch.has_ended
+        if not batch.has_ended:
+            return False
+        if not lacks_output(self._api, batch):
+            return True
         since = self._lacks_output_since.setdefault(batch.id, self._clock.now())
         if self._clock.now() - since >= OUTPUT_DELAY_SECONDS:
             raise OutputMissing(
@@ -2751,8 +2780,8 @@ class Saved(NamedTuple):
         """Show what was saved, then raise the first failure."""
         for kind, size in self.sizes.items():
             show(f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)")
-        for failure in self.failures[:1]:
-            raise failure
+        if self.failures:
+            raise CommandError("; ".join(map(str, self.failures)))
 
 
 def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complete: bool = False) -> Saved:
@@ -3047,13 +3076,9 @@ def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
         for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
             show(line)
     paths = batch_paths(batch.id)
-    saved = Saved({}, [])
-    try:
-        if args.auto_save and batch.has_ended:
-            saved = save_files(api, batch, paths, skip_complete=True)
-    finally:
-        if args.json:
-            show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}))
+    saved = save_files(api, batch, paths, skip_complete=True) if args.auto_save and batch.has_ended else Saved({}, [])
+    if args.json:
+        show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}))
     saved.report(paths, result_printer(api.console, to_stderr=args.json))
 
 
@@ -3237,7 +3262,7 @@ def whole_output(path: str, inputs: Iterable[Input]) -> Iterator[BinaryIO]:
     with open_output(path) as out:
         try:
             yield out
-        except ValueError:  # a line that was readable in the first pass
+        except (ValueError, LookupError):  # a line that is not as it was in the first pass
             refuse_changes(inputs)
             raise
         refuse_changes(inputs)
@@ -3486,19 +3511,23 @@ class Queue:
     def settle(self, refused: Sequence[QueuedPart], ended: int, *, is_idle: bool) -> int:
         """Put refused parts back in front, and make room for as many parts as batches have ended.
 
-        Returns how many times in a row parts were refused while no batch was active; 0 if these were not.
+        If parts were refused with no batch active, returns how many times in a row that has happened; otherwise 0.
         """
         is_stuck = bool(refused) and is_idle and not ended
-        self._room = 1 if is_stuck else ended if refused else self._room + ended
-        self._idle_refusals = self._idle_refusals + 1 if is_stuck else 0 if ended else self._idle_refusals
         if is_stuck:
+            self._room = 1
+            self._idle_refusals += 1
             refused = [piece for queued in refused for piece in queued.after_idle_refusal()]
+        else:
+            self._room = ended if refused else self._room + ended
+            if ended:
+                self._idle_refusals = 0
         self._waiting.extendleft(reversed(refused))
         return self._idle_refusals if is_stuck else 0
 
 
 class ActiveBatch:
-    """An active batch whose results a run waits for."""
+    """A batch whose results a run needs, until they are downloaded."""
 
     def __init__(
         self,
@@ -3515,13 +3544,17 @@ class ActiveBatch:
         self.queued = queued  # what to submit again after a refusal
         self.submitted_at = submitted_at  # by this run; -inf: by another
         self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if submitted_at > -math.inf else math.inf
-        self.cancel_is_expected = False  # already being cancelled when found, or cancelled by this run
+        self.cancel_is_expected = batch.status == "cancelling"  # when it was found, or cancelled by this run
+
+
+class ResultsLost(CommandError):
+    """Requests would have to be paid for again, because the results of their batch are gone or match no request."""
 
 
 class Round(NamedTuple):
-    """The result of a round: whether it submitted all its parts, and whether somebody cancelled a batch."""
+    """The result of a round: whether it counts as an attempt, and whether somebody cancelled a batch."""
 
-    submitted: bool
+    is_attempt: bool
     cancelled: bool
 
 
@@ -3545,17 +3578,25 @@ class Run:
         self._results = results
         self._spool = spool
         self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
-        self._gone: list[ActiveBatch] = []  # batches whose output file is no longer on the server
+        self._lost: list[tuple[ActiveBatch, str]] = []  # batches with results that cannot be used, and why
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
-        """Use the results of listed batches, then submit the rest in at most --attempts rounds."""
+        """Use the results of listed batches, then submit the rest in at most --attempts rounds.
+
+        Raises ResultsLost, once no batch is active, if requests would have to be paid for again.
+        """
         self._pick_up_earlier(parts, listed)
         attempts_left: int = self._args.attempts
         while True:
-            pending = self._pending() if attempts_left else set()
+            pending = self._pending()
+            lost = self._lost_results(pending)
             if pending and self._requests.is_changed():
                 self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
+                attempts_left = 0
+            if lost or not attempts_left:
                 pending = set()
+            if lost and not self.active:
+                raise lost
             if not pending and not self.active:
                 return
             if pending and attempts_left < self._args.attempts:
@@ -3564,23 +3605,28 @@ class Run:
                 self._poller.latest.clear()
             with temporary_file() as copy:
                 done = self._round(Queue(self._divide(pending, parts, copy)))
-            attempts_left = 0 if done.cancelled else attempts_left - done.submitted
+            attempts_left = 0 if done.cancelled else attempts_left - int(done.is_attempt)
 
     def _pending(self) -> set[int]:
-        """The positions of the requests that have no result and are not in an active batch."""
+        """The positions of the requests to send: without a final result, and not in an active batch.
+
+        Empty while a batch is active whose requests are unknown.
+        """
         active = self.active.values()
         if any(each.positions is None for each in active):
             return set()  # we only learn from its results which requests it has
-        pending = self._results.positions(TO_SEND)
-        pending.difference_update(*(each.positions or () for each in active))
-        for gone in self._gone:
-            if left := len(pending if gone.positions is None else pending.intersection(gone.positions)):
-                raise CommandError(
-                    f"the output file of batch {gone.batch.id} is no longer on the server, so {left} of its requests "
-                    "would have to be sent, and perhaps paid for, again; name an earlier download with --results, or "
-                    "use --force"
+        return self._results.positions(TO_SEND).difference(*(each.positions or () for each in active))
+
+    def _lost_results(self, pending: set[int]) -> ResultsLost | None:
+        """Why some of these requests cannot be sent without paying for them twice."""
+        for lost, reason in self._lost:
+            if left := len(pending if lost.positions is None else pending.intersection(lost.positions)):
+                return ResultsLost(
+                    f"{reason}, so {left} of its requests would have to be sent, and perhaps paid for, again; name an "
+                    "earlier download with --results, or use --force, which sends all requests of the file "
+                    f"({len(self._results.best):,}) again"
                 )
-        return pending
+        return None
 
     def _divide(self, pending: set[int], parts: Sequence[Part], copy: BinaryIO) -> list[QueuedPart]:
         """The parts to submit: those of the whole file, or of a copy of the pending lines."""
@@ -3624,6 +3670,8 @@ class Run:
                 elif not batch.is_over_token_limit and watched.sent_digests is None:
                     raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
                                        "batches still running will be picked up by the next run")
+                else:  # its requests are in other batches, but it makes room, too
+                    ended += 1
             if cancelled or cut_short:
                 queue.clear()
             elif idle_refusals := queue.settle(refused, ended, is_idle=not self.active):
@@ -3685,9 +3733,12 @@ class Run:
         return True
 
     def _pick_up_found(self, batch: Batch, part: Part) -> bool:
-        """Pick up a batch that was found just before a POST. Whether it has requests that we still need."""
+        """Pick up a batch that was found just before a POST.
+
+        Returns False if it is of another version and has nothing that we need.
+        """
         if not self._submitter.is_of_file(batch, [part.sha256]):
-            self._submitter.known.add(batch.id)
+            self._submitter.known.add(batch.id)  # in any case: otherwise the next look finds it again
             return self._pick_up_other_version(batch)
         self._pick_up(batch, None)
         return True
@@ -3725,7 +3776,7 @@ class Run:
         for batch in batches:
             if self._submitter.is_of_file(batch, part_of):
                 self._pick_up(batch, part_of.get(self._submitter.part_sha256(batch)))
-        for batch in reversed(batches):
+        for batch in reversed(batches):  # the newest version first: it has most of the requests
             if batch.id not in self._submitter.known and self._submitter.is_of_other_version(batch):
                 self._pick_up_other_version(batch)
 
@@ -3761,7 +3812,6 @@ class Run:
     def _take_or_watch(self, watched: ActiveBatch) -> None:
         """Download the results of a batch that has ended; watch one that is running."""
         batch = watched.batch
-        watched.cancel_is_expected = batch.status == "cancelling"
         self._poller.latest[batch.id] = batch
         if batch.has_ended and not lacks_output(self._api, batch):
             self._download_results(batch, watched)
@@ -3777,7 +3827,9 @@ class Run:
                 self._api.download(batch.input_file_id, self._api.size_of(batch.input_file_id), copy, name)
                 for line in Input.of(copy, name).lines():
                     digests[str_field(read_object(line), "custom_id")] = digest_of(line)
-        except (Refused, WrongSize, ValueError):  # ValueError: a line that is not a request
+        except (Refused, ValueError) as failure:  # ValueError: a line that is not a request
+            if isinstance(failure, ApiError) and failure.status in (401, 429):
+                raise
             return None
         return digests
 
@@ -3794,7 +3846,7 @@ class Run:
 
     def _download_results(self, batch: Batch, watched: ActiveBatch) -> None:
         """Download and index the files of a batch that has ended."""
-        matched = 0
+        unmatched = self._results.unmatched
         for kind, file_id in batch.files.items():
             name = f"{kind} of {batch.id}"
             start = self._spool.seek(0, os.SEEK_END)
@@ -3805,19 +3857,18 @@ class Run:
             except NotFound:
                 self._console.warn(f"the {kind} file of batch {batch.id} is no longer on the server")
                 if kind == "results":
-                    self._gone.append(watched)
+                    self._lost.append((watched, f"the output file of batch {batch.id} is no longer on the server"))
                 continue
-            matched += self._results.read(self._spool, name, start, watched.sent_digests)
-        if batch.claims_successes and not matched and watched not in self._gone:
-            raise CommandError(
-                f"batch {batch.id} has completed {plural(batch.counts.completed or 0, 'request')}, but none of its "
-                f"results has a custom_id of {self._requests.name}; nothing more is sent, because that would be paid "
-                "for again; see its results with retrieve"
-            )
+            self._results.read(self._spool, name, start, watched.sent_digests)
+        if count := self._results.unmatched - unmatched:
+            has = "has a custom_id" if count == 1 else "have custom_ids"
+            reason = f"{plural(count, 'result')} of batch {batch.id} {has} that {self._requests.name} does not have"
+            self._lost.append((watched, reason))
 
 
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     check = InputCheck(args.endpoint, args.max_requests, hashes_lines=True)
+    lost = None
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         refuse_unwritable(args.output)
@@ -3835,7 +3886,9 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         outcomes = results.outcomes()
         to_send = sum(outcomes[kind] for kind in TO_SEND)
         if have := len(results.best) - to_send:
-            console.message(f"{have:,} of {len(results.best):,} requests have a result already")
+            total = len(results.best)
+            console.message(f"{have:,} of {total:,} request{'' if total == 1 else 's'} "
+                            f"{'has' if have == 1 else 'have'} a result already")
         if to_send:
             spool = stack.enter_context(temporary_file())
             api = stack.enter_context(connect(args, console, clock))
@@ -3844,7 +3897,12 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
                 listed = first_listing(api, force=args.force)
                 patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
                 submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
-                Run(args, submitter, requests, results, spool).rounds(parts, listed)
+                try:
+                    Run(args, submitter, requests, results, spool).rounds(parts, listed)
+                except ResultsLost as error:
+                    if not spool.seek(0, os.SEEK_END):  # nothing to write
+                        raise
+                    lost = error
         if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
             latest = Results(check.index, console)
             read_out(args.output, latest, stack)
@@ -3855,6 +3913,8 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         with open_output(args.output, advice) as out:
             out.writelines(result_lines(results))
     report_results(wrote_prefix(args.output), results, console)
+    if lost:
+        raise lost
     return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -641,7 +642,7 @@ def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
     "seconds, naps, advice",
     [
         ("250", [250, 250], ""),
-        ("601", [], "; run the same command again in 11 minutes"),
+        ("601", [], "; it asks to wait 11 minutes"),
         ("1", [1, 1, 2, 4, 8, 16, 32, *[60] * 8], ""),
     ],
 )
@@ -2759,7 +2760,7 @@ def test_an_output_file_that_is_gone_is_an_error_that_names_the_batch(
     out, err = capsys.readouterr()
     assert err.endswith(error(
         "batch_1: its output file is no longer on the server; an earlier download may still have its results; run "
-        "--force sends its requests, and pays for them, again"
+        "--force sends, and pays for, all requests of its file again"
     ))
     assert out.endswith(f"Errors saved: errors_batch_1.jsonl ({len(jsonl(refused('a2')))} bytes)\n")
 
@@ -3723,6 +3724,22 @@ def test_an_error_is_logged_with_its_stack_on_one_line(api: LocalBatchAPI, tool:
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) \w+ ", line) for line in lines[:-1])
     (found,) = [line for line in lines if " ERROR " in line]
     assert r" ERROR LIST_BATCHES error LIST_BATCHES: HTTP 403: First second\u001b[31m (forbidden)\nTraceback " in found
+
+
+@pytest.mark.parametrize("limit", [400, 900, 1400, 2200])
+def test_an_answer_is_shown_although_the_log_cannot_grow(limit: int, api: LocalBatchAPI, work: Path) -> None:
+    """The disk is full after so many bytes of the log. What was paid for is shown, and nothing more is sent."""
+    requests_file()
+
+    def fill_the_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run([sys.executable, str(ROOT / "batch_tool.py"), "preview", "--in", "requests.jsonl"],
+                          capture_output=True, text=True, preexec_fn=fill_the_disk)
+    assert done.returncode == 1
+    reason = r"error: cannot write the log logs/\S+: File too large; choose another with --log-file\n$"
+    assert re.search(reason, done.stderr)
+    assert done.stdout.count("a made-up bio") == len(api.answered)
 
 
 @pytest.mark.parametrize(

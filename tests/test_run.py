@@ -1697,33 +1697,73 @@ def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_
     else:
         assert run() == 1
         assert posts(api) == 0
-        assert "sent, and perhaps paid for, again; name an earlier download with --results, or use --force" in (
-            capsys.readouterr().err
+        assert capsys.readouterr().err.endswith(
+            "so 1 of its requests would have to be sent, and perhaps paid for, again; name an earlier download with "
+            "--results, or use --force, which sends all requests of the file (2) again\n"
         )
         assert run("--force") == 0
 
 
-@pytest.mark.parametrize("interval", ["0.1", "30"], ids=["before the check for rivals", "after it"])
+@pytest.mark.parametrize("options", [["--interval", "0.1"], ["--interval", "30"], ["--attempts", "1"]], ids=" ".join)
 def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
-    interval: str, api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    options: list[str], api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(*bios(2))
     api.faults.append(Fault("GET", "/files/", status=404, message="No such File object", times=99))
-    assert run("--interval", interval) == 1
+    assert run(*options) == 1
     assert "is no longer on the server, so 2 of its requests would have to be sent" in capsys.readouterr().err
     assert posts(api) == 1
 
 
+@pytest.mark.parametrize("status", ["completed", "expired", "cancelled"])
 def test_results_that_match_no_request_are_not_paid_for_again(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    status: str, api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = {"total": 1, "completed": 1, "failed": 0}
-    batch = earlier_batch(api, "completed", edit(*bios(1)), done=["A1"], request_counts=counts)
+    lines = edit(*bios(3)).splitlines()
+    batch = earlier_batch(api, status, REQUESTS.read_bytes(), done=["a1", "A2", "A3"])
     assert run() == 1
     assert (
-        f"error: batch {batch.id} has completed 1 request, but none of its results has a custom_id of requests.jsonl"
+        f"error: 2 results of batch {batch.id} have custom_ids that requests.jsonl does not have, so 2 of its requests "
+        "would have to be sent, and perhaps paid for, again"
     ) in capsys.readouterr().err
     assert posts(api) == 0
+    first, *rest = OUT.read_bytes().splitlines(keepends=True)
+    assert first == with_sha256(jsonl(success("a1")), sha256_of(lines[0]))  # what was paid for is kept
+    assert rest == [missing_line("a2"), missing_line("a3")]
+    assert run() == 1
+    assert (posts(api), OUT.read_bytes()) == (0, first + b"".join(rest))
+
+
+def test_results_of_other_parts_are_written_where_those_of_one_are_gone(
+    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = edit(*bios(4)).splitlines(keepends=True)
+    gone = earlier_batch(api, "completed", b"".join(lines[:2]), done=["a1", "a2"])
+    earlier_batch(api, "completed", b"".join(lines[2:]), done=["a3", "a4"])
+    assert gone.output_file_id
+    del api.files[gone.output_file_id]
+    assert run("--max-requests", "2") == 1
+    err = capsys.readouterr().err
+    assert err.index("Wrote results.jsonl: 2 succeeded") < err.index(f"error: the output file of batch {gone.id} is ")
+    assert posts(api) == 0
+    assert custom_ids(OUT.read_bytes()) == ["a1", "a2", "a3", "a4"]
+    assert run("--max-requests", "2") == 1
+    assert (posts(api), OUT.read_bytes().count(b'"status_code": 200')) == (0, 2)
+
+
+def test_a_batch_that_fails_and_is_not_needed_makes_room_for_a_refused_part(api: LocalBatchAPI) -> None:
+    """A batch of an earlier version fails while a part that was refused for the token limit waits for room."""
+    earlier = earlier_batch(api, "validating", edit(*bios(1)))
+    edit(*bios(2))
+    api.queue_limit = 1
+    earlier.total = 1
+
+    def fail() -> None:
+        earlier.frozen = False
+        earlier.over_limit = True
+
+    assert run(time=FakeTime(nothing, nothing, nothing, fail)) == 0
+    assert_out(api)
 
 
 def test_a_deleted_error_file_withholds_no_success(api: LocalBatchAPI) -> None:
@@ -1942,7 +1982,10 @@ RETRY_TABLE: dict[str, tuple[Mapping[str, Any], Failure, list[float | None]]] = 
     "never sent": ({"repeat_lost": False}, batch_tool.NotSent(""), [0.5, 1, None]),
     "a conflict": ({"outage_budget": 3600}, batch_tool.OutcomeUnknown("", 409), [None]),
     "an outage": (
-        {"outage_budget": 180}, batch_tool.OutcomeUnknown(""), [0.5, 1, 2, 4, 8, 16, 32, 60, None],
+        {"outage_budget": 180}, batch_tool.OutcomeUnknown(""), [0.5, 1, 2, 4, 8, 16, 32, 60, 56.5, None],
+    ),
+    "an outage with a long Retry-After": (
+        {"outage_budget": 3600}, batch_tool.OutcomeUnknown("", 503, (), 7200), [3600, None],
     ),
     "a wrong size in an outage": ({"outage_budget": 3600}, batch_tool.WrongSize(""), [0.5, 1, None]),
     "a refusal": ({"outage_budget": 3600}, batch_tool.Refused("", 404), [None]),
