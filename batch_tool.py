@@ -1711,8 +1711,8 @@ class Api(NamedTuple):
                     content=json.dumps(body, separators=(",", ":")).encode(),
                     options={"timeout": ANSWER_SECONDS, "headers": {"Content-Type": "application/json"}},
                 )
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if not isinstance(error.body, dict):
+            except openai.APIStatusError as error:
+                if error.status_code not in (400, 413, 422) or not isinstance(error.body, dict):
                     raise
                 response = error.response  # only this request was refused
             field = {
@@ -2381,19 +2381,19 @@ class Submitter:
         )
 
     def is_of_other_version(self, batch: Batch) -> bool:
-        """Whether the batch has requests of a file of the same name with another content."""
+        """Whether a batch that is not of this file is of one with the same name. False without `finds_versions`."""
         has_name = bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
         return self._finds_versions and (has_name or batch.input_file_id in self._files_of_versions)
 
     def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
-        """The batches that may have a success: listed ones, and those known only from notes. Oldest first.
+        """The batches of all request files that may have a success, listed ones and those only in notes, oldest first.
 
         Empty with --force.
         """
         if self._force:
             return []
         found = {batch.id: batch for batch in listed}
-        noted = self._resolved(self._note, found)
+        noted = self._resolve(self._note, found)
         for path in self._note.others if self._finds_versions else ():
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 try:
@@ -2403,11 +2403,11 @@ class Submitter:
                     other.assume_resolved()
                 if self._name in other.names:
                     self._files_of_versions |= other.sha256_of.keys()
-                    noted |= self._resolved(other, found)
+                    noted |= self._resolve(other, found)
         self._add_unlisted(noted, found)
         return by_age(batch for batch in found.values() if batch.may_have_success)
 
-    def _resolved(self, note: Note, found: dict[str, Batch]) -> set[str]:
+    def _resolve(self, note: Note, found: dict[str, Batch]) -> set[str]:
         """Find out what became of each unresolved POST of a note, and return the ids of its batches.
 
         Adds the batches found to `found`.
@@ -2497,7 +2497,10 @@ class Submitter:
                            f"{last_file_id}); run the same command again later")
 
     def _before_post(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
-        """Check the listing for other batches, then note the file. If the POST must not be made, delete the file."""
+        """Check the listing for other batches, then note the file. If the POST must not be made, delete the file.
+
+        A file whose earlier batches have failed stays, for the next try.
+        """
         try:
             if new := self.new_batches([part.sha256]):
                 raise AlreadySubmitted(new)
@@ -2522,7 +2525,7 @@ class Submitter:
             "metadata": metadata,
         }
         try:
-            return self._post_visible_file(request, lambda: self._before_post(part, file_id, excluded))
+            return self._post_until_visible(request, lambda: self._before_post(part, file_id, excluded))
         except Refused:
             self._note.add(file_id, batch="")
             self.api.delete_file(file_id)
@@ -2531,7 +2534,7 @@ class Submitter:
             self.api.console.warn(f"{failure}; checking whether the batch was created")
         return self._find_or_fence(file_id, set(excluded))
 
-    def _post_visible_file(self, request: Json, before_post: Callable[[], None]) -> Batch:
+    def _post_until_visible(self, request: Json, before_post: Callable[[], None]) -> Batch:
         """POST. If the API does not find the new file yet, try again for some seconds."""
         for delay in LOOK_UP_DELAYS:
             try:
@@ -2628,7 +2631,7 @@ def lacks_output(api: Api, batch: Batch) -> bool:
         return False
     try:
         return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
-    except Refused:  # the file is gone; the download will report that
+    except Refused:  # it is gone, or cannot be had; the download will report that
         return False
 
 
@@ -2657,7 +2660,9 @@ class Poller:
     `latest` has the last known state of each batch, by id.
     """
 
-    def __init__(self, api: Api, *, outage_budget: float = math.inf, is_answered: bool = False) -> None:
+    def __init__(
+        self, api: Api, *, outage_budget: float = math.inf, is_answered: bool = False, repeat_denied: bool = False
+    ) -> None:
         self.latest: dict[str, Batch] = {}
         self._api = api
         self._clock = api.clock
@@ -2665,6 +2670,7 @@ class Poller:
         self._silent_since: float | None = None  # when an outage began
         self._is_answered = is_answered
         self._outage_budget = outage_budget
+        self._repeat_denied = repeat_denied
         self._lacks_output_since: dict[str, float] = {}
         self._warned_statuses: set[str] = set()
         self._last_report = ""
@@ -2693,8 +2699,7 @@ class Poller:
 
     def _fetch(self, batch_id: str) -> Batch:
         """Fetch a batch, and remember that the API responded."""
-        is_patient = self._outage_budget < math.inf
-        retry = Retry(1, 0, repeat_lost=False, repeat_denied=is_patient) if self._is_answered else None
+        retry = Retry(1, 0, repeat_denied=self._repeat_denied) if self._is_answered else None
         batch = self._api.batch(batch_id, retry)
         self._is_answered = True
         self._silent_since = None
@@ -2893,7 +2898,7 @@ def append_line(path: str, line: bytes) -> None:
 
 @contextlib.contextmanager
 def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
-    """A function that appends a line to the file, or writes it to the stream, at once; without a path, it drops it."""
+    """A function that adds a line to the file, or to the stream, immediately. Without a path, it does nothing."""
     if path is None:
         yield lambda line: None
     elif not is_stream(path):
@@ -3139,7 +3144,7 @@ def errors_in(path: str) -> str:
 
 
 def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
-    """Save the files of a batch. Raises CommandError if it has not ended, failed, or finished only some requests."""
+    """Save the files of a batch. Raises CommandError if it is running or failed, or if it lacks some results."""
     batch = api.batch(batch_id)
     if not batch.has_ended:
         raise CommandError(f"Batch not completed (status: {batch.raw['status']})")
@@ -3577,7 +3582,7 @@ class Run:
         self._requests = requests
         self._results = results
         self._spool = spool
-        self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True)
+        self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True, repeat_denied=True)
         self._lost: list[tuple[ActiveBatch, str]] = []  # batches with results that cannot be used, and why
 
     def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
@@ -3984,7 +3989,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--include-rejected": {"action": "store_true",
                            "help": "also write requests that the API would probably refuse again"},
     "--requests": {"type": positive_int, "default": 3, "metavar": "N",
-                   "help": "how many requests to send at once (default: %(default)s)"},
+                   "help": "how many requests to send (default: %(default)s)"},
     "--prices": {"type": price_pair, "metavar": "IN,OUT",
                  "help": "dollars per million input and output tokens, for an estimate of the cost"},
     "--csv": {"type": input_path, "metavar": "CSV",
@@ -4030,7 +4035,7 @@ def build_parser() -> argparse.ArgumentParser:
             subparser.add_argument(flag, **OPTIONS.get(f"{name} {flag}") or OPTIONS[flag])
 
     add(cmd_validate, "check a request file, without uploading it", "--in", "--endpoint")
-    add(cmd_preview, "send a few requests at once, show the answers, and estimate the whole",
+    add(cmd_preview, "send a few requests right away, show the answers, and estimate the whole",
         "--in", "--requests", "--out", "--prices", *ONLINE)
     add(cmd_create, "upload a request file and create its batches",
         "--in", "--endpoint", "--completion-window", "--max-requests", "--force", "--json", *ONLINE)

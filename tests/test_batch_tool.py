@@ -879,11 +879,12 @@ def test_an_answer_without_a_bio_shows_its_error_and_is_exit_1_if_it_is_the_only
     assert len(api.answered) == 1
 
 
+@pytest.mark.parametrize("status", [413, 422])
 def test_a_request_that_is_refused_by_itself_does_not_keep_the_others_from_being_sent(
-    api: LocalBatchAPI, tool: Tool, capsys: Capture
+    status: int, api: LocalBatchAPI, tool: Tool, capsys: Capture
 ) -> None:
     requests_file()
-    api.faults.append(Fault("POST", status=422, message="Too long", code="too_long"))
+    api.faults.append(Fault("POST", status=status, message="Too long", code="too_long"))
     assert tool("preview", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == f"a1 Artist a1\nerror: too_long: Too long\n\na2 Artist a2\n{bio_of('a2')}\n"
 
