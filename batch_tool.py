@@ -3160,8 +3160,9 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
         errors = f": {errors_in(paths['errors'])}" if saved.sizes else ""
         raise CommandError(f"Batch has no results (status: {batch.raw['status']}){errors}")
     if batch.status != "completed":
-        raise CommandError(f"Batch {batch.status} with {batch.counts.completed or 0} of {batch.counts.total or 0} "
-                           "requests completed; run on the same request file sends only the rest")
+        counted = f" with {batch.counts.completed or 0} of {batch.counts.total} requests completed"
+        raise CommandError(f"Batch {batch.status}{counted if batch.counts.total else ''}; run on the same request file "
+                           "sends only the rest")
 
 
 def cmd_retrieve(args: argparse.Namespace, console: Console, clock: Clock) -> int:
