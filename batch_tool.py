@@ -3872,6 +3872,19 @@ class Run:
             self._lost.append((watched, reason))
 
 
+def known_results(
+    args: argparse.Namespace, index: RequestIndex, console: Console, stack: contextlib.ExitStack
+) -> Results:
+    """The results that --results and --out have already. Their files stay open in `stack`."""
+    known = Results(index, console)
+    for path in args.results:
+        if not same_regular_file(path, args.output):
+            file = stack.enter_context(open_input(path))
+            known.read(file.file, file.name)
+    read_out(args.output, known, stack)
+    return known
+
+
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     check = InputCheck(args.endpoint, args.max_requests, hashes_lines=True)
     lost = None
@@ -3881,13 +3894,8 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         sha256 = requests.sha256()
         note = stack.enter_context(locked_note(sha256, requests, console))
         parts = check_input(requests, check, console)
-        earlier = Results(check.index, console)
-        for path in args.results:
-            if not same_regular_file(path, args.output):
-                file = stack.enter_context(open_input(path))
-                earlier.read(file.file, file.name)
         stamp = out_stamp(args.output)
-        read_out(args.output, earlier, stack)
+        earlier = known_results(args, check.index, console, stack)
         results = Results(check.index, console) if args.force else earlier
         outcomes = results.outcomes()
         to_send = sum(outcomes[kind] for kind in TO_SEND)
