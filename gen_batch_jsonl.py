@@ -487,7 +487,7 @@ REPEATED_HEADER = Problem("repeated header", "repeats the header")
 
 
 class Layout(NamedTuple):
-    """How to read the rows. `used` are the columns that the requests need: artist_id, artist_name, then others."""
+    """How to read the rows. `used` are the positions of the columns that the requests need: id, name, then others."""
 
     delimiter: bytes
     width: int
@@ -503,7 +503,7 @@ class Rows(NamedTuple):
     columns: list[list[bytes]]
     next_line: int
     swallowed: dict[int, list[int]]  # by the line of a row: lines in it that look like rows
-    needs_escapes: bool  # some values contain characters that JSON escapes, besides the hidden ones
+    needs_escapes: bool  # some values may contain characters that JSON escapes, apart from the hidden ones
 
 
 class Record(NamedTuple):
@@ -512,7 +512,7 @@ class Record(NamedTuple):
     line: int
     fields: list[bytes]
     problem: Problem | None
-    size: int  # in bytes, up to the next record; if there is a problem, up to the next line
+    size: int  # in bytes, up to where reading goes on: the next line for an invalid row, else the next record
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def trim_value(value: bytes) -> bytes:
 
 
 def trim(values: list[bytes]) -> list[bytes]:
-    """Remove the blanks around values. Most values do not even begin or end with a byte that a blank could have."""
+    """Remove the blanks around values. `strip` returns the same object if it removes nothing, which is fast to test."""
     return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
 
 
@@ -625,8 +625,9 @@ def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
 def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
     """Remove the quotes, and replace delimiters, line ends and quotes inside quoted fields by their stand-ins.
 
-    Returns None if a quote is out of place. Split at the quotes, every second piece lies outside of quoted fields. It
-    is empty in the middle of a doubled quote. Otherwise it begins and ends with a delimiter or a line end.
+    Returns None if a quote is out of place. Split at the quotes, every second piece lies outside of quoted fields.
+    Between two quotes, such a piece is empty (the two are a doubled quote), or it begins and ends with a delimiter or a
+    line end.
     """
     pieces = block.split(b'"')
     outside = pieces[2:-1:2]
@@ -683,8 +684,14 @@ def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None
     return (fields, width) if is_even else None
 
 
-def may_repeat_header(artist_ids: list[bytes], layout: Layout) -> bool:
-    """Whether an id could be a column name, as in a repeated header. An id with hidden characters counts, too."""
+def has_special_ids(artist_ids: list[bytes], layout: Layout) -> bool:
+    """Whether rows have to be read by themselves because of an id.
+
+    An empty id may be that of a blank row, and a column name that of a repeated header. An id with hidden characters
+    would not equal the same id in a row that was read by itself.
+    """
+    if not all(artist_ids):
+        return True
     ids = b",".join([b"", *artist_ids, b""])
     squeezed = to_text(ids).casefold().translate(SQUEEZED)
     keys = [key.translate(SQUEEZED) for key in layout.header_keys if key]
@@ -709,7 +716,7 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
         return None
     number = min(len(fields) // step, limit)
     columns = [trim(fields[column : number * step : step]) for column in layout.used]
-    if may_repeat_header(columns[0], layout):
+    if has_special_ids(columns[0], layout):
         return None
     special = plain.translate(None, UNESCAPED_BYTES + b"\n" + layout.delimiter)
     needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
@@ -725,7 +732,7 @@ def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> 
 
 
 class Parsed(NamedTuple):
-    """The record at the beginning of some data: its fields, where it ends, what is wrong with it."""
+    """The record at the beginning of some data: its fields and its end, or what is wrong with it."""
 
     fields: list[bytes]
     end: int
@@ -765,15 +772,16 @@ def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: 
             return Parsed([], at, Problem("malformed quoting", detail), is_open=True)
         fields.append(value)
         at = end
-        is_too_wide = len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(value)
-        if is_too_wide or not data.startswith(layout.delimiter, at):
+        if len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(value):
+            return Parsed(fields, at)  # the wrong number of fields, whatever follows
+        if not data.startswith(layout.delimiter, at):
             break
         at += len(layout.delimiter)
     line_end = LINE_END.match(data, at)
-    if not line_end and not is_too_wide:
+    if not line_end:
         detail = f"text after a closing quote (noticed on line {line_at(at)})"
         return Parsed([], at, Problem("malformed quoting", detail))
-    end = line_end.end() if line_end else at
+    end = line_end.end()
     return Parsed(fields, end, is_open=end == len(data) and not data.endswith(b"\n"))
 
 
@@ -914,13 +922,13 @@ class CsvReader:
             pass
         return self._at == len(self._data)
 
-    def peek_lines(self) -> Iterator[str]:
-        """The lines from here on."""
+    def peek_lines(self, max_bytes: float = MAX_FIELD_CHARS) -> Iterator[str]:
+        """The lines from here on. A longer line is not read to its end."""
         offset = 0
         while True:
             line = cast(re.Match[bytes], LINE.match(self._data, self._at + offset))[0]
             is_last = self._at + offset + len(line) == len(self._data)
-            if is_last and not line.endswith(b"\n") and len(line) < MAX_FIELD_CHARS and self._fill():
+            if is_last and not line.endswith(b"\n") and len(line) < max_bytes and self._fill():
                 continue
             if not line:
                 return
@@ -936,7 +944,8 @@ class CsvReader:
         self.line = next_line
 
     def _line_size(self) -> int:
-        return len(cast(re.Match[bytes], LINE.match(self._data, self._at))[0])
+        """The size of the line that begins here, also of one that is not read to its end yet."""
+        return len(to_bytes(next(self.peek_lines(math.inf), "")))
 
     def peek_block(self) -> bytes:
         """The data from here to the last line end outside of quotes. Empty if there is none nearby."""
@@ -1005,12 +1014,12 @@ def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
 
 
 def delimiter_of_row(reader: CsvReader, likely: str) -> str:
-    """The delimiter that splits the first row into three fields, or the comma if none does."""
+    """The delimiter that splits the first row into three fields: the likely one if it does, or if none does."""
 
     def width(delimiter: str) -> int:
-        return len(reader.peek_record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [""])).fields)
+        return len(reader.peek_record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [])).fields)
 
-    return next((delimiter for delimiter in (likely, *DELIMITERS) if width(delimiter) == len(COLUMNS)), ",")
+    return next((delimiter for delimiter in (likely, *DELIMITERS) if width(delimiter) == len(COLUMNS)), likely)
 
 
 def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
@@ -1072,17 +1081,20 @@ def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot) -> di
 
 
 def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str:
-    """Replace the placeholders of a template by slots. Raises CommandError if one does not name exactly one column."""
+    """Replace the placeholders of a template by slots. {{artist_data}} is empty if the CSV has no such column.
+
+    Raises CommandError if another one does not name exactly one column, or if the artist's name is not used.
+    """
 
     def fill(match: re.Match[str]) -> str:
         key = column_key(match[1])
-        found = [at for at, name in enumerate(table.names) if key and column_key(name) == key]
-        if key in COLUMNS:
-            found = [table.roles[key]] if key in table.roles else []
-        if len(found) == 1:
-            return slot(found[0])
+        if key in table.roles:
+            return slot(table.roles[key])
         if key == "artist_data":
             return ""
+        found = [at for at, name in enumerate(table.names) if key and column_key(name) == key]
+        if len(found) == 1:
+            return slot(found[0])
         line = template.count("\n", 0, match.start()) + 1
         problem = f"names {len(found)} columns; rename one of them in the CSV" if found else "names no column"
         names = listed_columns(dict.fromkeys([*COLUMNS, *table.names]))
@@ -1120,10 +1132,11 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
         raise CommandError(f"{shown(path)}: not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
+    if "model" in fields:
+        raise CommandError(f'{shown(path)}: the field "model" does not belong here; name the model with --model')
     for name in fields:
-        if name in body or name == "model":
-            advice = "use --model" if name == "model" else "remove it from the file"
-            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; {advice}')
+        if name in body:
+            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; remove it from the file')
     return fields
 
 
@@ -1154,7 +1167,10 @@ def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTempla
 
 
 class SkipReport:
-    """Counts the skipped rows by reason and lists the first of them. With --strict, raises CommandError instead."""
+    """Counts the skipped rows by reason, and lists the first ones, or all with --verbose.
+
+    With --strict, an invalid row raises CommandError.
+    """
 
     def __init__(self, console: Console, strict: bool, verbose: bool) -> None:
         self.reasons: Counter[str] = Counter()
@@ -1247,7 +1263,8 @@ def shorten_names(names: list[bytes]) -> list[bytes]:
 class UsedIds:
     """The ids of the requests, and the line of each.
 
-    Without repeated ids a set is enough, which takes half the time of a dict. The dict is made for the first of them.
+    A set is enough as long as no id is repeated, and takes half the time of a dict. The dict is filled only when rows
+    have to be looked at one by one.
     """
 
     def __init__(self) -> None:
@@ -1257,7 +1274,7 @@ class UsedIds:
         self._later_lines: list[int] = []
 
     def add_all(self, ids: list[bytes], lines: Sequence[int]) -> bool:
-        """Add new ids. Returns False if one of them is not new: then `first_line` has to add each by itself."""
+        """Add new ids. Returns False if one of them is not new; then call `add` for each."""
         before = len(self._ids)
         self._ids.update(ids)
         if len(self._ids) < before + len(ids):
@@ -1266,8 +1283,8 @@ class UsedIds:
         self._later_lines += lines
         return True
 
-    def first_line(self, artist_id: bytes, line: int) -> int:
-        """The line where the id is used first. That is `line`, if the id is new."""
+    def add(self, artist_id: bytes, line: int) -> int:
+        """Add an id. Returns the line where it was used first, which is `line` if it is new."""
         self._line_of.update(zip(self._later_ids, self._later_lines, strict=True))
         self._later_ids, self._later_lines = [], []
         self._ids.add(artist_id)
@@ -1326,7 +1343,7 @@ class RequestWriter:
         if not artist_id or not name:
             empty = "artist_name" if artist_id else "artist_id"
             problem = Problem(f"empty {empty}", f"{empty} is empty")
-        elif (first_line := self._used_ids.first_line(artist_id, line)) != line:
+        elif (first_line := self._used_ids.add(artist_id, line)) != line:
             detail = f"artist_id {quoted(artist_id.decode())} was already used on line {first_line}"
             problem = Problem("duplicate artist_id", detail)
         else:
@@ -1335,17 +1352,17 @@ class RequestWriter:
         return False
 
 
-def write_requests(
+def convert_rows(
     reader: CsvReader, layout: Layout, writer: RequestWriter, limit: int, report: Callable[[], None]
 ) -> None:
-    """Convert block by block; a block that cannot be converted as a whole, record by record."""
+    """Convert the rows in blocks. A block that cannot be handled as a whole is converted record by record."""
     left = limit
     while left and not reader.is_at_end():
         block = reader.peek_block()
         rows = rows_of_block(block, reader.line, layout, left) if block else None
         if rows:
             writer.write(rows)
-            reader.skip(len(block), rows.next_line)
+            reader.skip(len(block), rows.next_line)  # if the limit is reached inside the block, nothing more is read
             left -= len(rows.lines)
         else:
             for record in reader.records(layout, CAREFUL_BYTES):
@@ -1404,20 +1421,20 @@ def convert(args: argparse.Namespace, console: Console) -> None:
         progress = Progress(console, source)
         with open_output(args.output) as out:
             writer = RequestWriter(template, layout, out, skipped)
-            write_requests(
+            convert_rows(
                 reader, layout, writer, args.limit or sys.maxsize,
                 lambda: progress.report(writer.written + skipped.reasons.total()),
             )
             written = writer.written
-            rows = skipped.row_summary(written)
+            summary = skipped.row_summary(written)
             check_encoding(skipped, written, reader.encoding, console)
             if not written:
-                raise CommandError(f"no valid row in {shown(args.input)} ({rows}); nothing was written")
+                raise CommandError(f"no valid row in {shown(args.input)} ({summary}); nothing was written")
     warn_of_swallowed_rows(writer.swallowed, console)
     warn_of_null_names(writer.null_names, console)
     number = writer.batches.count
     batches = f"; batch_tool.py create will split them into {number} batches" if number > 1 else ""
-    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({rows}){batches}")
+    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({summary}){batches}")
 
 
 # -- command line ------------------------------------------------------------------------------------------------

@@ -525,7 +525,7 @@ def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) 
     template, used = gen.build_request(args, table)
     skipped = gen.SkipReport(console, strict=True, verbose=False)
     writer = gen.RequestWriter(template, table.layout(used), out, skipped)
-    gen.write_requests(reader, table.layout(used), writer, limit, lambda: None)
+    gen.convert_rows(reader, table.layout(used), writer, limit, lambda: None)
     converted = [json.loads(line) for line in out.getvalue().split(b"\n")[:-1]]
     return [(each["custom_id"], *each["body"]["prompt"]["variables"].values()) for each in converted]
 
@@ -609,6 +609,47 @@ def test_a_quote_never_closed_in_a_long_file_with_cr_line_ends_costs_its_row() -
     rows[0] = f'"{rows[0]}'
     assert convert("\r".join([HEADER.strip(), *rows])) == 0
     assert len(variables()) == 599
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 30, 10_000])
+@pytest.mark.parametrize(
+    ("rows", "reasons"),
+    [
+        ('a1,A\na2,"bad"x one,B,d\na3,C,c\n', {"wrong number of fields": 1, "malformed quoting": 1}),
+        ('a1,"x"y ,B,d\n' * 50 + "a2,B,y\n", {"malformed quoting": 50}),
+        ("a1" + ",x" * 60 + ",B,d\na2,B,y\n", {"wrong number of fields": 1}),
+        ("a1,A,x\n,,\n , ,\t\na2,B,y\n", {}),
+        ("a1,A,x\n,,\n,B,y\n", {"empty artist_id": 1}),
+    ],
+)
+def test_rows_are_skipped_alike_however_the_bytes_arrive(rows: str, reasons: dict[str, int], block_bytes: int) -> None:
+    reader = open_reader(HEADER + rows, block_bytes=block_bytes)
+    reader.skip_lines(1)
+    skipped = gen.SkipReport(gen.Console(None), strict=False, verbose=False)
+    writer = gen.RequestWriter(gen.RequestTemplate([b"", b"\n"], [0]), layout(), io.BytesIO(), skipped)
+    gen.convert_rows(reader, layout(), writer, sys.maxsize, lambda: None)
+    assert skipped.reasons == reasons
+    assert writer.written + skipped.reasons.total() == sum(bool(row.strip(", \t")) for row in rows.splitlines())
+
+
+def test_blank_rows_below_the_table_are_no_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}a1,A,x\n,,\n,,\n", "--strict", "--limit", "2") == 0
+    assert capsys.readouterr().err == "Wrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
+
+
+def test_a_line_longer_than_a_field_may_be_is_skipped_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}a1,A,{'x,' * 11_000_000}\na2,B,y\na3,C,{'x' * 11_000_000}\na4,D,z\n") == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("Wrote 2 requests to out.jsonl (4 rows read, 2 skipped: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [(",NewJeans,x\na2,B,y\n", 1), ("a1;X;d;extra\na2;B;y\na3;C;z\n", 2), ("sep=;\na1;X;d;extra\na2;B;y\n", 1)],
+)
+def test_a_bad_first_row_without_a_header_costs_only_itself(rows: str, count: int) -> None:
+    assert convert(rows, "--skip-header") == 0
+    assert len(variables()) == count
 
 
 def test_rows_of_other_widths_that_fit_together_are_not_taken_for_rows() -> None:
@@ -1396,7 +1437,7 @@ BAD_BODY_FILES = pytest.mark.parametrize(
         ('{"a": NaN}', "body.json: not valid JSON: NaN is not allowed"),
         ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not allowed"),
         ("[1]", 'body.json: not a JSON object; write the fields as {"max_output_tokens": 400, ...}'),
-        ('{"model": "x"}', 'body.json: this tool writes the field "model" itself; use --model'),
+        ('{"model": "x"}', 'body.json: the field "model" does not belong here; name the model with --model'),
         ('{"prompt": 1}', 'body.json: this tool writes the field "prompt" itself; remove it from the file'),
     ],
 )
