@@ -188,7 +188,7 @@ def stdout_bytes() -> Iterator[BinaryIO]:
 def atomic_replace(path: str) -> Iterator[BinaryIO]:
     """A temporary file beside `path`. It replaces `path` once it is whole and on disk."""
     directory = os.path.dirname(path)
-    with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when it is opened as a directory
+    with contextlib.suppress(FileExistsError):  # a file there makes a clearer error when the temporary file is opened
         os.makedirs(directory)
     temporary = os.path.join(directory, f".{PROG}-{os.urandom(8).hex()}.tmp")
     try:
@@ -273,7 +273,7 @@ class Console:
                 self._stream.flush()
 
     def close(self) -> None:
-        """Drop what stderr has not taken, which would change the exit code."""
+        """Flush stderr. If that fails, drop the rest: a second failure at exit would change the exit code."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -385,8 +385,8 @@ class Header(NamedTuple):
 def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
     """Read up to the end of the header, the first record that is not blank. Returns None if every record is blank.
 
-    A line `sep=;` before the header names the delimiter. Otherwise the delimiter is the one that finds most of the
-    required columns; if several do, it is the one of these that finds most columns.
+    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most required columns
+    or, among equals, the most columns.
     """
     delimiters: Sequence[str] = DELIMITERS
     number = 0
