@@ -37,10 +37,8 @@ import math
 import mmap
 import os
 import re
-import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -731,6 +729,8 @@ class Clock:
 @contextlib.contextmanager
 def temporary_file() -> Iterator[BinaryIO]:
     """A file without a name. It lasts as long as the block."""
+    import tempfile  # takes a while to import
+
     advice = "; set TMPDIR to a directory with free space"
     with os_errors_as("write a temporary file", advice), tempfile.TemporaryFile() as file:
         yield cast(BinaryIO, file)
@@ -795,6 +795,8 @@ def open_input(path: str) -> Iterator[Input]:
 
 def refuse_unwritable(path: str) -> None:
     """Check that --out is writable before starting, not after a day of waiting."""
+    import tempfile
+
     if os.path.isdir(path):
         raise CommandError(f"cannot write {path}: it is a directory; choose another --out")
     if is_stream(path):
@@ -2890,7 +2892,7 @@ def append_line(path: str, line: bytes) -> None:
     with open_output(path) as out:
         if os.path.exists(path):
             with open(path, "rb") as old:
-                shutil.copyfileobj(old, out, CHUNK_BYTES)
+                out.writelines(chunks(old, path))
                 if old.tell() and os.pread(old.fileno(), 1, old.tell() - 1) != b"\n":
                     out.write(b"\n")
         out.write(line)
