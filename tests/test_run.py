@@ -2131,3 +2131,37 @@ def assert_out_is_complete() -> None:
     assert [row["request_sha256"] for row in rows][: len(wanted)] == wanted
     assert {row["response"]["status_code"] for row in rows} == {200}
     assert custom_ids(OUT.read_bytes())[: len(wanted)] == custom_ids(REQUESTS.read_bytes())
+
+
+@pytest.mark.parametrize("seed", SEEDS_AT_ONCE)
+def test_whatever_is_lost_at_the_server_nothing_is_paid_for_twice(api: LocalBatchAPI, seed: int) -> None:
+    """Output files disappear at any moment, between kills, edits and other parts. What is left ends up in --out."""
+    chance = random.Random(seed)
+    api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
+    requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
+    api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
+    time = live_in(api, FakeTime())
+    edit(*requests)
+
+    def lose() -> None:
+        there = [batch.output_file_id for batch in api.batches.values() if batch.output_file_id in api.files]
+        if there:
+            del api.files[chance.choice(there) or ""]
+
+    for number in range(4):
+        time.at = {time.now + chance.uniform(0, 200): lose, time.now + chance.uniform(0, 400): lose}
+        if chance.random() < 0.5:
+            time.at[time.now + chance.uniform(0, 300)] = kill
+        with contextlib.suppress(Killed):
+            run("--max-requests", str(chance.randrange(1, 6)), time=time)
+        time.at, time.naps = {}, []
+        if chance.random() < 0.3:
+            random_edit(chance, requests, number)
+            edit(*requests)
+    api.queue_limit = api.queue_limit and 3
+    run("--max-requests", "3", time=time)
+    assert not [sha256 for sha256, times in api.paid.items() if times > 1], "paid twice"
+    written = OUT.read_bytes() if OUT.exists() else b""
+    wanted = {sha256_of(line) for line in REQUESTS.read_bytes().splitlines()}
+    left = [line for sha256, line in served(api).items() if sha256 in wanted and b'"status": "completed"' in line]
+    assert all(line in written for line in left), "lost"
