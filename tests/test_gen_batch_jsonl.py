@@ -632,6 +632,44 @@ def test_rows_are_skipped_alike_however_the_bytes_arrive(rows: str, reasons: dic
     assert writer.written + skipped.reasons.total() == sum(bool(row.strip(", \t")) for row in rows.splitlines())
 
 
+class Trickle:
+    """A file that gives at most so many bytes at a time."""
+
+    def __init__(self, content: bytes, most: int) -> None:
+        self._content = io.BytesIO(content)
+        self._most = most
+
+    def read1(self, size: int) -> bytes:
+        return self._content.read(min(size, self._most))
+
+
+def outcome_of(content: bytes, most: int, block_bytes: int) -> tuple[Any, ...]:
+    """The requests, the warnings and the counts of a CSV that arrives like this."""
+    reader = gen.CsvReader(Trickle(content, most), "in.csv", "utf-8", block_bytes)  # type: ignore[arg-type]
+    reader.skip_lines(1)
+    stderr, out = io.StringIO(), io.BytesIO()
+    skipped = gen.SkipReport(gen.Console(stderr), strict=False, verbose=True)
+    writer = gen.RequestWriter(gen.RequestTemplate([b"", b"|", b"|", b"\n"], [0, 1, 2]), layout(), out, skipped)
+    try:
+        gen.convert_rows(reader, layout(), writer, sys.maxsize, lambda: None)
+    except gen.CommandError as error:  # a second header
+        return (str(error),)
+    return out.getvalue(), stderr.getvalue(), skipped.reasons, writer.written, writer.swallowed
+
+
+def test_random_bytes_give_the_same_however_they_arrive() -> None:
+    odd = ['""', "\n", "\n", "\r\n", "\r", "\t", "é", "\xa0", "\u2028", "\\", "\x01", HEADER, "x,y,z\n"]
+    facts = ["x", "", "y z", '"q, r"']
+    for seed in range(250):
+        rng = random.Random(seed)
+        sound = "".join(f"a{number},B,{rng.choice(facts)}\n" for number in range(seed % 9))
+        noise = "".join(rng.choices([*'ab1,,,,"" ;|', *odd], k=rng.randrange(1, 100)))
+        content = (HEADER + sound + noise + sound).encode()
+        expected = outcome_of(content, sys.maxsize, 1 << 17)
+        for most, block_bytes in ((1, 1), (3, 7), (20, 30), (200, 64), (sys.maxsize, 16)):
+            assert outcome_of(content, most, block_bytes) == expected, (seed, most, block_bytes)
+
+
 def test_blank_rows_below_the_table_are_no_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}a1,A,x\n,,\n,,\n", "--strict", "--limit", "2") == 0
     assert capsys.readouterr().err == "Wrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
