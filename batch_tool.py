@@ -431,14 +431,14 @@ MAX_TRIES = 3  # of one request
 MAX_TEXT_CHARS = 200  # of a text from the server, in a message
 LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch may take about ten to be listed
 FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; longer, because a POST may take effect late
-VALIDATION_POLL_SECONDS = 5
+SHORT_POLL_SECONDS = 5  # between polls that end soon
 RIVAL_CHECK_SECONDS = 12  # after a POST; by then the listing shows what was submitted in the same second
 OUTPUT_DELAY_SECONDS = 600  # how long a completed batch may lack its output file
 RATE_LIMIT_BUDGET = 600.0  # seconds; total time that one call waits because of 429s
 OUTAGE_BUDGET = 3600.0  # seconds; how long `run` keeps trying during an outage
 MAX_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
 QUIET_PAUSE_SECONDS = 5  # a longer pause is reported
-POLL_SECONDS = 60  # time-out of a request, unless another one is given
+REQUEST_SECONDS = 60  # time-out of a request, unless another one is given
 UPLOAD_SECONDS = 600  # time-out of the response to an upload
 MODEL_SECONDS = 10  # time-out of the model check, which is skipped without a response
 ANSWER_SECONDS = 600  # time-out of one request of `preview`, which waits for the model
@@ -530,14 +530,6 @@ class NotJson(OutcomeUnknown):
     """The response is not a JSON object, so it may not come from the API at all."""
 
 
-class OutputGone(CommandError):
-    """The output file of a batch is no longer on the server."""
-
-    def __init__(self) -> None:
-        super().__init__("its output file is no longer on the server; an earlier download may still have its results; "
-                         "run --force sends, and pays for, all requests of its file again")
-
-
 class OutputMissing(CommandError):
     """A completed batch reports successes but has no output file."""
 
@@ -547,6 +539,11 @@ class IncompleteListing(CommandError):
 
 
 # ---- text and JSON
+
+
+def with_commas(number: int, noun: str) -> str:
+    """The number with commas between thousands, and the noun in the right number."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def to_json(content: Any) -> str:
@@ -566,7 +563,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 @functools.cache
 def fast_json() -> Callable[..., Any] | None:
-    """The JSON decoder that comes with the openai package, which is twice as fast; None if it is missing."""
+    """The JSON decoder that comes with the openai package, which is faster; None if it is missing."""
     try:
         from jiter import from_json
     except ImportError:
@@ -1321,9 +1318,9 @@ def is_rate_limit(failure: ApiError) -> bool:
 class Retry:
     """Decides how long to wait before a call is tried again.
 
-    A call may wait `rate_limit_budget` seconds in all because of 429s, and its response may be lost `tries` times. With
-    an `outage_budget`, 429s and lost responses may take that many seconds in all instead. NotSent had no effect, so it
-    is repeated even with `repeat_lost=False`.
+    A call gives up at the `tries`-th lost response, or once its pauses because of 429s exceed `rate_limit_budget`
+    seconds. With an `outage_budget`, the pauses for both may add up to that many seconds instead. NotSent had no
+    effect, so it is repeated even with `repeat_lost=False`. `repeat_denied` repeats a 401 or 403 twice.
     """
 
     def __init__(
@@ -1553,7 +1550,7 @@ class Api(NamedTuple):
         return self.call_sdk("CREATE_BATCH", request, send, parse, retry)
 
     def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
-        timeout = max(1, min(POLL_SECONDS, self.clock.seconds_left()))
+        timeout = max(1, min(REQUEST_SECONDS, self.clock.seconds_left()))
         send = functools.partial(self.client.batches.with_raw_response.retrieve, timeout=timeout)
         return self._call_for_batch("GET_STATUS", batch_id, send, retry)
 
@@ -1802,7 +1799,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
         try:
             http = openai.DefaultHttpxClient(event_hooks={"response": [refuse_foreign_redirect]})
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
-                                   max_retries=0, timeout=POLL_SECONDS, http_client=http)
+                                   max_retries=0, timeout=REQUEST_SECONDS, http_client=http)
         except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
             advice = "check the proxy and certificate variables"
             raise CommandError(f"cannot set up the API client: {error}; {advice}") from None
@@ -2566,7 +2563,7 @@ class Submitter:
             raise CommandError(self._in_doubt(file_id))
         batch = self._find_by_input_file(file_id, excluded, FENCED_LOOK_UP_DELAYS)
         while batch and batch.status == "validating":  # it may still fail because its file was deleted
-            self.api.clock.sleep(VALIDATION_POLL_SECONDS)
+            self.api.clock.sleep(SHORT_POLL_SECONDS)
             batch = self.api.batch(batch.id)
         return None if batch and batch.status == "failed" else batch
 
@@ -2777,6 +2774,10 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
         return api.download(file_id, size, out, path)
 
 
+OUTPUT_GONE = ("its output file is no longer on the server; an earlier download may still have its results; "
+               "run --force sends, and pays for, all requests of its file again")
+
+
 class Saved(NamedTuple):
     """What was saved of a batch: the size of each file by `results` and `errors`, and why others were not saved."""
 
@@ -2784,7 +2785,7 @@ class Saved(NamedTuple):
     failures: list[CommandError]
 
     def report(self, paths: Mapping[str, str], show: Callable[[str], None]) -> None:
-        """Show what was saved, then raise the first failure."""
+        """Show what was saved. Raises CommandError if something was not."""
         for kind, size in self.sizes.items():
             show(f"{kind.capitalize()} saved: {shown(paths[kind])} ({size} bytes)")
         if self.failures:
@@ -2805,7 +2806,7 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
         except NotFound:
             lost.add(kind)
             if kind == "results":
-                saved.failures.append(OutputGone())
+                saved.failures.append(CommandError(OUTPUT_GONE))
             else:
                 api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
         except CommandError as failure:
@@ -2878,7 +2879,7 @@ def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple
     output_tokens = sum(outputs) / len(outputs) * total
     spread = f"{rounded(min(outputs) * total)} to {rounded(max(outputs) * total)}"
     text = (
-        f"{total:,} request{'' if total == 1 else 's'}: about {rounded(input_tokens)} input and "
+        f"{with_commas(total, 'request')}: about {rounded(input_tokens)} input and "
         f"{rounded(output_tokens)} ({spread}) output tokens, by {plural(len(usages), 'answer')}"
     )
     if prices:
@@ -3001,7 +3002,7 @@ def wait_for_output(api: Api, batch: Batch) -> None:
     while not (polled := poller.poll([batch.id])).ended:
         if polled.lost:
             raise polled.lost[batch.id]
-        api.clock.sleep(VALIDATION_POLL_SECONDS)
+        api.clock.sleep(SHORT_POLL_SECONDS)
 
 
 def create_part(
@@ -3902,9 +3903,8 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         outcomes = results.outcomes()
         to_send = sum(outcomes[kind] for kind in TO_SEND)
         if have := len(results.best) - to_send:
-            total = len(results.best)
-            console.message(f"{have:,} of {total:,} request{'' if total == 1 else 's'} "
-                            f"{'has' if have == 1 else 'have'} a result already")
+            requests_in_all = with_commas(len(results.best), "request")
+            console.message(f"{have:,} of {requests_in_all} {'has' if have == 1 else 'have'} a result already")
         if to_send:
             spool = stack.enter_context(temporary_file())
             api = stack.enter_context(connect(args, console, clock))

@@ -1263,7 +1263,7 @@ def shorten_names(names: list[bytes]) -> list[bytes]:
 class UsedIds:
     """The ids of the requests, and the line of each.
 
-    A set is enough as long as no id is repeated, and takes half the time of a dict. The dict is filled only when rows
+    A set is enough as long as no id is repeated, and takes 0.6 of the time of a dict. The dict is filled only when rows
     have to be looked at one by one.
     """
 
@@ -1305,25 +1305,27 @@ class RequestWriter:
         self._out = out
         self._skipped = skipped
 
-    def write(self, rows: Rows) -> None:
-        """Write the rows that have a name and an id of their own; report the others as skipped."""
+    def write_block(self, rows: Rows) -> None:
         self.swallowed |= rows.swallowed
-        columns = rows.columns
-        ids, names = columns[:2]
-        if not all(ids) or not all(names) or not self._used_ids.add_all(ids, rows.lines):
-            kept = [at for at, row in enumerate(zip(rows.lines, ids, names, strict=True)) if self._accept(*row)]
-            columns = [[column[at] for at in kept] for column in columns]
-        if columns[0]:
-            self._write_requests(columns, rows.needs_escapes)
+        self._write_rows(rows.lines, rows.columns, rows.needs_escapes)
 
     def write_record(self, record: Record) -> None:
         if record.problem:
             self._skipped.add(record.line, record.problem)
             return
         values = [trim_value(record.fields[column]) for column in self._layout.used]
-        held = lines_like_rows(self._layout.delimiter.join(record.fields), record.line, values[0], self._layout)
-        swallowed = {record.line: held} if held else {}
-        self.write(Rows([record.line], [[value] for value in values], 0, swallowed, needs_escapes=True))
+        if held := lines_like_rows(self._layout.delimiter.join(record.fields), record.line, values[0], self._layout):
+            self.swallowed[record.line] = held
+        self._write_rows([record.line], [[value] for value in values], needs_escapes=True)
+
+    def _write_rows(self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
+        """Write the rows that have a name and an id of their own; report the others as skipped."""
+        ids, names = columns[:2]
+        if not all(ids) or not all(names) or not self._used_ids.add_all(ids, lines):
+            kept = [at for at, row in enumerate(zip(lines, ids, names, strict=True)) if self._accept(*row)]
+            columns = [[column[at] for at in kept] for column in columns]
+        if columns[0]:
+            self._write_requests(columns, needs_escapes)
 
     def _write_requests(self, columns: list[list[bytes]], needs_escapes: bool) -> None:
         names = columns[1]
@@ -1361,7 +1363,7 @@ def convert_rows(
         block = reader.peek_block()
         rows = rows_of_block(block, reader.line, layout, left) if block else None
         if rows:
-            writer.write(rows)
+            writer.write_block(rows)
             reader.skip(len(block), rows.next_line)  # if the limit is reached inside the block, nothing more is read
             left -= len(rows.lines)
         else:

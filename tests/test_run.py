@@ -2093,15 +2093,20 @@ def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed
     assert_paid_once(api, REQUESTS.read_bytes())
 
 
+def random_start(chance: random.Random, api: LocalBatchAPI) -> tuple[list[Any], FakeTime]:
+    """A server of random speed, queue and flaky rows, and three to eight requests in the request file."""
+    api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
+    requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
+    api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
+    edit(*requests)
+    return requests, live_in(api, FakeTime())
+
+
 @pytest.mark.parametrize("seed", SEEDS_AT_ONCE)
 def test_whatever_others_do_meanwhile_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
     """Another machine, or a run of an edited file, at work at the same time, with a listing that is whole."""
     chance = random.Random(seed)
-    api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
-    requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
-    api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
-    time = live_in(api, FakeTime())
-    edit(*requests)
+    requests, time = random_start(chance, api)
 
     def meanwhile() -> None:
         before, time.at = time.at, {time.now + chance.uniform(0, 300): kill}
@@ -2137,11 +2142,7 @@ def assert_out_is_complete() -> None:
 def test_whatever_is_lost_at_the_server_nothing_is_paid_for_twice(api: LocalBatchAPI, seed: int) -> None:
     """Output files disappear at any moment, between kills, edits and other parts. What is left ends up in --out."""
     chance = random.Random(seed)
-    api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
-    requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
-    api.outcomes = {each["custom_id"]: [chance.choice(RETRYABLE), "200"] for each in requests if chance.random() < 0.3}
-    time = live_in(api, FakeTime())
-    edit(*requests)
+    requests, time = random_start(chance, api)
 
     def lose() -> None:
         there = [batch.output_file_id for batch in api.batches.values() if batch.output_file_id in api.files]
