@@ -14,45 +14,18 @@ You can ask for failures:
     --outcome a2=429                 request a2 fails with this HTTP status whenever a batch runs it
     --outcome a2=500,expired,200     one outcome each time a batch runs it, then success
     --fail-every 10                  every 10th request of a batch answers 500 the first time it is run
-    --queue-limit 1000               a batch that would enqueue more requests fails: token_limit_exceeded
 
 Outcomes are 200, any status from 400 to 599, and
-    expired, cancelled, timeout      an error line without a response
-    missing                          no line at all
-    incomplete, content_filter       HTTP 200 with half an answer
-    refusal, no_text, error_200      HTTP 200 with a refusal, without any text, with an error as its body
-    failed                           HTTP 200 with a failed response (/v1/responses only, elsewhere a 500)
-
-Other services do some things differently. --habit NAME, which can be repeated, imitates them:
-
-    no-final-newline                 the last line of a results file has no line end
-    string-bodies                    response.body is a string that holds JSON
-    both-files                       a batch that ran always names an output and an error file; one may be empty
-    upper-case                       statuses are in upper case
-    no-bytes                         File objects have no "bytes"
-    zero-bytes                       File objects say "bytes": 0
-    no-file-info                     there is no GET /v1/files/{id}
-    late-output                      a completed batch names its output file only at the third GET
-    no-metadata                      batches keep no metadata
-    no-delete                        files cannot be deleted
-    no-models                        there is no GET /v1/models/{model}
-    ignores-after                    the listing always starts with the newest batch
-    no-has-more                      the listing has no "has_more"
-    short-endpoint                   the listing says "/responses" instead of "/v1/responses"
+    incomplete       HTTP 200 with half an answer: max_output_tokens
+    refusal          HTTP 200 with a refusal
+    expired          not run before the completion window ended
 
 Exit codes: 0 terminated (SIGTERM, SIGINT, SIGHUP); 1 the port is not available; 2 invalid arguments.
-
-Tests run the server in process and can ask for more; see the attributes of BatchService, and Fault:
-
-    with LocalBatchAPI(step=0.1) as api:
-        api.faults.append(Fault("POST", "/batches$", when="after", action="reset"))
-        client = OpenAI(base_url=api.base_url, api_key="local")
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import io
 import json
@@ -60,21 +33,20 @@ import random
 import re
 import secrets
 import signal
-import socket
 import socketserver
-import struct
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from types import MappingProxyType
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 HOST = "127.0.0.1"
@@ -82,10 +54,6 @@ CHUNK = 256 * 1024
 DAY = 24 * 60 * 60
 FILE_LIFE = 30 * DAY
 RESPONSES, CHAT = ENDPOINTS = ("/v1/responses", "/v1/chat/completions")
-HABITS = (
-    "no-final-newline", "string-bodies", "both-files", "upper-case", "no-bytes", "zero-bytes", "no-file-info",
-    "late-output", "no-metadata", "no-delete", "no-models", "ignores-after", "no-has-more", "short-endpoint",
-)
 NEXT_STATUS = {"validating": "in_progress", "in_progress": "finalizing", "finalizing": "completed",
                "cancelling": "cancelled"}
 BATCH_FIELDS = (
@@ -98,23 +66,7 @@ MAX_BATCH_ERRORS = 50
 WINDOW = 1000  # requests in memory
 
 SUCCESS = "200"
-TEXTS = {
-    SUCCESS: "{artist}: a made-up bio from the local mock server; no model was asked.",
-    "incomplete": "{artist}: a made-up bio from the",
-    "content_filter": "{artist}: a made-up",
-    "refusal": "Refused, as the local mock server was told to.",
-    "failed": "Failed, as the local mock server was told to.",
-    "no_text": "",
-    "error_200": "",
-}
-INCOMPLETE_REASONS = {"incomplete": "max_output_tokens", "content_filter": "content_filter"}
-FINISH_REASONS = {"incomplete": "length", "content_filter": "content_filter"}
 INPUT_TOKENS, OUTPUT_TOKENS = 120, 45  # of each answer; at once, the input tokens depend on the body
-NO_RESPONSE = {
-    "expired": ("batch_expired", "This request was not run before the completion window ended."),
-    "cancelled": ("batch_cancelled", "This request was not run before the batch was cancelled."),
-    "timeout": ("request_timeout", "This request timed out."),
-}
 ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 500: "server_error"}
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
@@ -128,13 +80,6 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.content = error_envelope(status, message, param, code)
-
-
-def not_there(status: int) -> Refusal:
-    """The answer of a web framework where the service has no such path or method."""
-    refusal = Refusal(status, http.client.responses[status])
-    refusal.content = {"detail": http.client.responses[status]}
-    return refusal
 
 
 def error_envelope(status: int, message: str, param: str | None = None, code: str | None = None) -> Json:
@@ -154,10 +99,13 @@ def made_up_error(status: int) -> Json:
 class Answer(NamedTuple):
     status: int
     body: bytes | Path
-    headers: Mapping[str, str] = {}
+    content_type: str = "application/json"
 
     def open(self) -> BinaryIO:
         return self.body.open("rb") if isinstance(self.body, Path) else io.BytesIO(self.body)
+
+    def size(self) -> int:
+        return self.body.stat().st_size if isinstance(self.body, Path) else len(self.body)
 
 
 def json_answer(content: Json, status: int = 200) -> Answer:
@@ -165,67 +113,8 @@ def json_answer(content: Json, status: int = 200) -> Answer:
 
 
 @dataclass
-class Fault:
-    """Something that goes wrong with ``times`` of the matching requests, after the first ``skip`` of them.
-
-    ``path`` is a regular expression that is searched in the path. The first matching fault in the list applies.
-
-    answer   ``status``, ``headers`` and ``body`` (default: an error envelope with ``message`` and ``code``)
-    reset    the connection is reset without an answer
-    cut      the true headers and half of the body, then the end: the client can tell
-    shorten  the same without Content-Length: the client cannot tell
-    delay    the true answer, ``seconds`` late (the other actions can be late, too)
-    drip     the true answer byte by byte, headers included, with ``seconds`` between two bytes
-
-    ``when`` says when the fault strikes:
-
-    before   answer and reset keep the service from doing its work
-    after    the service has done its work
-    later    answer or reset comes at once; the service does its work at LocalBatchAPI.carry_out(), or by itself
-             after ``seconds``, if these are not 0
-
-    An answer without ``headers`` of its own tells the SDK to retry at once.
-    """
-
-    method: str | None = None
-    path: str = ""
-    skip: int = 0
-    times: int = 1
-    when: str = "before"
-    action: str = "answer"
-    status: int = 500
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-    seconds: float = 0
-    message: str | None = None
-    code: str | None = None
-    seen: int = 0
-
-    def applies_to(self, method: str, path: str) -> bool:
-        """Whether the fault strikes this request. Counts the request if it matches."""
-        if self.method not in (None, method) or not re.search(self.path, path):
-            return False
-        self.seen += 1
-        return self.skip < self.seen <= self.skip + self.times
-
-    def delay(self) -> float:
-        return 0 if self.when == "later" or self.action == "drip" else self.seconds
-
-    def answer(self) -> Answer:
-        headers = self.headers or {"retry-after-ms": "1"}
-        if self.body is not None:
-            return Answer(self.status, self.body, headers)
-        envelope = made_up_error(self.status)
-        envelope["error"].update({k: v for k, v in (("message", self.message), ("code", self.code)) if v})
-        return json_answer(envelope, self.status)._replace(headers=headers)
-
-
-@dataclass
-class Exchange:
-    """A request as received and its answer. ``status`` is None where no answer was sent.
-
-    Where the request is a form, ``request_json`` has its text fields, and its file's ``filename`` and ``bytes``.
-    """
+class Request:
+    """A request as received. Of a form, ``request_json`` has the text fields, ``filename`` and ``bytes``."""
 
     method: str
     path: str
@@ -234,8 +123,6 @@ class Exchange:
     request_json: Any
     size: int  # of the request's body
     upload: Path  # where the form's file is
-    status: int | None = None
-    answer_json: Any = None
 
 
 def json_or_none(text: bytes) -> Any:
@@ -299,12 +186,7 @@ class LocalBatch:
     request_counts: Json | None = field(default_factory=lambda: counts(0))
     usage: Json | None = None
     born: float
-    expire: float | None = None
-    over_limit: bool = False
     done: int = 0  # requests that were run before the batch was cancelled
-    looks: int = 0  # GETs since it is completed
-    hold: str | None = None
-    frozen: bool = False
 
     def __post_init__(self) -> None:
         self.input_file_id = self.input_file.id
@@ -407,31 +289,27 @@ def input_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def responses_body(body: Json, outcome: str, created_at: int, input_tokens: int) -> Json:
-    text = TEXTS[outcome].format(artist=artist_name(body))
+def responses_body(body: Json, outcome: str, text: str, created_at: int, input_tokens: int) -> Json:
     content: Json = {"type": "output_text", "text": text, "annotations": []}
     if outcome == "refusal":
         content = {"type": "refusal", "refusal": text}
-    failed, reason = outcome == "failed", INCOMPLETE_REASONS.get(outcome)
-    status = "failed" if failed else "incomplete" if reason else "completed"
+    status = "incomplete" if outcome == "incomplete" else "completed"
     reasoning = {"id": new_id("rs_"), "type": "reasoning", "summary": []}
     message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": status, "content": [content]}
     return {
         "id": new_id("resp_"), "object": "response", "created_at": created_at, "model": body["model"], "status": status,
-        "error": {"code": "server_error", "message": text} if failed else None,
-        "incomplete_details": {"reason": reason} if reason else None,
-        "output": [] if failed else [reasoning] if outcome == "no_text" else [reasoning, message],
-        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-        "usage": None if failed else usage(RESPONSES, input_tokens, OUTPUT_TOKENS),
+        "error": None, "incomplete_details": {"reason": "max_output_tokens"} if outcome == "incomplete" else None,
+        "output": [reasoning, message], "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "usage": usage(RESPONSES, input_tokens, OUTPUT_TOKENS),
     }
 
 
-def chat_body(body: Json, outcome: str, created_at: int, input_tokens: int) -> Json:
-    text = TEXTS[outcome].format(artist=artist_name(body)) or None
+def chat_body(body: Json, outcome: str, text: str, created_at: int, input_tokens: int) -> Json:
     message: Json = {"role": "assistant", "content": text, "refusal": None}
     if outcome == "refusal":
         message |= {"content": None, "refusal": text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": FINISH_REASONS.get(outcome, "stop")}
+    finish_reason = "length" if outcome == "incomplete" else "stop"
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
     return {
         "id": new_id("chatcmpl-"), "object": "chat.completion", "created": created_at, "model": body["model"],
         "choices": [choice], "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
@@ -448,30 +326,6 @@ def usage(endpoint: str, input_tokens: int, output_tokens: int) -> Json:
     }
 
 
-def is_outcome(text: str) -> bool:
-    return text in TEXTS or text in NO_RESPONSE or text == "missing" or bool(re.fullmatch("[45][0-9][0-9]", text))
-
-
-def at_endpoint(outcome: str, endpoint: str) -> str:
-    """The outcome as it is at this endpoint. Raises ValueError for an unknown one."""
-    if not is_outcome(outcome):
-        raise ValueError(f"no such outcome: {outcome!r}")
-    return "500" if outcome == "failed" and endpoint == CHAT else outcome
-
-
-def is_paid(outcome: str) -> bool:
-    return outcome in TEXTS and outcome != "failed"
-
-
-def response_to(endpoint: str, body: Json, outcome: str, created_at: int, input_tokens: int) -> tuple[int, Json]:
-    """The status and the body of the answer to a request."""
-    if outcome == "error_200":
-        return 200, made_up_error(500)
-    if outcome in TEXTS:
-        return 200, (chat_body if endpoint == CHAT else responses_body)(body, outcome, created_at, input_tokens)
-    return int(outcome), made_up_error(int(outcome))
-
-
 def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, bytes]]:
     """The lines with their positions, shuffled within a window. The same seed gives the same order."""
     numbered, chance = enumerate(lines), random.Random(seed)
@@ -486,46 +340,53 @@ def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, byt
 class BatchService:
     """The service without HTTP. Batches proceed when someone looks at them."""
 
+    texts: ClassVar = {  # of the outcomes that are answers of the model
+        SUCCESS: "{artist}: a made-up bio from the local mock server; no model was asked.",
+        "incomplete": "{artist}: a made-up bio from the",
+        "refusal": "Refused, as the local mock server was told to.",
+    }
+    no_response: ClassVar = {  # error codes and messages of the others
+        "expired": ("batch_expired", "This request was not run before the completion window ended."),
+        "cancelled": ("batch_cancelled", "This request was not run before the batch was cancelled."),
+    }
+
+    batch_class = LocalBatch
+
     def __init__(self, step: float = 0.0) -> None:
         self.step = step  # seconds in each status
-        self.clock: Callable[[], float] = time.monotonic  # tests may pass one that only their sleeping moves on
-        self.key: str | None = None  # None: any key will do
-        self.queue_limit: int | None = None  # requests in batches that have not ended
         self.max_requests = 50_000
-        self.hold: str | None = None  # no batch leaves this status
         self.outcomes: dict[str, str | list[str]] = {}  # by custom_id; a list is used up, then comes success
-        self.answers: list[str] = []  # outcomes of requests that are answered at once; then comes success
         self.fail_every: int | None = None
-        self.expire: float | list[float | None] | None = None  # share that is run; a list: of the next batches
-        self.cancel_done: float | None = None  # share that is run; None: by the clock
-        self.empty_ids = False  # "" for a file that does not exist, instead of null
-        self.list_delay: float = 0  # seconds until the listing shows a new batch
-        self.clock_offset: float = 0  # seconds by which the server's clock is ahead
-        self.habits: set[str] = set()  # see HABITS
-        self.late_output = 2  # GETs of a completed batch without its output file, for the habit late-output
         self.files: dict[str, StoredFile] = {}
         self.batches: dict[str, LocalBatch] = {}
         self.executions: Counter[str] = Counter()  # by custom_id: how often a batch has got a response to it
-        self.paid: Counter[str] = Counter()  # by sha256 of a request's line: how often a batch has charged for it
-        self.answered: list[Json] = []  # the bodies of the requests that are answered at once
         dying = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 10 * DAY))
         self.models: dict[str, str | None] = {"local-dying": dying, "local-dead": None}  # shutdown dates; None: dead
-        self.recording = True  # fills paid, answered and exchanges
         self.folder = Path()
         self.lock = threading.RLock()
 
     def now(self) -> int:
-        return int(time.time() + self.clock_offset)
+        return int(time.time())
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def answer_to(self, request: Request) -> Answer:
+        try:
+            self.check_key(request)
+            for method, pattern, action in ROUTES:
+                if method == request.method and (found := re.fullmatch(pattern, request.path)):
+                    with self.lock:
+                        return getattr(self, action)(request, *found.groups())  # type: ignore[no-any-return]
+            raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
+        except Refusal as refusal:
+            return json_answer(refusal.content, refusal.status)
+
+    def check_key(self, request: Request) -> None:
+        if not re.match(r"Bearer +\S", request.headers.get("authorization", "")):
+            raise Refusal(401, "You didn't provide an API key in the header Authorization: Bearer.")
 
     # Files
-
-    def new_file(self, content: bytes, purpose: str, filename: str) -> StoredFile:
-        path = self.new_path()
-        path.write_bytes(content)
-        return self.store(path, purpose, filename)
-
-    def read_file(self, file_id: str) -> bytes:
-        return self.files[file_id].path.read_bytes()
 
     def new_path(self) -> Path:
         return self.folder / new_id("file-")
@@ -541,43 +402,34 @@ class BatchService:
             raise Refusal(404, f"No such File object: {file_id}", "id")
         return self.files[file_id]
 
-    def shown_file(self, file: StoredFile) -> Answer:
+    def shown_file(self, file: StoredFile) -> Json:
+        """The File object."""
         shown = asdict(file) | {"object": "file", "status": "processed", "status_details": None}
         del shown["path"]
-        if "zero-bytes" in self.habits:
-            shown["bytes"] = 0
-        if "no-bytes" in self.habits:
-            del shown["bytes"]
-        return json_answer(shown)
+        return shown
 
-    def create_file(self, request: Exchange) -> Answer:
+    def create_file(self, request: Request) -> Answer:
         form = request.request_json if isinstance(request.request_json, dict) else {}
         if not request.upload.exists() or "filename" not in form:
             raise Refusal(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
         if form.get("purpose") != "batch":
             raise Refusal(400, "Invalid value for 'purpose': the local mock server takes 'batch'.", "purpose")
-        return self.shown_file(self.store(request.upload, "batch", form["filename"]))
+        return json_answer(self.shown_file(self.store(request.upload, "batch", form["filename"])))
 
-    def get_file(self, request: Exchange, file_id: str) -> Answer:
-        if "no-file-info" in self.habits:
-            raise not_there(404)
-        return self.shown_file(self.find_file(file_id))
+    def get_file(self, request: Request, file_id: str) -> Answer:
+        return json_answer(self.shown_file(self.find_file(file_id)))
 
-    def get_content(self, request: Exchange, file_id: str) -> Answer:
-        return Answer(200, self.find_file(file_id).path, {"Content-Type": "application/octet-stream"})
+    def get_content(self, request: Request, file_id: str) -> Answer:
+        return Answer(200, self.find_file(file_id).path, "application/octet-stream")
 
-    def delete_file(self, request: Exchange, file_id: str) -> Answer:
-        if "no-delete" in self.habits:
-            raise not_there(405)
+    def delete_file(self, request: Request, file_id: str) -> Answer:
         self.find_file(file_id)
         del self.files[file_id]  # its bytes stay: a batch that has begun needs them
         return json_answer({"id": file_id, "object": "file", "deleted": True})
 
     # Models, and answers at once
 
-    def get_model(self, request: Exchange, quoted: str) -> Answer:
-        if "no-models" in self.habits:
-            raise not_there(404)
+    def get_model(self, request: Request, quoted: str) -> Answer:
         model = unquote(quoted)
         self.check_model(model)
         shown = {"id": model, "object": "model", "created": self.now() - 100 * DAY, "owned_by": "local"}
@@ -590,75 +442,51 @@ class BatchService:
     def dead_models(self) -> set[str]:
         return {model for model, shutdown_date in self.models.items() if shutdown_date is None}
 
-    def answer_at_once(self, request: Exchange) -> Answer:
+    def answer_at_once(self, request: Request) -> Answer:
         body = request.request_json
         if not isinstance(body, dict) or not isinstance(body.get("model"), str):
             raise Refusal(400, "Missing required parameter: 'model'.", "model", "missing_required_parameter")
-        if self.recording:
-            self.answered.append(body)
         self.check_model(body["model"])
-        outcome = at_endpoint(self.answers.pop(0) if self.answers else SUCCESS, request.path)
-        status, answer = response_to(request.path, body, outcome, self.now(), max(1, request.size // 4))
+        outcome = self.outcome_at_once(body)
+        status, answer = self.response_to(request.path, body, outcome, self.now(), max(1, request.size // 4))
         return json_answer(answer, status)
+
+    def outcome_at_once(self, body: Json) -> str:
+        return SUCCESS
+
+    def response_to(
+        self, endpoint: str, body: Json, outcome: str, created_at: int, input_tokens: int
+    ) -> tuple[int, Json]:
+        """The status and the body of the answer to a request."""
+        if outcome not in self.texts:
+            return int(outcome), made_up_error(int(outcome))
+        text = self.texts[outcome].format(artist=artist_name(body))
+        return 200, (chat_body if endpoint == CHAT else responses_body)(body, outcome, text, created_at, input_tokens)
 
     # Batches
 
-    def new_batch(
-        self, status: str, *, input_file: StoredFile | None = None, endpoint: str = RESPONSES,
-        output: bytes | None = None, errors: bytes | None = None, metadata: dict[str, str] | None = None,
-        created_at: int | None = None, **overrides: Any,
-    ) -> LocalBatch:
-        """A batch that is in this status and stays there; if it is cancelled, it stays ``cancelling``.
+    def begin(self, input_file: StoredFile, content: Json) -> LocalBatch:
+        """The batch that a POST asks for."""
+        return self.batch_class(input_file=input_file, endpoint=content["endpoint"], metadata=content.get("metadata"),
+                                created_at=self.now(), born=self.clock())
 
-        ``overrides`` are other fields of the Batch object, or other values of these.
-        """
-        input_file = input_file or self.new_file(b"", "batch", "requests.jsonl")
-        now = int(created_at or self.now())
-        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now,
-                           born=self.clock(), frozen=True)
-        batch.enter(status, batch.born)
-        completed, failed = len((output or b"").splitlines()), len((errors or b"").splitlines())
-        batch.request_counts = counts(batch.total or completed + failed, completed, failed)
-        if output is not None:
-            batch.output_file_id = self.new_file(output, "batch_output", f"{batch.id}_output.jsonl").id
-        if errors is not None:
-            batch.error_file_id = self.new_file(errors, "batch_output", f"{batch.id}_error.jsonl").id
-        for name, value in overrides.items():
-            setattr(batch, name, value)
-        self.batches[batch.id] = batch
-        return batch
-
-    def create_batch(self, request: Exchange) -> Answer:
+    def create_batch(self, request: Request) -> Answer:
         content = request.request_json
         check_creation(content)
         input_file = self.files.get(content["input_file_id"])
         if input_file is None or input_file.purpose != "batch":
             message = f"Invalid 'input_file_id': there is no file {content['input_file_id']} with purpose 'batch'."
             raise Refusal(400, message, "input_file_id")
-        endpoint, metadata, now = content["endpoint"], content.get("metadata"), self.now()
-        batch = LocalBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now,
-                           born=self.clock())
-        answer = json_answer(self.shown(batch))
-        self.enqueue(batch)
-        return answer
-
-    def enqueue(self, batch: LocalBatch) -> None:
-        if self.queue_limit is not None:
-            for other in self.batches.values():
-                self.advance(other)  # those that have ended by now make room
-            active = [other for other in self.batches.values() if other.status in NEXT_STATUS]
-            batch.over_limit = sum(other.total for other in [*active, batch]) > self.queue_limit
-        batch.expire = self.expire if not isinstance(self.expire, list) else (self.expire or [None]).pop(0)
+        batch = self.begin(input_file, content)
         self.batches[batch.id] = batch
+        return json_answer(self.shown(batch))
 
-    def list_batches(self, request: Exchange) -> Answer:
+    def list_batches(self, request: Request) -> Answer:
         limit, after = request.query.get("limit", "20"), request.query.get("after")
         if not limit.isdecimal() or not 1 <= int(limit) <= 100:
             raise Refusal(400, "Invalid 'limit': an integer from 1 to 100 is expected.", "limit")
-        listed = self.clock() - self.list_delay
-        batches = [batch for batch in list(self.batches.values()) if batch.frozen or batch.born <= listed]
-        batches = sorted(batches, key=lambda batch: batch.created_at)[::-1]  # newest first
-        if after and "ignores-after" not in self.habits:
+        batches = sorted(self.listed(), key=lambda batch: batch.created_at)[::-1]  # newest first
+        if after:
             if after not in [batch.id for batch in batches]:
                 raise Refusal(400, f"Invalid 'after': there is no {after}.", "after")
             del batches[: [batch.id for batch in batches].index(after) + 1]
@@ -666,19 +494,17 @@ class BatchService:
         return json_answer(self.listing(shown, len(batches) > int(limit)))
 
     def listing(self, shown: list[Json], has_more: bool) -> Json:
-        if "short-endpoint" in self.habits:
-            shown = [each | {"endpoint": each["endpoint"].removeprefix("/v1")} for each in shown]
         first, last = (shown[0]["id"], shown[-1]["id"]) if shown else ("", "")
-        content = {"object": "list", "data": shown, "first_id": first, "last_id": last}
-        return content if "no-has-more" in self.habits else content | {"has_more": has_more}
+        return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": has_more}
 
-    def get_batch(self, request: Exchange, batch_id: str) -> Answer:
-        batch = self.find_batch(batch_id)
-        shown = self.look(batch)
-        batch.looks += batch.status == "completed"
-        return json_answer(shown)
+    def listed(self) -> list[LocalBatch]:
+        """The batches that the listing has, in the order of their creation."""
+        return list(self.batches.values())
 
-    def cancel_batch(self, request: Exchange, batch_id: str) -> Answer:
+    def get_batch(self, request: Request, batch_id: str) -> Answer:
+        return json_answer(self.look(self.find_batch(batch_id)))
+
+    def cancel_batch(self, request: Request, batch_id: str) -> Answer:
         batch = self.find_batch(batch_id)
         self.advance(batch)
         if batch.status in TERMINAL:
@@ -695,76 +521,63 @@ class BatchService:
     def cancel(self, batch: LocalBatch) -> None:
         if batch.status == "validating":
             batch.total = 0  # the batch has accepted no request yet
-        share = self.progress(batch) if self.cancel_done is None else self.cancel_done
-        batch.done = int(batch.total * share)
+        batch.done = int(batch.total * self.progress(batch))
         batch.enter("cancelling", self.clock())
 
     def look(self, batch: LocalBatch) -> Json:
         """The Batch object as it is now."""
         with self.lock:
             self.advance(batch)
-            if batch.status == "in_progress" and not batch.frozen:
+            if batch.status == "in_progress":
                 batch.request_counts = counts(batch.total, int(batch.total * self.progress(batch)))
             return self.shown(batch)
 
     def shown(self, batch: LocalBatch) -> Json:
-        """The Batch object with the service's habits."""
-        content = batch.as_json()
-        if "late-output" in self.habits and batch.status == "completed" and batch.looks < self.late_output:
-            content["output_file_id"] = "" if self.empty_ids else None
-        if "upper-case" in self.habits:
-            content["status"] = batch.status.upper()
-        if "no-metadata" in self.habits:
-            content["metadata"] = None
-        return content
+        """The Batch object."""
+        return batch.as_json()
 
     def progress(self, batch: LocalBatch) -> float:
         """The share of the requests that have been run, by the clock."""
-        if batch.frozen or batch.status == "validating":
+        if batch.status == "validating":
             return 0.0
         elapsed = self.clock() - batch.since
         return 1.0 if batch.status == "finalizing" or elapsed >= self.step else elapsed / self.step
 
     def advance(self, batch: LocalBatch) -> None:
-        while batch.status in NEXT_STATUS and batch.status not in (self.hold, batch.hold) and not batch.frozen:
-            if self.clock() < batch.since + self.step:
-                return
-            self.leave(batch, batch.since + self.step)
+        """Let the batch pass through the statuses that it has left by now."""
+        while batch.status in NEXT_STATUS and self.is_due(batch):
+            moment = batch.since + self.step
+            batch.enter(self.leave(batch), moment)
 
-    def leave(self, batch: LocalBatch, moment: float) -> None:
-        status = NEXT_STATUS[batch.status]
-        if batch.status == "validating" and self.validate(batch):
-            status = "failed"
-        elif batch.status == "in_progress" and batch.expire is not None:
-            status = "expired"
-            self.execute(batch, int(batch.total * batch.expire), rest="expired")
+    def is_due(self, batch: LocalBatch) -> bool:
+        return self.clock() >= batch.since + self.step
+
+    def leave(self, batch: LocalBatch) -> str:
+        """Do what the batch does at the end of its status. Returns the next one."""
+        if batch.status == "validating":
+            if errors := self.input_errors(batch):
+                batch.errors = {"object": "list", "data": errors}
+                return "failed"
+            batch.request_counts = counts(batch.total)
         elif batch.status == "cancelling":
             self.execute(batch, batch.done, rest="cancelled")
         elif batch.status == "finalizing":
             self.execute(batch, batch.total, rest=SUCCESS)
-        batch.enter(status, moment)
+        return NEXT_STATUS[batch.status]
 
-    def validate(self, batch: LocalBatch) -> bool:
-        """Whether the batch fails. Fills in its errors, or the number of its requests."""
+    def input_errors(self, batch: LocalBatch) -> list[Json]:
+        """What is wrong with the input file. Fills in the batch's model."""
+        if batch.input_file.id not in self.files:
+            return [batch_error("invalid_request", f"The input file {batch.input_file.id} does not exist.")]
+        if not batch.total:
+            return [batch_error("empty_file", "The input file is empty.")]
+        if batch.total > self.max_requests:
+            return [batch_error("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
         check = InputCheck(batch.endpoint, self.dead_models())
-        if batch.input_file_id not in self.files:
-            errors = [batch_error("invalid_request", f"The input file {batch.input_file_id} does not exist.")]
-        elif not batch.total:
-            errors = [batch_error("empty_file", "The input file is empty.")]
-        elif batch.total > self.max_requests:
-            errors = [batch_error("too_many_tasks", f"The input file has more than {self.max_requests} requests.")]
-        else:
-            with batch.input_file.path.open("rb") as lines:
-                errors = list(islice(check.errors(lines), MAX_BATCH_ERRORS))
+        with batch.input_file.path.open("rb") as lines:
+            errors = list(islice(check.errors(lines), MAX_BATCH_ERRORS))
         batch.model = check.model
-        if not errors and batch.over_limit:
-            message = f"Enqueued token limit reached for {check.model}: wait until a batch has ended, or send fewer."
-            errors = [batch_error("token_limit_exceeded", message)]
-        if errors:
-            batch.errors = {"object": "list", "data": errors}
-        else:
-            batch.request_counts = counts(batch.total)
-        return bool(errors)
+        return errors
 
     def execute(self, batch: LocalBatch, done: int, rest: str) -> None:
         """Run the first ``done`` requests of the input file; the others get the outcome ``rest``."""
@@ -772,42 +585,25 @@ class BatchService:
         outcomes: Counter[str] = Counter()
         with (
             batch.input_file.path.open("rb") as lines,
-            output.open("w", encoding="ascii") as successes,
-            errors.open("w", encoding="ascii") as failures,
+            output.open("wb") as successes,
+            errors.open("wb") as failures,
         ):
             for position, line in in_other_order(islice(lines, batch.total), batch.id):
                 request = json.loads(line.decode())
-                outcome = self.outcome(request["custom_id"], position) if position < done else rest
-                outcome = at_endpoint(outcome, batch.endpoint)
-                if outcome != "missing":
-                    (successes if outcome in TEXTS else failures).write(self.results_line(batch, request, outcome))
+                outcome = self.outcome(batch, request["custom_id"], position) if position < done else rest
+                result = self.results_line(batch, request, outcome)
+                if result:
+                    (successes if outcome in self.texts else failures).write(result)
                     outcomes[outcome] += 1
                     self.count_execution(request["custom_id"], line, outcome)
         batch.output_file_id = self.store_results(output, f"{batch.id}_output.jsonl")
         batch.error_file_id = self.store_results(errors, f"{batch.id}_error.jsonl")
-        completed = sum(count for outcome, count in outcomes.items() if outcome in TEXTS)
+        completed = sum(count for outcome, count in outcomes.items() if outcome in self.texts)
         batch.request_counts = counts(batch.total, completed, outcomes.total() - completed)
-        charged = sum(count for outcome, count in outcomes.items() if is_paid(outcome))
+        charged = sum(count for outcome, count in outcomes.items() if self.is_paid(outcome))
         batch.usage = usage(RESPONSES, INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
 
-    def results_line(self, batch: LocalBatch, request: Json, outcome: str) -> str:
-        response, error = None, None
-        if outcome in NO_RESPONSE:
-            error = dict(zip(("code", "message"), NO_RESPONSE[outcome], strict=True))
-        else:
-            status, body = response_to(batch.endpoint, request["body"], outcome, batch.created_at, INPUT_TOKENS)
-            shown = json.dumps(body) if "string-bodies" in self.habits else body
-            response = {"status_code": status, "request_id": new_id("req_"), "body": shown}
-        own = {"id": new_id("batch_req_"), "custom_id": request["custom_id"]}
-        return json.dumps(own | {"response": response, "error": error}) + "\n"
-
-    def count_execution(self, custom_id: str, line: bytes, outcome: str) -> None:
-        if outcome not in NO_RESPONSE:
-            self.executions[custom_id] += 1
-        if self.recording and is_paid(outcome):
-            self.paid[hashlib.sha256(line.removesuffix(b"\n")).hexdigest()] += 1
-
-    def outcome(self, custom_id: str, position: int) -> str:
+    def outcome(self, batch: LocalBatch, custom_id: str, position: int) -> str:
         asked = self.outcomes.get(custom_id)
         if isinstance(asked, list):
             return asked.pop(0) if asked else SUCCESS
@@ -815,51 +611,43 @@ class BatchService:
             return SUCCESS if self.executions[custom_id] else "500"
         return asked or SUCCESS
 
+    def is_paid(self, outcome: str) -> bool:
+        return outcome in self.texts
+
+    def results_line(self, batch: LocalBatch, request: Json, outcome: str) -> bytes:
+        response, error = None, None
+        if outcome in self.no_response:
+            error = dict(zip(("code", "message"), self.no_response[outcome], strict=True))
+        else:
+            status, body = self.response_to(batch.endpoint, request["body"], outcome, batch.created_at, INPUT_TOKENS)
+            response = {"status_code": status, "request_id": new_id("req_"), "body": body}
+        own = {"id": new_id("batch_req_"), "custom_id": request["custom_id"]}
+        return json.dumps(own | {"response": response, "error": error}).encode() + b"\n"
+
+    def count_execution(self, custom_id: str, line: bytes, outcome: str) -> None:
+        self.executions[custom_id] += outcome not in self.no_response
+
     def store_results(self, path: Path, filename: str) -> str | None:
-        size = path.stat().st_size
-        if not size and "both-files" not in self.habits:
-            path.unlink()
-            return "" if self.empty_ids else None
-        if size and "no-final-newline" in self.habits:
-            with path.open("r+b") as file:
-                file.truncate(size - 1)
-        return self.store(path, "batch_output", filename).id
+        """The id of the file of results. An empty one is no file."""
+        if path.stat().st_size:
+            return self.store(path, "batch_output", filename).id
+        path.unlink()
+        return None
 
 
-Action = Callable[..., Answer]
-ROUTES: list[tuple[str, str, Action]] = [
-    ("POST", "/v1/files", BatchService.create_file),
-    ("GET", "/v1/files/([^/]+)", BatchService.get_file),
-    ("DELETE", "/v1/files/([^/]+)", BatchService.delete_file),
-    ("GET", "/v1/files/([^/]+)/content", BatchService.get_content),
-    ("POST", "/v1/batches", BatchService.create_batch),
-    ("GET", "/v1/batches", BatchService.list_batches),
-    ("GET", "/v1/batches/([^/]+)", BatchService.get_batch),
-    ("POST", "/v1/batches/([^/]+)/cancel", BatchService.cancel_batch),
-    ("GET", "/v1/models/(.+)", BatchService.get_model),
-    ("POST", "/v1/responses", BatchService.answer_at_once),
-    ("POST", "/v1/chat/completions", BatchService.answer_at_once),
+ROUTES = [
+    ("POST", "/v1/files", "create_file"),
+    ("GET", "/v1/files/([^/]+)", "get_file"),
+    ("DELETE", "/v1/files/([^/]+)", "delete_file"),
+    ("GET", "/v1/files/([^/]+)/content", "get_content"),
+    ("POST", "/v1/batches", "create_batch"),
+    ("GET", "/v1/batches", "list_batches"),
+    ("GET", "/v1/batches/([^/]+)", "get_batch"),
+    ("POST", "/v1/batches/([^/]+)/cancel", "cancel_batch"),
+    ("GET", "/v1/models/(.+)", "get_model"),
+    ("POST", "/v1/responses", "answer_at_once"),
+    ("POST", "/v1/chat/completions", "answer_at_once"),
 ]
-
-
-def answer_to(request: Exchange, service: BatchService) -> Answer:
-    try:
-        check_key(request.headers.get("authorization", ""), service.key)
-        for method, pattern, action in ROUTES:
-            if method == request.method and (found := re.fullmatch(pattern, request.path)):
-                with service.lock:
-                    return action(service, request, *found.groups())
-        raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
-    except Refusal as refusal:
-        return json_answer(refusal.content, refusal.status)
-
-
-def check_key(authorization: str, key: str | None) -> None:
-    given = authorization.removeprefix("Bearer ").strip() if authorization.startswith("Bearer ") else ""
-    if not given:
-        raise Refusal(401, "You didn't provide an API key in the header Authorization: Bearer.")
-    if key not in (None, given):
-        raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
 # ---- HTTP ----
@@ -875,19 +663,12 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         if "Transfer-Encoding" in self.headers:
             self.send_error(411)  # closes the connection
-            return
-        api = self.server.api
-        request = self.received()
-        if api.recording:
-            api.exchanges.append(request)
-        if fault := api.take_fault(request):
-            self.suffer(fault, request)
         else:
-            self.send(answer_to(request, api), request)
+            self.answer(self.received())
 
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = respond
 
-    def received(self) -> Exchange:
+    def received(self) -> Request:
         url, upload = urlsplit(self.path), self.server.api.new_path()
         headers = {name.lower(): value for name, value in self.headers.items()}
         size = int(headers.get("content-length", 0))
@@ -896,60 +677,23 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError("the client went away")
         boundary = re.match(r'multipart/form-data;.*boundary="?([^";]+)', headers.get("content-type", ""))
         content = read_form(body, boundary[1].encode(), upload) if boundary else json_or_none(body)
-        return Exchange(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
+        return Request(self.command, url.path, dict(parse_qsl(url.query)), headers, content, size, upload)
 
-    def suffer(self, fault: Fault, request: Exchange) -> None:
-        api, answer = self.server.api, fault.answer()
-        if fault.when == "before":
-            api.wait(fault.delay())
-        if fault.when == "later":
-            api.postpone(request, fault.seconds)
-        elif fault.action not in ("answer", "reset"):
-            answer = answer_to(request, api)
-        elif fault.when == "after":
-            answer_to(request, api)
-        if fault.when == "after":
-            api.wait(fault.delay())
-        if fault.action == "reset":
-            self.reset()
-        elif fault.action == "drip":
-            self.drip(answer, request, fault.seconds)
-        else:
-            self.send(answer, request, fault.action)
+    def answer(self, request: Request) -> None:
+        self.send(self.server.api.answer_to(request))
 
-    def send(self, answer: Answer, exchange: Exchange, action: str = "answer") -> None:
-        exchange.status = answer.status
-        exchange.answer_json = json_or_none(answer.body) if isinstance(answer.body, bytes) else None
-        size = len(answer.body) if isinstance(answer.body, bytes) else answer.body.stat().st_size
-        headers = {"content-type": "application/json", "x-request-id": new_id("req_")}
-        headers |= {"connection": "close"} if action == "shorten" else {"content-length": str(size)}
+    def send(self, answer: Answer, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.send_head(answer, {"content-length": str(answer.size())} | dict(headers))
+        with answer.open() as body:
+            while block := body.read(CHUNK):
+                self.wfile.write(block)
+
+    def send_head(self, answer: Answer, headers: Mapping[str, str]) -> None:
         self.send_response(answer.status)
-        for name, value in (headers | {name.lower(): value for name, value in answer.headers.items()}).items():
+        ids = {"content-type": answer.content_type, "x-request-id": new_id("req_")}
+        for name, value in (ids | dict(headers)).items():
             self.send_header(name, value)
         self.end_headers()
-        if action in ("cut", "shorten"):
-            size //= 2
-            self.close_connection = True
-        with answer.open() as body:
-            while block := body.read(min(size, CHUNK)):
-                size -= self.wfile.write(block)
-
-    def drip(self, answer: Answer, exchange: Exchange, seconds: float) -> None:
-        wire, self.wfile = self.wfile, io.BytesIO()
-        self.send(answer, exchange)
-        whole, self.wfile = self.wfile.getvalue(), wire
-        for number in range(len(whole)):
-            wire.write(whole[number : number + 1])
-            wire.flush()
-            self.server.api.wait(seconds)
-
-    def reset(self) -> None:
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        socket.close(self.connection.detach())  # past socketserver, which would end the stream in order first
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return super().date_time_string(self.server.api.now() if timestamp is None else timestamp)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -962,7 +706,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, port: int, api: LocalBatchAPI) -> None:
         self.api = api
-        super().__init__((HOST, port), Handler)
+        super().__init__((HOST, port), api.handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError) and not self.api.stopping.is_set():
@@ -970,24 +714,20 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class LocalBatchAPI(BatchService):
-    """The service on a loopback port (0: a free one), with its files in a temporary folder.
+    """The service on a loopback port (0: a free one), with its files in a temporary folder."""
 
-    ``exchanges`` has every HTTP exchange in the order of arrival; ``faults`` says what goes wrong.
-    """
+    handler = Handler
 
     def __init__(self, port: int = 0, *, step: float = 0.0) -> None:
         super().__init__(step)
         self.port = port
-        self.faults: list[Fault] = []
-        self.exchanges: list[Exchange] = []
-        self.postponed: list[Exchange] = []
         self.stopping = threading.Event()
 
     @property
     def base_url(self) -> str:
         return f"http://{HOST}:{self.port}/v1"
 
-    def __enter__(self) -> LocalBatchAPI:
+    def __enter__(self) -> Self:
         """Start. Raises OSError if the port is not available."""
         self.server = Server(self.port, self)
         self.port = self.server.server_address[1]
@@ -1001,32 +741,6 @@ class LocalBatchAPI(BatchService):
         self.server.shutdown()
         self.server.server_close()
         self.temporary.cleanup()
-
-    def take_fault(self, request: Exchange) -> Fault | None:
-        with self.lock:
-            return next((fault for fault in self.faults if fault.applies_to(request.method, request.path)), None)
-
-    def wait(self, seconds: float) -> None:
-        if self.stopping.wait(seconds):
-            raise ConnectionAbortedError("the server is stopping")
-
-    def postpone(self, request: Exchange, seconds: float) -> None:
-        """Keep the request for carry_out(); if ``seconds`` is not 0, carry it out by then."""
-        with self.lock:
-            self.postponed.append(request)
-        if seconds:
-            threading.Thread(target=self.carry_out_after, args=(seconds, request), daemon=True).start()
-
-    def carry_out_after(self, seconds: float, request: Exchange) -> None:
-        if not self.stopping.wait(seconds):
-            self.carry_out(request)
-
-    def carry_out(self, only: Exchange | None = None) -> list[int]:
-        """Carry out the requests that a fault postponed. Returns the statuses that nobody gets to see."""
-        with self.lock:
-            due = [request for request in self.postponed if only is None or request is only]
-            self.postponed = [request for request in self.postponed if request not in due]
-        return [answer_to(request, self).status for request in due]
 
 
 # ---- the program ----
@@ -1053,7 +767,7 @@ def seconds(text: str) -> float:
 def outcome_option(text: str) -> tuple[str, str | list[str]]:
     custom_id, _, listed = text.rpartition("=")
     outcomes = listed.split(",")
-    if not custom_id or not all(map(is_outcome, outcomes)):
+    if not custom_id or not all(map(re.compile("200|[45][0-9][0-9]|incomplete|refusal|expired").fullmatch, outcomes)):
         raise argparse.ArgumentTypeError(f"not CUSTOM_ID=OUTCOME[,OUTCOME...]: {text!r}")
     return custom_id, outcomes if len(outcomes) > 1 else outcomes[0]
 
@@ -1065,14 +779,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--port", type=port_number, default=0, metavar="N", help="port (default: a free one)")
     add("--step", type=seconds, default=0.3, metavar="SECONDS", help="time in each status (default: %(default)s)")
-    add("--queue-limit", type=positive_int, metavar="N", help="requests in active batches (default: any number)")
     add("--outcome", type=outcome_option, action="append", default=[], metavar="CUSTOM_ID=OUTCOME[,OUTCOME...]",
         help="what becomes of a request; repeatable")
     add("--fail-every", type=positive_int, metavar="N", help="fail every Nth request once")
-    add("--list-delay", type=seconds, default=0, metavar="SECONDS",
-        help="time until the listing shows a new batch (default: %(default)s)")
-    add("--habit", action="append", default=[], choices=HABITS, metavar="NAME",
-        help="do as another service does; repeatable")
     return parser
 
 
@@ -1080,8 +789,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # sigwait gets them, even those that come early
     api = LocalBatchAPI(args.port, step=args.step)
-    api.queue_limit, api.outcomes, api.fail_every = args.queue_limit, dict(args.outcome), args.fail_every
-    api.list_delay, api.habits, api.recording = args.list_delay, set(args.habit), False
+    api.outcomes, api.fail_every = dict(args.outcome), args.fail_every
     with ExitStack() as stack:
         try:
             stack.enter_context(api)

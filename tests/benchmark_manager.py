@@ -17,7 +17,7 @@ from benchmark import ROOT, SHARES, Measured, artist, medians, run_process
 
 sys.path.insert(0, str(ROOT / "samples"))
 
-from local_batch_api import LocalBatchAPI
+from faulty_api import FaultyAPI
 
 MANAGER = str(ROOT / "batch_tool.py")
 LOADS = "import json, sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        json.loads(line)"
@@ -158,7 +158,7 @@ def update_table(folder: Path, number: int, new: int) -> Iterator[str]:
         yield row(name, f"{each.cpu:.2f} s", seconds(each), megabytes(each))
 
 
-def transfer_table(folder: Path, api: LocalBatchAPI, download_mb: int, upload_mb: int) -> Iterator[str]:
+def transfer_table(folder: Path, api: FaultyAPI, download_mb: int, upload_mb: int) -> Iterator[str]:
     output = write_lines(folder / "output.jsonl", map(result_line, range(download_mb * 1000)))
     batch = api.new_batch("completed", output=b"")
     size = output.stat().st_size
@@ -201,7 +201,7 @@ def run_table(folder: Path, numbers: list[int]) -> Iterator[str]:
 
 def tables(quick: bool) -> Iterator[str]:
     """The lines of the manager's tables, in Markdown."""
-    with tempfile.TemporaryDirectory() as name, LocalBatchAPI() as api:
+    with tempfile.TemporaryDirectory() as name, FaultyAPI() as api:
         folder = Path(name)
         os.environ.update(OPENAI_BASE_URL=api.base_url, OPENAI_API_KEY="local")
         os.chdir(folder)

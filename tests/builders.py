@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from local_batch_api import LocalBatchAPI
+import pytest
+from faulty_api import Exchange, FaultyAPI, LocalBatch
 
 import batch_tool
+import gen_batch_jsonl
 
+Tool = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
+Environment = pytest.MonkeyPatch
+Json = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-local-0123456789abcdefghij"
 MODEL = "gpt-6-luna"
 
 
@@ -52,7 +68,7 @@ class FakeTime:
         return self.now
 
 
-def live_in(api: LocalBatchAPI, time: FakeTime) -> FakeTime:
+def live_in(api: FaultyAPI, time: FakeTime) -> FakeTime:
     """Let the server's time pass with this clock."""
     start = api.clock()
     api.clock = lambda: start + time.now
@@ -129,11 +145,11 @@ def expired(custom_id: str = "a1") -> dict[str, Any]:
     return result(custom_id, error={"code": "batch_expired", "message": "Not run in time."})
 
 
-def posts(api: LocalBatchAPI, path: str = "/v1/batches") -> int:
+def posts(api: FaultyAPI, path: str = "/v1/batches") -> int:
     return sum((exchange.method, exchange.path) == ("POST", path) for exchange in api.exchanges)
 
 
-def assert_paid_once(api: LocalBatchAPI, *contents: bytes) -> None:
+def assert_paid_once(api: FaultyAPI, *contents: bytes) -> None:
     """The server has charged once for each request of these files, and for none twice."""
     for batch in api.batches.values():
         api.look(batch)
@@ -146,6 +162,319 @@ def custom_ids(lines: bytes) -> list[str]:
     return [json.loads(line)["custom_id"] for line in lines.splitlines()]
 
 
-def sent(api: LocalBatchAPI) -> list[list[str]]:
+def sent(api: FaultyAPI) -> list[list[str]]:
     """The custom_ids of every batch, in the order of their creation."""
     return [custom_ids(batch.input_file.path.read_bytes()) for batch in api.batches.values()]
+
+
+def run_script(script: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project in a process of its own; the options are those of subprocess.run."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60, **options})
+
+
+# ---- what most tests of batch_tool.py need ----
+
+
+
+def in_short(value: object) -> str:
+    """The name of a parametrized case."""
+    return re.sub(r"[^a-zA-Z0-9]+", " ", str(value))[:40].strip()
+
+
+def requests_file(*lines: Any, path: str = "requests.jsonl") -> Path:
+    """A request file in the work folder; of two requests where none are given."""
+    file = Path(path)
+    file.write_bytes(jsonl(*(lines or (request("a1"), request("a2")))))
+    return file
+
+
+def only_batch(api: FaultyAPI) -> LocalBatch:
+    (batch,) = api.batches.values()
+    return batch
+
+
+def ids(batch: LocalBatch) -> str:
+    """What `create` prints for a batch."""
+    return f"File ID: {batch.input_file_id}\nBatch ID: {batch.id}\n"
+
+
+def asked(api: FaultyAPI, method: str, path: str = "") -> int:
+    """How many such requests arrived."""
+    return sum(each.method == method and re.search(path, each.path) is not None for each in api.exchanges)
+
+
+def error(reason: str) -> str:
+    return f"batch_tool.py: error: {reason}\n"
+
+
+def warning(reason: str) -> str:
+    return f"batch_tool.py: warning: {reason}\n"
+
+
+def popen(*args: object, **options: Any) -> subprocess.Popen[str]:
+    """Start the program in a process of its own."""
+    command = [sys.executable, str(ROOT / "batch_tool.py"), *map(str, args)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **streams | options, text=True)
+
+
+def log_text() -> str:
+    return "".join(path.read_text() for path in Path("logs").glob("*.log"))
+
+
+def leftovers() -> list[Path]:
+    """Temporary files in the work folder."""
+    return [path for path in Path().iterdir() if path.name.endswith(".tmp")]
+
+
+DUPLICATE = 'custom_id "a1" was already used on line 1'
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def times_paid(api: FaultyAPI) -> list[int]:
+    """How often each request was paid for, once every batch has ended."""
+    for batch in api.batches.values():
+        api.look(batch)
+    return sorted(api.paid.values())
+
+
+def earlier_batch(api: FaultyAPI, path: Path, status: str = "in_progress", **fields: Any) -> LocalBatch:
+    """A batch that an earlier create made of the file, on another machine."""
+    metadata = {"input_sha256": sha256(path.read_bytes())}
+    input_file = api.new_file(path.read_bytes(), "batch", path.name)
+    return api.new_batch(status, **{"input_file": input_file, "metadata": metadata, "id": "batch_1"} | fields)
+
+
+LATE = pytest.mark.parametrize(
+    "late", [{"output_file_id": None}, {"output_file_id": ""}, {"output": b""}], ids=["null", "no id", "empty"]
+)
+
+
+def late_batch(api: FaultyAPI, late: Json) -> LocalBatch:
+    """A completed batch of requests.jsonl with two successes, whose output file does not show yet."""
+    counts = {"total": 2, "completed": 2, "failed": 0}
+    return earlier_batch(api, requests_file(), "completed", request_counts=counts, **late)
+
+
+def bring_output(api: FaultyAPI, batch: LocalBatch) -> None:
+    batch.output_file_id = api.new_file(jsonl(success("a1"), success("a2")), "batch_output", "x").id
+
+
+def output_missing() -> str:
+    return ("batch batch_1 has completed 2 requests, but has no output file after 10 minutes; run the same command "
+            "again later")
+
+
+MORNING = 1_705_314_600  # 2024-01-15T10:30:00 UTC
+
+
+def done_batch(api: FaultyAPI, status: str = "completed", **fields: Any) -> LocalBatch:
+    """A batch with the id `batch_1` that was made in the morning and has ended, by default with all it can have."""
+    known = {"id": "batch_1", "created_at": MORNING, "output": jsonl(success("a1")), "errors": jsonl(refused("a2"))}
+    return api.new_batch(status, **known | fields)
+
+
+def chat(finish_reason: str = "stop", **words: Any) -> Json:
+    return {"choices": [{"message": {"role": "assistant"} | words, "finish_reason": finish_reason}, {"message": 7}]}
+
+
+def ok(body: Any, **fields: Any) -> Json:
+    return {"response": response(body)} | fields
+
+
+OTHER = "0" * 64
+
+
+def rows(tool: Tool, *results: str) -> list[list[str]]:
+    """The exported rows, without the header."""
+    assert tool("export", "--in", "requests.jsonl", "--results", *results, "--out", "bios.csv") == 0
+    with open("bios.csv", encoding="utf-8", newline="") as file:
+        return list(csv.reader(file, strict=True))[1:]
+
+
+# ---- `run` and `create` ----
+
+OUT = Path("results.jsonl")
+REQUESTS = Path("requests.jsonl")
+
+
+def main(*argv: str, time: FakeTime | None = None) -> int:
+    time = time or FakeTime()
+    return batch_tool.main(argv, sleep=time.sleep, clock=time.clock)
+
+
+def run(*options: str, time: FakeTime | None = None, out: str = str(OUT), source: str = str(REQUESTS)) -> int:
+    return main("run", "--in", source, "--out", out, "--interval", "10", *options, time=time)
+
+
+def create(*options: str, time: FakeTime | None = None) -> int:
+    return main("create", "--in", str(REQUESTS), *options, time=time)
+
+
+def with_sha256(line: bytes, sha256: str) -> bytes:
+    return line.rstrip()[:-1] + f', "request_sha256": "{sha256}"}}\n'.encode()
+
+
+def served(api: FaultyAPI) -> dict[str, bytes]:
+    """The last line that the server has for each request, by its sha256; a success before all others."""
+    found: dict[str, bytes] = {}
+    for batch in api.batches.values():
+        lines = batch.input_file.path.read_bytes().splitlines()
+        sha256s = {json.loads(line)["custom_id"]: sha256_of(line) for line in lines}
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            for line in api.read_file(file_id).splitlines() if file_id in api.files else ():
+                sha256 = sha256s[json.loads(line)["custom_id"]]
+                if b'"status": "completed"' not in found.get(sha256, b""):
+                    found[sha256] = with_sha256(line, sha256)
+    return found
+
+
+def missing_line(custom_id: str) -> bytes:
+    message = "the request is in no output or error file of its batches"
+    error = {"code": "missing", "message": message}
+    return json.dumps({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
+
+
+def assert_out(api: FaultyAPI, *kept: bytes) -> None:
+    """--out has the server's line for each request, and then these lines."""
+    lines = served(api)
+    expected = [
+        lines.get(sha256_of(line)) or missing_line(json.loads(line)["custom_id"])
+        for line in REQUESTS.read_bytes().splitlines()
+    ]
+    assert OUT.read_bytes() == b"".join([*expected, *kept])
+
+
+def numbered(count: int) -> list[str]:
+    return [f"a{number}" for number in range(1, count + 1)]
+
+
+def batch_of_a_run(
+    api: FaultyAPI, status: str, requests: bytes, done: Iterable[str] = (), left: Iterable[str] = (), **more: Any
+) -> LocalBatch:
+    """A batch of these requests that another run has made."""
+    metadata = {"input_sha256": hashlib.sha256(requests).hexdigest(), "input_file": "requests.jsonl", "part": "1/1"}
+    input_file = api.new_file(requests, "batch", "requests.jsonl")
+    output, errors = jsonl(*map(success, done)) or None, jsonl(*map(expired, left)) or None
+    return api.new_batch(
+        status, **{"input_file": input_file, "output": output, "errors": errors, "metadata": metadata} | more
+    )
+
+
+def release(api: FaultyAPI) -> Callable[[], None]:
+    def end_the_hold() -> None:
+        api.hold = None
+
+    return end_the_hold
+
+
+@contextlib.contextmanager
+def another_machine(number: int = 2) -> Iterator[None]:
+    """The notes and the folder of another machine."""
+    before, folder, requests = os.environ["XDG_STATE_HOME"], os.getcwd(), REQUESTS.read_bytes()
+    os.environ["XDG_STATE_HOME"] = f"{before}-{number}"
+    Path(f"machine{number}").mkdir(exist_ok=True)
+    os.chdir(f"machine{number}")
+    REQUESTS.write_bytes(requests)
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        os.environ["XDG_STATE_HOME"] = before
+
+
+def replace(content: bytes) -> None:
+    Path("new").write_bytes(content)
+    os.replace("new", REQUESTS)
+
+
+def stopped_run(*options: str, time: FakeTime) -> None:
+    with contextlib.suppress(Killed):
+        assert run(*options, time=time) == 130
+
+
+# ---- a pass of a command, made to fail ----
+
+IDS = ["a1", "a2", "a3"]
+CREATE = ("create", "--in", "requests.jsonl", "--max-requests", "2")
+RUN = ("run", "--in", "requests.jsonl", "--out", "results.jsonl", "--max-requests", "2")
+LEFT_BEHIND = {"logs", "requests.jsonl", "results.jsonl"}
+
+
+def assert_results(path: str, custom_ids: list[str]) -> None:
+    """One successful line per request, in request order."""
+    lines = [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+    assert [line["custom_id"] for line in lines] == custom_ids
+    assert {line["response"]["status_code"] for line in lines} <= {200}
+
+
+def assert_run_once(api: FaultyAPI, custom_ids: list[str], failed: Counter[str] | None = None) -> None:
+    """Each request was run once, and once more for each time that it was made to fail."""
+    for batch in api.batches.values():
+        api.look(batch)
+    assert api.executions == Counter(custom_ids) + (failed or Counter())
+    assert max(api.paid.values(), default=0) <= 1
+
+
+@contextlib.contextmanager
+def fresh_api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyAPI]:
+    with FaultyAPI() as api:
+        api.outcomes = {"a2": ["500", "200"]}
+        monkeypatch.setenv("OPENAI_BASE_URL", api.base_url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        for path in (Path("results.jsonl"), *Path().glob("logs/*")):
+            path.unlink(missing_ok=True)
+        yield api
+
+
+def exchanges_of(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> dict[int, Exchange]:
+    """What a clean pass asks, by its number: all POSTs, and of GETs of the same kind the first and the last."""
+    with fresh_api(monkeypatch) as api:
+        assert main(*command) == 0
+        exchanges = dict(enumerate(api.exchanges))
+    kinds = [(each.method, re.sub("(batch_|file-)[0-9a-f]+", "ID", each.path)) for each in exchanges.values()]
+    return {
+        nth: exchange
+        for nth, exchange in exchanges.items()
+        if exchange.method == "POST" or kinds[nth] not in kinds[:nth] or kinds[nth] not in kinds[nth + 1 :]
+    }
+
+
+def long_result(custom_id: str) -> bytes:
+    return jsonl(success(custom_id, "A bio. " * 20))
+
+
+# ---- the converter ----
+
+HEADER = "artist_id,artist_name,artist_data\n"
+STORED = ("--prompt-id", "bio_gen", "--model", "m")
+FILES = ("--in", "in.csv", "--out", "out.jsonl")
+
+
+def write(name: str, content: str | bytes) -> Path:
+    path = Path(name)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def requests(path: str = "out.jsonl") -> list[Any]:
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
+
+
+def variables(path: str = "out.jsonl") -> list[tuple[str, str, str]]:
+    """The requests' values: artist_id, artist_name, artist_data."""
+    return [(request["custom_id"], *request["body"]["prompt"]["variables"].values()) for request in requests(path)]
+
+
+def convert(content: str | bytes, *options: str) -> int:
+    """main on a CSV of that content, with a stored prompt and a model."""
+    write("in.csv", content)
+    return gen_batch_jsonl.main([*FILES, *STORED, *options])
+
+
+MISSING = "a value is missing, or has a line break but no quotes around it"
+TEMPLATE_ARGS = ("--prompt-file", "prompt.md", "--model", "m")

@@ -8,16 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "samples")]
 
-from local_batch_api import LocalBatchAPI  # noqa: E402
+from builders import KEY, FakeTime, Tool, run_script  # noqa: E402
+from faulty_api import FaultyAPI  # noqa: E402
 
-KEY = "sk-local-0123456789abcdefghij"
+import batch_tool  # noqa: E402
+
 READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
 
 
@@ -55,20 +55,25 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalBatchAPI]:
-    """The stand-in on a loopback port, with the environment pointed at it."""
-    with LocalBatchAPI() as server:
+def api(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyAPI]:
+    """The mock server on a loopback port, with the environment pointed at it."""
+    with FaultyAPI() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         yield server
 
 
-def run(script: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project in a process of its own; the options are those of subprocess.run."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60, **options})
-
-
 @pytest.fixture(name="run")
 def run_fixture() -> Callable[..., subprocess.CompletedProcess[str]]:
-    return run
+    return run_script
+
+
+@pytest.fixture
+def clock() -> FakeTime:
+    return FakeTime()
+
+
+@pytest.fixture
+def tool(work: Path, clock: FakeTime) -> Tool:
+    """Run a command line in this process."""
+    return lambda *args: batch_tool.main([str(arg) for arg in args], sleep=clock.sleep, clock=clock.clock)

@@ -1,4 +1,4 @@
-"""samples/local_batch_api.py: what no test of the scripts would notice if it were wrong."""
+"""The mock server, and its faults: what no test of the scripts would notice if it were wrong."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+import faulty_api
 import local_batch_api
 import pytest
-from local_batch_api import HABITS, Fault, LocalBatchAPI
+from faulty_api import HABITS, Fault, FaultyAPI
 
 
 @pytest.fixture
-def api() -> Iterator[LocalBatchAPI]:
-    with LocalBatchAPI() as server:
+def api() -> Iterator[FaultyAPI]:
+    with FaultyAPI() as server:
         yield server
 
 
@@ -32,7 +33,7 @@ def request_line(custom_id: str, url: str = "/v1/responses", model: str = "m") -
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode() + b"\n"
 
 
-def ask(api: LocalBatchAPI, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any, Any]:
+def ask(api: FaultyAPI, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any, Any]:
     """The status, the content and the headers of the answer."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     request = urllib.request.Request(api.base_url + path, data, {"authorization": "Bearer k", **(headers or {})})
@@ -46,18 +47,18 @@ def ask(api: LocalBatchAPI, method: str, path: str, body: Any = None, headers: A
     return status, json.loads(content) if with_json else content, head
 
 
-def get(api: LocalBatchAPI, path: str) -> Any:
+def get(api: FaultyAPI, path: str) -> Any:
     return ask(api, "GET", path)[1]
 
 
-def create(api: LocalBatchAPI, *lines: bytes, url: str = "/v1/responses", **more: Any) -> str:
+def create(api: FaultyAPI, *lines: bytes, url: str = "/v1/responses", **more: Any) -> str:
     """The id of a new batch of these lines."""
     file_id = api.new_file(b"".join(lines), "batch", "requests.jsonl").id
     body = {"input_file_id": file_id, "endpoint": url, "completion_window": "24h", **more}
     return str(ask(api, "POST", "/batches", body)[1]["id"])
 
 
-def results(api: LocalBatchAPI, batch_id: str, name: str = "output_file_id") -> bytes:
+def results(api: FaultyAPI, batch_id: str, name: str = "output_file_id") -> bytes:
     return api.read_file(get(api, f"/batches/{batch_id}")[name])
 
 
@@ -66,7 +67,7 @@ def results(api: LocalBatchAPI, batch_id: str, name: str = "output_file_id") -> 
 
 @pytest.mark.parametrize("last", [b"x", b"x\n", b"x\r\n", b"x\r", b"", b"\r\n--", b"x" * (256 * 1024 - 1)], ids=repr)
 @pytest.mark.parametrize("file_first", [True, False])
-def test_an_upload_is_stored_byte_for_byte(api: LocalBatchAPI, last: bytes, file_first: bool) -> None:
+def test_an_upload_is_stored_byte_for_byte(api: FaultyAPI, last: bytes, file_first: bool) -> None:
     content = b"a\r\n--b\n\r\n" + last
     parts = [
         b'Content-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + content,
@@ -78,7 +79,7 @@ def test_an_upload_is_stored_byte_for_byte(api: LocalBatchAPI, last: bytes, file
     assert api.read_file(file["id"]) == content
 
 
-def test_a_form_that_breaks_off_is_refused(api: LocalBatchAPI) -> None:
+def test_a_form_that_breaks_off_is_refused(api: FaultyAPI) -> None:
     body = b'--b0\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\nx'
     status, _, _ = ask(api, "POST", "/files", body, {"content-type": "multipart/form-data; boundary=b0"})
     assert (status, api.files) == (400, {})
@@ -87,12 +88,12 @@ def test_a_form_that_breaks_off_is_refused(api: LocalBatchAPI) -> None:
 # ---- habits ----
 
 
-def test_the_help_lists_the_habits() -> None:
-    listed = re.findall(r"^    ([a-z]+(?:-[a-z]+)+)  ", local_batch_api.__doc__ or "", re.MULTILINE)
+def test_the_description_lists_the_habits() -> None:
+    listed = re.findall(r"^    ([a-z]+(?:-[a-z]+)+)  ", faulty_api.__doc__ or "", re.MULTILINE)
     assert listed == list(HABITS)
 
 
-def test_results_can_lack_their_last_line_end_and_hold_strings(api: LocalBatchAPI) -> None:
+def test_results_can_lack_their_last_line_end_and_hold_strings(api: FaultyAPI) -> None:
     api.habits = {"no-final-newline", "string-bodies"}
     output = results(api, create(api, request_line("a1"), request_line("a2")))
     assert (output.count(b"\n"), output[-1:]) == (1, b"}")
@@ -102,12 +103,12 @@ def test_results_can_lack_their_last_line_end_and_hold_strings(api: LocalBatchAP
 
 
 @pytest.mark.parametrize(("outcome", "empty"), [("200", "error_file_id"), ("500", "output_file_id")])
-def test_both_files_can_always_be_there(api: LocalBatchAPI, outcome: str, empty: str) -> None:
+def test_both_files_can_always_be_there(api: FaultyAPI, outcome: str, empty: str) -> None:
     api.habits, api.outcomes["a1"] = {"both-files", "no-final-newline"}, outcome
     assert results(api, create(api, request_line("a1")), empty) == b""
 
 
-def test_a_batch_can_look_different(api: LocalBatchAPI) -> None:
+def test_a_batch_can_look_different(api: FaultyAPI) -> None:
     api.habits = {"upper-case", "no-metadata", "short-endpoint"}
     batch_id = create(api, request_line("a1"), metadata={"a": "b"})
     shown, (listed,) = get(api, f"/batches/{batch_id}"), get(api, "/batches")["data"]
@@ -116,12 +117,12 @@ def test_a_batch_can_look_different(api: LocalBatchAPI) -> None:
 
 
 @pytest.mark.parametrize(("habit", "size"), [("no-bytes", None), ("zero-bytes", 0)])
-def test_a_file_can_hide_its_size(api: LocalBatchAPI, habit: str, size: int | None) -> None:
+def test_a_file_can_hide_its_size(api: FaultyAPI, habit: str, size: int | None) -> None:
     api.habits = {habit}
     assert get(api, f"/files/{api.new_file(b'x', 'batch', 'x').id}").get("bytes") == size
 
 
-def test_endpoints_can_be_absent(api: LocalBatchAPI) -> None:
+def test_endpoints_can_be_absent(api: FaultyAPI) -> None:
     file_id = api.new_file(b"x", "batch", "x").id
     api.habits = {"no-file-info", "no-delete", "no-models"}
     assert ask(api, "GET", f"/files/{file_id}")[:2] == (404, {"detail": "Not Found"})
@@ -130,7 +131,7 @@ def test_endpoints_can_be_absent(api: LocalBatchAPI) -> None:
     assert ask(api, "GET", f"/files/{file_id}/content")[:2] == (200, b"x")
 
 
-def test_the_output_file_can_come_late(api: LocalBatchAPI) -> None:
+def test_the_output_file_can_come_late(api: FaultyAPI) -> None:
     api.habits = {"late-output"}
     path = f"/batches/{create(api, request_line('a1'))}"
     looks = [get(api, path) for _ in range(4)]
@@ -138,7 +139,7 @@ def test_the_output_file_can_come_late(api: LocalBatchAPI) -> None:
     assert [bool(look["output_file_id"]) for look in looks] == [False, False, True, True]
 
 
-def test_pages_can_repeat_or_say_nothing_of_more(api: LocalBatchAPI) -> None:
+def test_pages_can_repeat_or_say_nothing_of_more(api: FaultyAPI) -> None:
     newest, middle, oldest = [api.new_batch("completed", created_at=number).id for number in (3, 2, 1)]
     page = get(api, f"/batches?limit=1&after={newest}")
     assert ([batch["id"] for batch in page["data"]], page["has_more"]) == ([middle], True)
@@ -153,7 +154,7 @@ def test_pages_can_repeat_or_say_nothing_of_more(api: LocalBatchAPI) -> None:
 # ---- faults ----
 
 
-def test_a_post_can_be_carried_out_later(api: LocalBatchAPI) -> None:
+def test_a_post_can_be_carried_out_later(api: FaultyAPI) -> None:
     api.faults = [Fault("POST", "/batches$", when="later", status=504)]
     file_id = api.new_file(request_line("a1"), "batch", "x").id
     body = {"input_file_id": file_id, "endpoint": "/v1/responses", "completion_window": "24h"}
@@ -164,7 +165,7 @@ def test_a_post_can_be_carried_out_later(api: LocalBatchAPI) -> None:
 
 @pytest.mark.parametrize(("deleted", "made"), [(False, 1), (True, 0)])
 def test_a_late_post_can_carry_itself_out_if_its_file_is_still_there(
-    api: LocalBatchAPI, deleted: bool, made: int
+    api: FaultyAPI, deleted: bool, made: int
 ) -> None:
     api.faults = [Fault("POST", "/batches$", when="later", action="reset", seconds=0.05)]
     with pytest.raises(OSError, match="reset"):
@@ -175,7 +176,7 @@ def test_a_late_post_can_carry_itself_out_if_its_file_is_still_there(
     assert (len(api.batches), api.postponed) == (made, [])
 
 
-def test_a_batch_fails_if_its_input_file_is_deleted_before_it_is_validated(api: LocalBatchAPI) -> None:
+def test_a_batch_fails_if_its_input_file_is_deleted_before_it_is_validated(api: FaultyAPI) -> None:
     api.hold = "validating"
     lost = create(api, request_line("a1"))
     api.files.clear()
@@ -190,7 +191,7 @@ def test_a_batch_fails_if_its_input_file_is_deleted_before_it_is_validated(api: 
     assert (get(api, f"/batches/{running}")["status"], api.executions) == ("completed", {"a2": 1})
 
 
-def test_an_answer_can_drip(api: LocalBatchAPI) -> None:
+def test_an_answer_can_drip(api: FaultyAPI) -> None:
     api.faults = [Fault("GET", action="drip", seconds=0.0005)]
     begin = time.monotonic()
     assert ask(api, "GET", "/batches")[:2] == (200, get(api, "/batches"))
@@ -198,7 +199,7 @@ def test_an_answer_can_drip(api: LocalBatchAPI) -> None:
 
 
 def test_a_stopped_server_and_a_client_that_left_end_the_drip() -> None:
-    with LocalBatchAPI() as api:
+    with FaultyAPI() as api:
         api.faults = [Fault(action="drip", seconds=0.2)]
         with pytest.raises(OSError, match="timed out"):
             urllib.request.urlopen(f"{api.base_url}/batches", timeout=0.05)
@@ -206,13 +207,13 @@ def test_a_stopped_server_and_a_client_that_left_end_the_drip() -> None:
     assert time.monotonic() - begin < 0.5
 
 
-def test_a_redirect_is_an_answer(api: LocalBatchAPI) -> None:
+def test_a_redirect_is_an_answer(api: FaultyAPI) -> None:
     api.faults = [Fault("GET", "/batches$", status=301, headers={"location": f"{api.base_url}/models/m"})]
     status, model, headers = ask(api, "GET", "/batches")
     assert (status, model["id"], headers["retry-after-ms"]) == (200, "m", None)
 
 
-def test_the_servers_clock_can_be_wrong(api: LocalBatchAPI) -> None:
+def test_the_servers_clock_can_be_wrong(api: FaultyAPI) -> None:
     api.clock_offset = 86400
     batch_id = create(api, request_line("a1"))
     _, batch, headers = ask(api, "GET", f"/batches/{batch_id}")
@@ -229,7 +230,7 @@ def test_the_servers_clock_can_be_wrong(api: LocalBatchAPI) -> None:
      ("error_200", 1, 1), ("failed", 1, 0), ("500", 1, 0), ("expired", 0, 0), ("missing", 0, 0)],
 )
 def test_a_request_is_paid_for_if_a_model_has_answered(
-    api: LocalBatchAPI, outcome: str, executed: int, paid: int
+    api: FaultyAPI, outcome: str, executed: int, paid: int
 ) -> None:
     line = request_line("a1")
     api.outcomes["a1"] = outcome
@@ -238,7 +239,7 @@ def test_a_request_is_paid_for_if_a_model_has_answered(
     assert (api.executions["a1"], api.paid) == (executed, {sha256: 1} if paid else {})
 
 
-def test_models_can_be_dying_or_dead(api: LocalBatchAPI) -> None:
+def test_models_can_be_dying_or_dead(api: FaultyAPI) -> None:
     api.models["org/old"] = "2020-01-01"
     assert (get(api, "/models/m")["id"], get(api, "/models/m")["shutdown_date"]) == ("m", None)
     assert get(api, "/models/org%2Fold")["shutdown_date"] == "2020-01-01"
@@ -254,7 +255,7 @@ def test_models_can_be_dying_or_dead(api: LocalBatchAPI) -> None:
 
 @pytest.mark.parametrize("url", ["/v1/responses", "/v1/chat/completions"])
 @pytest.mark.parametrize("outcome", ["200", "incomplete", "content_filter", "refusal", "no_text", "error_200", "429"])
-def test_an_answer_at_once_is_like_one_of_a_batch(api: LocalBatchAPI, url: str, outcome: str) -> None:
+def test_an_answer_at_once_is_like_one_of_a_batch(api: FaultyAPI, url: str, outcome: str) -> None:
     def same(body: dict[str, Any]) -> str:
         return re.sub(r'"(id|created|created_at)": ("[^"]*"|\d+)', "", json.dumps(body | {"usage": None}))
 
@@ -275,8 +276,8 @@ def test_an_answer_at_once_is_like_one_of_a_batch(api: LocalBatchAPI, url: str, 
 
 @pytest.mark.parametrize(
     "options",
-    [("--habit", "nonsense"), ("--outcome", "a1=nonsense"), ("--outcome", "200"), ("--fail-every", "0"),
-     ("--list-delay", "-1"), ("--port", "65536"), ("--hab", "no-bytes")],
+    [("--outcome", "a1=nonsense"), ("--outcome", "200"), ("--fail-every", "0"), ("--step", "-1"), ("--port", "65536"),
+     ("--out", "a1=200")],
     ids=" ".join,
 )
 def test_invalid_options_exit_2(options: tuple[str, ...]) -> None:
@@ -284,18 +285,18 @@ def test_invalid_options_exit_2(options: tuple[str, ...]) -> None:
         local_batch_api.main(options)
 
 
-def test_a_port_that_is_in_use_is_one_line(api: LocalBatchAPI, run: Callable[..., Any]) -> None:
+def test_a_port_that_is_in_use_is_one_line(api: FaultyAPI, run: Callable[..., Any]) -> None:
     done = run("samples/local_batch_api.py", "--port", api.port)
     error = f"local_batch_api.py: error: port {api.port}: Address already in use; try another --port\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
 
 
 def test_the_program_serves_until_it_is_terminated() -> None:
-    command = [sys.executable, local_batch_api.__file__, "--habit", "no-models", "--habit", "no-bytes"]
+    command = [sys.executable, local_batch_api.__file__, "--fail-every", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         url = server.stdout.readline().strip()
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(urllib.request.Request(f"{url}/models/m", headers={"authorization": "Bearer k"}))
+        request = urllib.request.Request(f"{url}/models/m", headers={"authorization": "Bearer k"})
+        assert json.load(urllib.request.urlopen(request))["id"] == "m"
         server.terminate()
         assert server.wait(5) == 0

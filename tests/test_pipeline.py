@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from local_batch_api import LocalBatchAPI
+from faulty_api import FaultyAPI
 
 ROOT = Path(__file__).resolve().parent.parent
 TATE = ROOT.parent / "shared" / "data" / "tate_artists.csv"
@@ -84,7 +84,7 @@ def test_the_spreadsheet_is_not_written_over(work: Path, args: tuple[str, ...]) 
     assert (work / "bios.csv").read_text() == "artist_id,artist_name\n1,A\n"
 
 
-def test_run_again_with_a_changed_spreadsheet_it_pays_for_the_changes(api: LocalBatchAPI, work: Path) -> None:
+def test_run_again_with_a_changed_spreadsheet_it_pays_for_the_changes(api: FaultyAPI, work: Path) -> None:
     """A request without a bio does not keep the others from being exported."""
     api.outcomes["a2"] = "400"
     artists = work / "artists.csv"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from builders import COMMANDS, SENTENCES
-from local_batch_api import LocalBatchAPI
+from faulty_api import FaultyAPI
 
 import gen_batch_jsonl
 
@@ -57,7 +57,7 @@ def checkout(work: Path) -> Path:
     return work
 
 
-def test_every_command_does_what_the_readme_shows(checkout: Path, api: LocalBatchAPI) -> None:
+def test_every_command_does_what_the_readme_shows(checkout: Path, api: FaultyAPI) -> None:
     commands = console_blocks()
     script = "".join(f"echo @@@; {{ {command}; }} 2>&1\n" for command, _ in commands)
     environment = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}

@@ -11,85 +11,47 @@ import re
 import signal
 import time as real_time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import (
+    OUT,
+    REQUESTS,
     FakeTime,
     Killed,
+    another_machine,
+    assert_out,
     assert_paid_once,
+    batch_of_a_run,
+    create,
     custom_ids,
-    expired,
     jsonl,
     kill,
     live_in,
+    missing_line,
     nothing,
+    numbered,
     posts,
     refused,
+    release,
+    replace,
     request,
+    run,
     sent,
+    served,
     sha256_of,
+    stopped_run,
     success,
+    with_sha256,
     write_requests,
 )
-from local_batch_api import HABITS, Fault, LocalBatch, LocalBatchAPI
+from faulty_api import HABITS, Fault, FaultyAPI
 
 import batch_tool
 
 pytestmark = pytest.mark.usefixtures("api")
-
-OUT = Path("results.jsonl")
-REQUESTS = Path("requests.jsonl")
-DAY = 24 * 60 * 60
-
-
-def main(*argv: str, time: FakeTime | None = None) -> int:
-    time = time or FakeTime()
-    return batch_tool.main(argv, sleep=time.sleep, clock=time.clock)
-
-
-def run(*options: str, time: FakeTime | None = None, out: str = str(OUT), source: str = str(REQUESTS)) -> int:
-    return main("run", "--in", source, "--out", out, "--interval", "10", *options, time=time)
-
-
-def create(*options: str, time: FakeTime | None = None) -> int:
-    return main("create", "--in", str(REQUESTS), *options, time=time)
-
-
-def with_sha256(line: bytes, sha256: str) -> bytes:
-    return line.rstrip()[:-1] + f', "request_sha256": "{sha256}"}}\n'.encode()
-
-
-def served(api: LocalBatchAPI) -> dict[str, bytes]:
-    """The last line that the server has for each request, by its sha256; a success before all others."""
-    found: dict[str, bytes] = {}
-    for batch in api.batches.values():
-        lines = batch.input_file.path.read_bytes().splitlines()
-        sha256s = {json.loads(line)["custom_id"]: sha256_of(line) for line in lines}
-        for file_id in (batch.output_file_id, batch.error_file_id):
-            for line in api.read_file(file_id).splitlines() if file_id in api.files else ():
-                sha256 = sha256s[json.loads(line)["custom_id"]]
-                if b'"status": "completed"' not in found.get(sha256, b""):
-                    found[sha256] = with_sha256(line, sha256)
-    return found
-
-
-def missing_line(custom_id: str) -> bytes:
-    message = "the request is in no output or error file of its batches"
-    error = {"code": "missing", "message": message}
-    return json.dumps({"id": None, "custom_id": custom_id, "response": None, "error": error}).encode() + b"\n"
-
-
-def assert_out(api: LocalBatchAPI, *kept: bytes) -> None:
-    """--out has the server's line for each request, and then these lines."""
-    lines = served(api)
-    expected = [
-        lines.get(sha256_of(line)) or missing_line(json.loads(line)["custom_id"])
-        for line in REQUESTS.read_bytes().splitlines()
-    ]
-    assert OUT.read_bytes() == b"".join([*expected, *kept])
 
 
 def once(*custom_ids: str) -> Counter[str]:
@@ -100,48 +62,10 @@ def flat(lists: Iterable[list[str]]) -> list[str]:
     return [custom_id for each in lists for custom_id in each]
 
 
-def numbered(count: int) -> list[str]:
-    return [f"a{number}" for number in range(1, count + 1)]
+# ---- rounds ----
 
 
-def earlier_batch(
-    api: LocalBatchAPI, status: str, requests: bytes, done: Iterable[str] = (), left: Iterable[str] = (), **more: Any
-) -> LocalBatch:
-    """A batch of these requests that another run has made."""
-    metadata = {"input_sha256": hashlib.sha256(requests).hexdigest(), "input_file": "requests.jsonl", "part": "1/1"}
-    input_file = api.new_file(requests, "batch", "requests.jsonl")
-    output, errors = jsonl(*map(success, done)) or None, jsonl(*map(expired, left)) or None
-    return api.new_batch(
-        status, **{"input_file": input_file, "output": output, "errors": errors, "metadata": metadata} | more
-    )
-
-
-def release(api: LocalBatchAPI) -> Callable[[], None]:
-    def end_the_hold() -> None:
-        api.hold = None
-
-    return end_the_hold
-
-
-@contextlib.contextmanager
-def another_machine(number: int = 2) -> Iterator[None]:
-    """The notes and the folder of another machine."""
-    before, folder, requests = os.environ["XDG_STATE_HOME"], os.getcwd(), REQUESTS.read_bytes()
-    os.environ["XDG_STATE_HOME"] = f"{before}-{number}"
-    Path(f"machine{number}").mkdir(exist_ok=True)
-    os.chdir(f"machine{number}")
-    REQUESTS.write_bytes(requests)
-    try:
-        yield
-    finally:
-        os.chdir(folder)
-        os.environ["XDG_STATE_HOME"] = before
-
-
-# ---- rounds
-
-
-def test_every_request_in_request_order(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_request_in_request_order(api: FaultyAPI, capsys: pytest.CaptureFixture[str]) -> None:
     ids = numbered(30)
     content = write_requests(*ids)
     assert run() == 0
@@ -151,7 +75,7 @@ def test_every_request_in_request_order(api: LocalBatchAPI, capsys: pytest.Captu
     assert capsys.readouterr().out == ""
 
 
-def test_each_line_is_the_servers_with_the_sha256_of_its_request_at_the_end(api: LocalBatchAPI) -> None:
+def test_each_line_is_the_servers_with_the_sha256_of_its_request_at_the_end(api: FaultyAPI) -> None:
     (line,) = write_requests("a1").splitlines()
     assert run() == 0
     (batch,) = api.batches.values()
@@ -160,12 +84,12 @@ def test_each_line_is_the_servers_with_the_sha256_of_its_request_at_the_end(api:
     assert OUT.read_bytes() == theirs[:-2] + f', "request_sha256": "{hashlib.sha256(line).hexdigest()}"}}\n'.encode()
 
 
-def test_what_stderr_tells(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stderr_tells(api: FaultyAPI, capsys: pytest.CaptureFixture[str]) -> None:
     api.outcomes = {"a1": ["429", "200"], "a2": "400", "a3": "incomplete", "a4": "missing"}
     write_requests("a1", "a2", "a3", "a4", "a5")
     assert run("--attempts", "2") == 1
-    told = re.sub("(file-|batch_)[0-9a-f]{24}", r"\1ID", capsys.readouterr().err)
-    assert told == """\
+    err = re.sub("(file-|batch_)[0-9a-f]{24}", r"\1ID", capsys.readouterr().err)
+    assert err == """\
 part 1/1: File ID: file-ID
 part 1/1: Batch ID: batch_ID
 batches: 1 validating; 0:00:00 elapsed
@@ -180,12 +104,11 @@ most common errors: 1 × bad_request: Bad Request, as the local mock server was 
 1 × incomplete: max_output_tokens
 """
 
-
 RETRYABLE = ("408", "409", "429", "500", "503", "expired", "cancelled", "timeout", "failed", "missing")
 REJECTED = ("400", "401", "404", "incomplete", "content_filter", "refusal", "no_text", "error_200")
 
 
-def test_what_can_be_retried_goes_into_the_next_round(api: LocalBatchAPI) -> None:
+def test_what_can_be_retried_goes_into_the_next_round(api: FaultyAPI) -> None:
     api.outcomes = {outcome: [outcome, "200"] for outcome in RETRYABLE}
     content = write_requests("a1", *RETRYABLE)
     assert run() == 0
@@ -194,7 +117,7 @@ def test_what_can_be_retried_goes_into_the_next_round(api: LocalBatchAPI) -> Non
     assert_paid_once(api, content)
 
 
-def test_what_would_be_refused_again_is_not_sent_again(api: LocalBatchAPI) -> None:
+def test_what_would_be_refused_again_is_not_sent_again(api: FaultyAPI) -> None:
     api.outcomes = {outcome: outcome for outcome in REJECTED} | {"a1": ["500", "200"]}
     write_requests("a1", *REJECTED, "a2")
     assert run() == 1
@@ -204,7 +127,7 @@ def test_what_would_be_refused_again_is_not_sent_again(api: LocalBatchAPI) -> No
 
 
 @pytest.mark.parametrize(("options", "rounds"), [((), 3), (("--attempts", "1"), 1), (("--attempts", "5"), 5)])
-def test_attempts_bound_the_rounds(api: LocalBatchAPI, options: tuple[str, ...], rounds: int) -> None:
+def test_attempts_bound_the_rounds(api: FaultyAPI, options: tuple[str, ...], rounds: int) -> None:
     api.outcomes = {"a2": "500"}
     write_requests("a1", "a2")
     assert run(*options) == 1
@@ -212,7 +135,7 @@ def test_attempts_bound_the_rounds(api: LocalBatchAPI, options: tuple[str, ...],
     assert_out(api)
 
 
-def test_a_request_that_is_in_no_file_is_missing(api: LocalBatchAPI) -> None:
+def test_a_request_that_is_in_no_file_is_missing(api: FaultyAPI) -> None:
     api.outcomes = {"a2": "missing"}
     write_requests("a1", "a2")
     assert run() == 1
@@ -221,7 +144,7 @@ def test_a_request_that_is_in_no_file_is_missing(api: LocalBatchAPI) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["500", "failed"])
-def test_a_round_of_the_same_bytes_is_a_new_batch(api: LocalBatchAPI, outcome: str) -> None:
+def test_a_round_of_the_same_bytes_is_a_new_batch(api: FaultyAPI, outcome: str) -> None:
     api.outcomes = {"a1": [outcome, "200"]}
     write_requests("a1")
     assert run() == 0
@@ -229,7 +152,7 @@ def test_a_round_of_the_same_bytes_is_a_new_batch(api: LocalBatchAPI, outcome: s
     assert_out(api)
 
 
-def test_parts_are_consecutive_lines(api: LocalBatchAPI) -> None:
+def test_parts_are_consecutive_lines(api: FaultyAPI) -> None:
     api.outcomes = {"a1": ["500", "200"], "a4": ["500", "200"], "a5": ["500", "200"]}
     write_requests(*numbered(5))
     assert run("--max-requests", "2") == 0
@@ -239,7 +162,7 @@ def test_parts_are_consecutive_lines(api: LocalBatchAPI) -> None:
     assert {(batch.metadata or {})["request_file_sha256"] for batch in api.batches.values()} == {whole}
 
 
-def test_a_run_that_used_up_its_attempts_started_again_sends_only_what_failed(api: LocalBatchAPI) -> None:
+def test_a_run_that_used_up_its_attempts_started_again_sends_only_what_failed(api: FaultyAPI) -> None:
     api.outcomes = {"a2": ["500"] * 4 + ["200"]}
     content = write_requests("a1", "a2")
     assert run() == 1
@@ -249,12 +172,12 @@ def test_a_run_that_used_up_its_attempts_started_again_sends_only_what_failed(ap
     assert_paid_once(api, content)
 
 
-# ---- earlier batches
+# ---- earlier batches ----
 
 
 @pytest.mark.parametrize("status", ["validating", "in_progress", "finalizing", "paused_for_maintenance"])
-def test_a_batch_under_way_is_adopted(api: LocalBatchAPI, status: str) -> None:
-    batch = earlier_batch(api, status, write_requests("a1", "a2"))
+def test_a_batch_under_way_is_picked_up(api: FaultyAPI, status: str) -> None:
+    batch = batch_of_a_run(api, status, write_requests("a1", "a2"))
     output = api.new_file(jsonl(success("a2"), success("a1")), "batch_output", "output.jsonl")
 
     def complete() -> None:
@@ -266,8 +189,8 @@ def test_a_batch_under_way_is_adopted(api: LocalBatchAPI, status: str) -> None:
 
 
 @pytest.mark.parametrize("status", ["completed", "expired", "cancelled"])
-def test_what_an_ended_batch_finished_is_taken_and_the_rest_sent(api: LocalBatchAPI, status: str) -> None:
-    earlier_batch(api, status, write_requests("a1", "a2", "a3"), done=["a3"], left=["a1"])
+def test_what_an_ended_batch_finished_is_taken_and_the_rest_sent(api: FaultyAPI, status: str) -> None:
+    batch_of_a_run(api, status, write_requests("a1", "a2", "a3"), done=["a3"], left=["a1"])
     assert run("--attempts", "1") == 0
     assert sent(api)[1:] == [["a1", "a2"]]
     assert api.executions == once("a1", "a2")
@@ -275,16 +198,16 @@ def test_what_an_ended_batch_finished_is_taken_and_the_rest_sent(api: LocalBatch
 
 
 @pytest.mark.parametrize("status", ["failed", "completed", "expired", "cancelled"])
-def test_a_batch_without_one_success_is_submitted_again(api: LocalBatchAPI, status: str) -> None:
+def test_a_batch_without_one_success_is_submitted_again(api: FaultyAPI, status: str) -> None:
     api.empty_ids = True
-    earlier_batch(api, status, write_requests("a1", "a2"), left=["a1", "a2"], output_file_id="")
+    batch_of_a_run(api, status, write_requests("a1", "a2"), left=["a1", "a2"], output_file_id="")
     assert run() == 0
     assert sent(api)[1:] == [["a1", "a2"]]
     assert api.executions == once("a1", "a2")
 
 
-def test_a_batch_that_is_being_cancelled_is_waited_for(api: LocalBatchAPI) -> None:
-    batch = earlier_batch(api, "cancelling", write_requests("a1", "a2"))
+def test_a_batch_that_is_being_cancelled_is_waited_for(api: FaultyAPI) -> None:
+    batch = batch_of_a_run(api, "cancelling", write_requests("a1", "a2"))
     output = api.new_file(jsonl(success("a1")), "batch_output", "output.jsonl")
 
     def end() -> None:
@@ -295,36 +218,36 @@ def test_a_batch_that_is_being_cancelled_is_waited_for(api: LocalBatchAPI) -> No
     assert_out(api)
 
 
-def test_all_earlier_batches_of_the_same_requests_count(api: LocalBatchAPI) -> None:
+def test_all_earlier_batches_of_the_same_requests_count(api: FaultyAPI) -> None:
     content = write_requests("a1", "a2", "a3")
-    earlier_batch(api, "cancelled", content, done=["a1"])
-    earlier_batch(api, "expired", content, done=["a3"])
+    batch_of_a_run(api, "cancelled", content, done=["a1"])
+    batch_of_a_run(api, "expired", content, done=["a3"])
     assert run() == 0
     assert (sent(api)[2:], api.executions) == ([["a2"]], once("a2"))
 
 
-def test_a_batch_of_long_ago_is_not_adopted(api: LocalBatchAPI) -> None:
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], created_at=1_600_000_000)
+def test_a_batch_of_long_ago_is_not_picked_up(api: FaultyAPI) -> None:
+    batch_of_a_run(api, "completed", write_requests("a1"), done=["a1"], created_at=1_600_000_000)
     assert run() == 0
     assert api.executions == once("a1")
 
 
-def test_the_endpoint_that_the_listing_shows_does_not_matter(api: LocalBatchAPI) -> None:
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], endpoint="/responses")
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], endpoint=None)
+def test_the_endpoint_that_the_listing_shows_does_not_matter(api: FaultyAPI) -> None:
+    batch_of_a_run(api, "completed", write_requests("a1"), done=["a1"], endpoint="/responses")
+    batch_of_a_run(api, "completed", write_requests("a1"), done=["a1"], endpoint=None)
     assert run() == 0
     assert posts(api) == 0
 
 
 @pytest.mark.parametrize("metadata", [{}, {"input_sha256": "others"}, {"request_file_sha256": ""}, None])
-def test_a_batch_of_others_is_not_adopted(api: LocalBatchAPI, metadata: dict[str, str] | None) -> None:
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"], metadata=metadata)
+def test_a_batch_of_others_is_not_picked_up(api: FaultyAPI, metadata: dict[str, str] | None) -> None:
+    batch_of_a_run(api, "completed", write_requests("a1"), done=["a1"], metadata=metadata)
     assert run() == 0
     assert api.executions == once("a1")
 
 
 @pytest.mark.parametrize("sleeps", range(4))
-def test_a_run_killed_at_any_poll_goes_on_when_started_again(api: LocalBatchAPI, sleeps: int) -> None:
+def test_a_run_killed_at_any_poll_goes_on_when_started_again(api: FaultyAPI, sleeps: int) -> None:
     api.hold = "in_progress"
     api.outcomes = {"a1": ["500", "200"], "a3": ["missing", "200"]}
     content = write_requests("a1", "a2", "a3")
@@ -343,7 +266,7 @@ def test_a_run_killed_at_any_poll_goes_on_when_started_again(api: LocalBatchAPI,
     assert_paid_once(api, content)
 
 
-def test_a_run_killed_in_its_second_round_adopts_that_round(api: LocalBatchAPI) -> None:
+def test_a_run_killed_in_its_second_round_picks_up_that_round(api: FaultyAPI) -> None:
     api.outcomes = {"a2": ["500", "200"]}
     write_requests("a1", "a2")
     with pytest.raises(Killed):
@@ -354,7 +277,7 @@ def test_a_run_killed_in_its_second_round_adopts_that_round(api: LocalBatchAPI) 
     assert_out(api)
 
 
-def test_a_run_with_other_parts_adopts_what_the_first_one_made(api: LocalBatchAPI) -> None:
+def test_a_run_with_other_parts_picks_up_what_the_first_one_made(api: FaultyAPI) -> None:
     api.hold = "in_progress"
     api.outcomes = {"a2": ["500", "200"]}
     write_requests(*numbered(5))
@@ -365,8 +288,8 @@ def test_a_run_with_other_parts_adopts_what_the_first_one_made(api: LocalBatchAP
     assert_out(api)
 
 
-def test_a_run_in_parts_adopts_a_batch_of_the_whole(api: LocalBatchAPI) -> None:
-    earlier_batch(api, "expired", write_requests("a1", "a2", "a3"), done=["a2"])
+def test_a_run_in_parts_picks_up_a_batch_of_the_whole(api: FaultyAPI) -> None:
+    batch_of_a_run(api, "expired", write_requests("a1", "a2", "a3"), done=["a2"])
     assert run("--max-requests", "1") == 0
     assert sent(api)[1:] == [["a1"], ["a3"]]
     assert api.executions == once("a1", "a3")
@@ -374,11 +297,11 @@ def test_a_run_in_parts_adopts_a_batch_of_the_whole(api: LocalBatchAPI) -> None:
 
 @pytest.mark.parametrize("is_running", [True, False])
 def test_of_a_batch_whose_input_file_is_gone_the_results_tell_which_requests_it_has(
-    api: LocalBatchAPI, is_running: bool
+    api: FaultyAPI, is_running: bool
 ) -> None:
     content = write_requests("a1", "a2", "a3")
     whole = {"request_file_sha256": hashlib.sha256(content).hexdigest()}
-    batch = earlier_batch(api, "completed", jsonl(request("a2")), done=["a2"], metadata=whole)
+    batch = batch_of_a_run(api, "completed", jsonl(request("a2")), done=["a2"], metadata=whole)
     del api.files[batch.input_file_id]
     time = FakeTime()
     if is_running:
@@ -388,554 +311,10 @@ def test_of_a_batch_whose_input_file_is_gone_the_results_tell_which_requests_it_
     assert sent(api)[1:] == [["a1", "a3"]]
 
 
-# ---- when the truth is late: this machine
+# ---- the queue limit ----
 
 
-def replace(content: bytes) -> None:
-    Path("new").write_bytes(content)
-    os.replace("new", REQUESTS)
-
-
-@pytest.mark.parametrize("command", ["create", "run"])
-def test_two_at_once_of_the_same_bytes_are_one(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    content = write_requests("a1")
-    codes: list[int] = []
-
-    def again() -> None:
-        replace(content)  # as the converter does
-        Path("copy.jsonl").write_bytes(content)
-        codes.append(run(out="other.jsonl") if command == "run" else create())
-        codes.append(run(source="copy.jsonl", out="other.jsonl"))
-
-    assert run(time=FakeTime(again)) == 0
-    assert codes == [1, 1]
-    assert capsys.readouterr().err.count(".jsonl is in use by another create or run; wait for it to finish") == 2
-    assert posts(api) == 1
-    assert run() == 0
-
-
-STOPS: dict[str, Callable[[], None]] = {
-    "kill": kill,
-    "ctrl-c": lambda: signal.raise_signal(signal.SIGINT),
-}
-
-
-def stopped_run(*options: str, time: FakeTime) -> None:
-    with contextlib.suppress(Killed):
-        assert run(*options, time=time) == 130
-
-
-@pytest.mark.parametrize("habits", [(), ("no-metadata", "no-delete")])
-@pytest.mark.parametrize(("stop", "options"), [("kill", ()), ("ctrl-c", ("--max-requests", "1"))])
-def test_stopped_after_the_post_the_same_command_at_once_pays_nothing_again(
-    api: LocalBatchAPI, habits: tuple[str, ...], stop: str, options: tuple[str, ...]
-) -> None:
-    api.habits, api.list_delay, api.step = {*habits}, 10, 5
-    time = live_in(api, FakeTime(at={0.1: STOPS[stop]}))
-    content = write_requests("a1", "a2", "a3")
-    stopped_run("--max-requests", "2", time=time)
-    assert run(*options, time=time) == 0
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
-def test_run_at_once_after_create_takes_its_batches(api: LocalBatchAPI, habits: tuple[str, ...]) -> None:
-    api.habits, api.list_delay, api.step = {*habits}, 10, 5
-    time = live_in(api, FakeTime())
-    content = write_requests(*numbered(5))
-    assert create("--max-requests", "2", time=time) == 0
-    assert run("--max-requests", "3", time=time) == 0
-    assert_paid_once(api, content)
-    assert posts(api) == 3
-
-
-@pytest.mark.parametrize(("options", "code"), [(("--max-requests", "2"), 0), (("--max-requests", "3"), 1), ((), 1)])
-def test_create_at_once_after_run_submits_nothing_again(
-    api: LocalBatchAPI, options: tuple[str, ...], code: int
-) -> None:
-    api.habits, api.list_delay, api.step = {"no-metadata"}, 10, 5
-    time = live_in(api, FakeTime(at={0.1: kill}))
-    content = write_requests(*numbered(5))
-    stopped_run("--max-requests", "2", time=time)
-    assert create(*options, time=time) == code
-    assert posts(api) == 3
-    assert run(time=time) == 0
-    assert_paid_once(api, content)
-
-
-def test_create_of_other_parts_names_the_batches_and_the_ways_on(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_requests(*numbered(3))
-    assert create("--max-requests", "2") == 0
-    assert create() == 1
-    first, second = sorted(api.batches)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (
-        f"batch_tool.py: error: other batches already have requests of this file: {first}, {second}; nothing more was "
-        "submitted; use their --max-requests, or use run, which takes their results and sends only the rest"
-    )
-    assert posts(api) == 2
-
-
-def test_create_does_not_take_a_later_round_for_the_whole(api: LocalBatchAPI) -> None:
-    api.outcomes = {"a2": ["500", "200"]}
-    write_requests("a1", "a2")
-    assert run() == 0
-    del api.batches[next(iter(api.batches))]
-    assert create() == 1
-    assert sent(api) == [["a2"]]
-
-
-def test_create_and_run_adopt_each_other(api: LocalBatchAPI) -> None:
-    content = write_requests("a1", "a2", "a3")
-    assert create("--max-requests", "2") == 0
-    assert run("--max-requests", "2") == 0
-    assert create("--max-requests", "2") == 0
-    assert posts(api) == 2
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize("habits", [(), ("no-metadata",)])
-def test_a_note_that_is_gone_or_broken_costs_nothing_once_the_listing_is_whole(
-    api: LocalBatchAPI, habits: tuple[str, ...]
-) -> None:
-    content = write_requests("a1", "a2")
-    assert create() == 0
-    (note,) = Path(os.environ["XDG_STATE_HOME"], "batch_tool").iterdir()
-    if habits:
-        note.write_bytes(b"{cut\n" + note.read_bytes() + b'\x00\xff\n[]\n{"file": 3}\n{"file": "../x"}\n{"fi')
-    else:
-        note.unlink()
-    assert run() == 0
-    assert posts(api) == 1
-    assert_paid_once(api, content)
-
-
-def test_notes_of_more_than_30_days_ago_are_removed(api: LocalBatchAPI) -> None:
-    folder = Path(os.environ["XDG_STATE_HOME"], "batch_tool")
-    folder.mkdir(parents=True)
-    old, young = folder / "old.jsonl", folder / "young.jsonl"
-    for path, days in ((old, 31), (young, 29)):
-        path.touch()
-        os.utime(path, (real_time.time() - days * DAY,) * 2)
-    write_requests("a1")
-    assert create() == 0
-    assert (old.exists(), young.exists()) == (False, True)
-
-
-def test_without_a_place_for_notes_it_warns_and_works(
-    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
-    content = write_requests("a1")
-    assert run() == 0
-    message = "/file/batch_tool: Not a directory; until this command ends, do not start another create or run"
-    assert message in capsys.readouterr().err
-    assert_paid_once(api, content)
-
-
-def test_a_service_without_metadata_is_told_of_once(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    api.habits = {"no-metadata"}
-    write_requests("a1", "a2")
-    assert run("--max-requests", "1") == 0
-    assert capsys.readouterr().err.count("warning: this service keeps no metadata; only a note on this machine") == 1
-
-
-def test_a_batch_of_the_note_that_is_not_found_for_some_seconds_is_looked_for_again(api: LocalBatchAPI) -> None:
-    api.list_delay = 10
-    time = live_in(api, FakeTime())
-    content = write_requests("a1")
-    assert create(time=time) == 0
-    api.faults = [Fault("GET", "/batches/batch_", times=2, status=404, message="No such batch")]
-    assert run(time=time) == 0
-    assert posts(api) == 1
-    assert_paid_once(api, content)
-
-
-def test_a_batch_of_the_note_that_is_gone_counts_for_nothing(api: LocalBatchAPI) -> None:
-    write_requests("a1")
-    assert create() == 0
-    api.batches.clear()
-    assert run() == 0
-    assert posts(api) == 2
-
-
-# ---- when the outcome of a POST is unknown
-
-LOST: dict[str, dict[str, Any]] = {
-    "reset": {"action": "reset"},
-    "504": {"status": 504},
-    "408": {"status": 408},
-    "409": {"status": 409},
-    "garbage": {"status": 200, "body": b"{"},
-}
-
-
-@pytest.mark.parametrize(("kind", "when"), [("reset", "before"), *[(kind, "after") for kind in LOST]])
-def test_a_lost_answer_makes_no_second_batch(api: LocalBatchAPI, kind: str, when: str) -> None:
-    api.list_delay, api.step = 10, 5
-    time = live_in(api, FakeTime())
-    api.faults = [Fault("POST", "/batches$", when=when, **LOST[kind])]
-    content = write_requests("a1", "a2")
-    assert run(time=time) == 0
-    assert_paid_once(api, content)
-    assert len(api.batches) == 1
-
-
-@pytest.mark.parametrize(("moment", "list_delay"), [(3, 0), (0.6, 10), (9, 10), (14, 0), (14, 10), (40, 10), (300, 0)])
-def test_a_post_that_is_carried_out_late_is_paid_for_once(
-    api: LocalBatchAPI, moment: float, list_delay: float
-) -> None:
-    api.list_delay, api.step = list_delay, 60
-    api.faults = [Fault("POST", "/batches$", when="later", status=504)]
-    time = live_in(api, FakeTime(at={moment: api.carry_out}))
-    content = write_requests("a1", "a2")
-    assert run(time=time) == 0
-    time.sleep(400)
-    assert_paid_once(api, content)
-
-
-def test_each_of_three_posts_has_its_fence(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    api.faults = [Fault("POST", "/batches$", when="later", action="reset", times=3)]
-    time = live_in(api, FakeTime())
-    content = write_requests("a1")
-    assert run(time=time) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "no response to 3 tries to create its batch" in error
-    assert (len(api.carry_out()), len(api.batches), len(api.files)) == (3, 0, 0)
-    assert run(time=time) == 0
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize("moment", [3, 14, 40])
-def test_where_files_cannot_be_deleted_a_later_run_adopts_the_batch(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], moment: float
-) -> None:
-    api.habits = {"no-delete"}
-    api.faults = [Fault("POST", "/batches$", when="later", status=504)]
-    time = live_in(api, FakeTime(at={moment: api.carry_out}))
-    content = write_requests("a1")
-    if moment > 10:
-        assert run(time=time) == 1
-        (file_id,) = api.files
-        assert f"cannot tell whether a batch was created for file {file_id}; run the same command again later" in (
-            capsys.readouterr().err.splitlines()[-1]
-        )
-        time.sleep(60)
-    assert run(time=time) == 0
-    assert_paid_once(api, content)
-    assert posts(api) == 1
-
-
-def test_a_batch_that_is_found_after_the_fence_and_runs_is_the_batch(api: LocalBatchAPI) -> None:
-    api.list_delay = 12
-    api.hold = "in_progress"
-    api.faults = [Fault("POST", "/batches$", when="after", status=504)]
-
-    def begin() -> None:
-        for batch in api.batches.values():
-            api.look(batch)
-
-    time = live_in(api, FakeTime(at={5: begin, 60: release(api)}))
-    content = write_requests("a1")
-    assert run(time=time) == 0
-    assert posts(api) == 1
-    assert_paid_once(api, content)
-
-
-def test_a_batch_that_is_found_validating_after_the_fence_may_still_fail(api: LocalBatchAPI) -> None:
-    api.list_delay, api.step = 12, 40
-    api.faults = [Fault("POST", "/batches$", when="after", status=504)]
-    time = live_in(api, FakeTime())
-    content = write_requests("a1")
-    assert run(time=time) == 0
-    assert [batch.status for batch in api.batches.values()] == ["failed", "completed"]
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize(("when", "moment"), [("before", 0.0), ("after", 0.0), ("later", 3.0), ("later", 40.0)])
-@pytest.mark.parametrize(("command", "habits"), [("create", ("no-metadata",)), ("run", ())])
-def test_killed_between_the_post_and_its_answer_the_next_one_looks_and_fences(
-    api: LocalBatchAPI, command: str, when: str, moment: float, habits: tuple[str, ...]
-) -> None:
-    api.habits, api.list_delay, api.step = {*habits}, 10, 5
-    api.faults = [Fault("POST", "/batches$", when=when, action="reset")]
-    time = live_in(api, FakeTime(kill, at={moment or 1e6: api.carry_out}))
-    content = write_requests("a1", "a2")
-    with pytest.raises(Killed):
-        run(time=time) if command == "run" else create(time=time)
-    assert run("--max-requests", "1", time=time) == 0
-    time.sleep(100)
-    assert_paid_once(api, content)
-
-
-def test_killed_in_the_second_post_of_a_file_the_next_run_looks_for_its_batch(api: LocalBatchAPI) -> None:
-    api.queue_limit, api.list_delay, api.step = 1, 10, 1
-    write_requests("a1", "a2")
-    time = live_in(api, FakeTime())
-
-    def make_room() -> None:
-        api.queue_limit = None
-        api.faults = [Fault("POST", "/batches$", when="after", action="reset")]
-        time.events = [kill]
-
-    time.events = [nothing, make_room]  # refused, then room while it waits, then lost and killed
-    with pytest.raises(Killed):
-        run(time=time)
-    assert posts(api) == 2
-    assert run(time=time) == 0
-    assert_paid_once(api, REQUESTS.read_bytes())
-
-
-def test_of_two_batches_of_one_uploaded_file_the_older_stays(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def twice() -> None:
-        exchange = next(each for each in api.exchanges if each.path == "/v1/batches" and each.method == "POST")
-        api.create_batch(exchange)
-        api.create_batch(exchange)
-
-    api.hold = "validating"
-    api.faults = [Fault("POST", "/batches$", action="reset")]
-    content = write_requests("a1")
-    assert run(time=FakeTime(twice, nothing, nothing, release(api))) == 0
-    first, second = sorted(api.batches)
-    assert f"batch {second} has the same requests as batch {first}" in capsys.readouterr().err
-    assert [api.batches[each].status for each in (first, second)] == ["completed", "cancelled"]
-    assert_paid_once(api, content)
-
-
-def test_an_answer_that_is_the_batch_of_another_file_is_not_believed(api: LocalBatchAPI) -> None:
-    other = api.new_batch("completed", output=jsonl(success("b1")))
-    api.faults = [Fault("POST", "/batches$", status=200, body=json.dumps(other.as_json()).encode())]
-    content = write_requests("a1")
-    assert run() == 0
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize("seconds", [5, 900])
-def test_the_listing_is_looked_at_again_after_a_rate_limit_was_waited_out(api: LocalBatchAPI, seconds: int) -> None:
-    api.faults = [Fault("POST", "/batches$", status=429, headers={"retry-after": str(seconds)})]
-    content = write_requests("a1")
-
-    def elsewhere() -> None:
-        api.faults = []
-        with another_machine():
-            assert create() == 0
-
-    assert run(time=FakeTime(elsewhere)) == 0
-    assert_paid_once(api, content)
-
-
-# ---- when the truth is late: another machine
-
-
-@pytest.mark.parametrize("options", [("--max-requests", "1"), ("--max-requests", "3"), ()])
-@pytest.mark.parametrize("command", ["create", "run"])
-def test_another_machine_submits_while_parts_wait_for_the_queue(
-    api: LocalBatchAPI, command: str, options: tuple[str, ...]
-) -> None:
-    api.queue_limit, api.hold = 1, "in_progress"
-    content = write_requests(*numbered(4))
-
-    def elsewhere() -> None:
-        api.queue_limit = None
-        with another_machine():
-            if command == "run":
-                assert run(*options, time=FakeTime(release(api))) == 0
-            else:
-                create(*options)
-        api.hold = None
-
-    assert run("--max-requests", "1", "--attempts", "1", time=FakeTime(nothing, elsewhere)) == 0
-    assert_paid_once(api, content)
-    assert_out(api)
-
-
-def test_another_machine_submits_before_a_later_round(api: LocalBatchAPI) -> None:
-    api.outcomes = {"a2": ["500", "200"]}
-    content = write_requests("a1", "a2")
-
-    def elsewhere() -> None:
-        api.look(next(iter(api.batches.values())))  # has ended
-        with another_machine():
-            assert run() == 0
-
-    assert run(time=FakeTime(elsewhere)) == 0
-    assert sent(api) == [["a1", "a2"], ["a2"]]
-    assert_paid_once(api, content)
-    assert_out(api)
-
-
-@pytest.mark.parametrize("command", ["create", "run"])
-def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: LocalBatchAPI, command: str) -> None:
-    content = write_requests(*numbered(4))
-    begun: list[int] = []
-
-    def elsewhere() -> None:
-        api.faults = []
-        with another_machine():
-            begun.append(create("--max-requests", "1"))
-
-    api.faults = [Fault("POST", "/batches$", status=429, headers={"retry-after": "60"})]
-    time = FakeTime(elsewhere)
-    if command == "run":
-        assert run("--max-requests", "1", "--attempts", "1", time=time) == 0
-    else:
-        assert create("--max-requests", "1", time=time) == 0
-    assert begun == [0]
-    assert posts(api) == 5
-    assert_paid_once(api, content)
-
-
-def test_a_refused_part_is_not_submitted_again_where_another_machine_has_its_requests(api: LocalBatchAPI) -> None:
-    api.hold = "validating"
-    api.faults = [Fault("POST", "/batches$", skip=1, status=429, headers={"retry-after": "60"})]
-    content = write_requests(*numbered(4))
-
-    def elsewhere() -> None:
-        api.faults, api.hold = [], None
-        (own,) = api.batches.values()
-        own.over_limit = True
-        with another_machine():
-            assert create("--force") == 0
-
-    assert run("--max-requests", "2", "--attempts", "1", time=FakeTime(elsewhere)) == 0
-    assert sent(api) == [["a1", "a2"], numbered(4)]
-    assert_paid_once(api, content)
-    assert_out(api)
-
-
-def meet(api: LocalBatchAPI, *, own_is_older: bool) -> tuple[LocalBatch, LocalBatch]:
-    """Two machines submit the same at the same time. The batches of this one and of the other."""
-    def elsewhere() -> None:
-        api.clock_offset = 5 if own_is_older else -5
-        with another_machine():
-            assert create() == 0
-
-    api.list_delay, api.hold = 10, api.hold or "validating"
-    time = live_in(api, FakeTime(at={0.5: elsewhere, 60: release(api)}))
-    assert run("--interval", "1", time=time) == 0
-    own, other = api.batches.values()
-    return own, other
-
-
-def test_of_rivals_the_younger_one_is_cancelled_by_its_own_machine(api: LocalBatchAPI) -> None:
-    content = write_requests("a1")
-    own, other = meet(api, own_is_older=False)
-    assert (own.status, other.status) == ("cancelled", "completed")
-    assert_paid_once(api, content)
-    assert_out(api)
-
-
-def test_of_rivals_the_older_one_stays_and_that_of_another_machine_is_left_alone(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_requests("a1")
-    own, other = meet(api, own_is_older=True)
-    assert own.status == "completed"
-    message = f"batch {other.id} has the same requests as batch {own.id}, which is older and is kept"
-    assert message in capsys.readouterr().err
-    assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
-
-
-def test_a_rival_that_has_begun_is_not_cancelled(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
-    api.hold = "in_progress"
-    write_requests("a1")
-    own, _ = meet(api, own_is_older=False)
-    assert f"batch {own.id} has already started, so it was not cancelled" in capsys.readouterr().err
-    assert not any(exchange.path.endswith("/cancel") for exchange in api.exchanges)
-
-
-# ---- the listing
-
-
-def listing(*batches: LocalBatch, **fields: Any) -> bytes:
-    content = {"object": "list", "data": [batch.as_json() for batch in batches], "has_more": False}
-    return json.dumps(content | fields).encode()
-
-
-@pytest.mark.parametrize("command", ["create", "run"])
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"{}",
-        b'{"object": "list", "data": [{}], "has_more": false}',
-        b'{"object": "list", "data": [], "has_more": true}',
-        b'{"object": "list", "data": [{"id": "batch_1", "status": "completed"}], "has_more": true}',
-    ],
-)
-def test_an_incomplete_listing_is_not_an_empty_one(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], body: bytes, command: str
-) -> None:
-    api.faults = [Fault("GET", "/batches$", times=10_000, status=200, body=body)]
-    write_requests("a1")
-    assert (run() if command == "run" else create()) == 1
-    assert capsys.readouterr().err.count("error: ") == 1
-    assert posts(api) == posts(api, "/v1/files") == 0
-
-
-def test_a_server_that_ignores_after_is_an_incomplete_listing_only_where_there_is_more(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    api.habits = {"ignores-after"}
-    content = write_requests("a1")
-    earlier_batch(api, "completed", content, done=["a1"])
-    for _ in range(99):
-        api.new_batch("completed", created_at=api.now() + 1)
-    assert run() == 0
-    api.new_batch("completed", created_at=api.now() + 1)
-    assert run(out="other.jsonl") == 1
-    assert "error: the server repeats a page of its listing of batches" in capsys.readouterr().err
-    assert posts(api) == 0
-
-
-def test_pages_of_older_batches_and_one_old_entry_hide_nothing(api: LocalBatchAPI) -> None:
-    content = write_requests("a1")
-    old = api.new_batch("completed", created_at=1_600_000_000)
-    batch = earlier_batch(api, "completed", content, done=["a1"])
-    api.faults = [
-        Fault("GET", "/batches$", status=200, body=listing(old, has_more=True)),
-        Fault("GET", "/batches$", status=200, body=listing(old, batch)),
-    ]
-    assert run() == 0
-    assert posts(api) == 0
-
-
-def test_a_listing_ends_after_some_full_pages_of_older_batches(api: LocalBatchAPI) -> None:
-    input_file = api.new_file(b"", "batch", "requests.jsonl")
-    for number in range(500):
-        api.new_batch("completed", input_file=input_file, created_at=1_600_000_000 + number)
-    write_requests("a1")
-    assert run() == 0
-    first, *_ = (n for n, exchange in enumerate(api.exchanges) if exchange.path == "/v1/models/gpt-6-luna")
-    assert sum(exchange.path == "/v1/batches" for exchange in api.exchanges[:first]) == 3
-
-
-@pytest.mark.parametrize("days", [-31, 31])
-def test_recent_is_by_the_clock_of_the_server(api: LocalBatchAPI, days: int) -> None:
-    api.clock_offset = days * DAY
-    earlier_batch(api, "completed", write_requests("a1"), done=["a1"])
-    assert run() == 0
-    assert posts(api) == 0
-
-
-def test_batches_without_a_date_are_recent(api: LocalBatchAPI) -> None:
-    batch = earlier_batch(api, "completed", write_requests("a1"), done=["a1"])
-    body = listing(batch).replace(b'"created_at"', b'"no"')
-    api.faults = [Fault("GET", "/batches$", times=9, status=200, body=body)]
-    assert run() == 0
-    assert posts(api) == 0
-
-
-# ---- the queue limit
-
-
-def test_refused_parts_wait_until_a_batch_ends(api: LocalBatchAPI) -> None:
+def test_refused_parts_wait_until_a_batch_ends(api: FaultyAPI) -> None:
     api.queue_limit, api.hold = 2, "in_progress"
     content = write_requests(*numbered(6))
     time = FakeTime(nothing, nothing, nothing, release(api))
@@ -947,7 +326,7 @@ def test_refused_parts_wait_until_a_batch_ends(api: LocalBatchAPI) -> None:
     assert_out(api)
 
 
-def test_nothing_is_submitted_while_the_queue_is_full(api: LocalBatchAPI) -> None:
+def test_nothing_is_submitted_while_the_queue_is_full(api: FaultyAPI) -> None:
     api.queue_limit, api.hold = 1, "in_progress"
     write_requests("a1", "a2")
     counts: list[int] = []
@@ -958,7 +337,7 @@ def test_nothing_is_submitted_while_the_queue_is_full(api: LocalBatchAPI) -> Non
 
 
 def test_a_part_that_never_fits_is_divided_until_it_does(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.queue_limit = 2
     content = write_requests(*numbered(7))
@@ -973,7 +352,7 @@ def test_a_part_that_never_fits_is_divided_until_it_does(
 
 
 def test_a_request_that_never_fits_ends_the_run_after_five_refusals(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.queue_limit = 1
     api.new_batch("in_progress", input_file=api.new_file(jsonl(request("b1")), "batch", "other.jsonl"))
@@ -985,7 +364,7 @@ def test_a_request_that_never_fits_ends_the_run_after_five_refusals(
     assert (posts(api), posts(api, "/v1/files"), OUT.exists()) == (5, 1, False)
 
 
-def test_the_error_of_a_request_that_never_fits(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_a_request_that_never_fits(api: FaultyAPI, capsys: pytest.CaptureFixture[str]) -> None:
     api.queue_limit = 0
     content = write_requests("a1")
     assert run() == 1
@@ -995,7 +374,7 @@ def test_the_error_of_a_request_that_never_fits(api: LocalBatchAPI, capsys: pyte
     )
 
 
-def test_others_may_leave_the_queue(api: LocalBatchAPI) -> None:
+def test_others_may_leave_the_queue(api: FaultyAPI) -> None:
     api.queue_limit = 2
     other = api.new_batch("in_progress", input_file=api.new_file(jsonl(request("b1")), "batch", "other.jsonl"))
     content = write_requests("a1", "a2")
@@ -1008,7 +387,7 @@ def test_others_may_leave_the_queue(api: LocalBatchAPI) -> None:
     assert_paid_once(api, content)
 
 
-def test_a_refusal_found_after_a_lost_answer_waits_too(api: LocalBatchAPI) -> None:
+def test_a_refusal_found_after_a_lost_answer_waits_too(api: FaultyAPI) -> None:
     api.queue_limit = 1
     api.faults = [Fault("POST", "/batches$", skip=1, when="after", action="reset")]
     content = write_requests("a1", "a2")
@@ -1025,8 +404,8 @@ def test_a_refusal_found_after_a_lost_answer_waits_too(api: LocalBatchAPI) -> No
     assert_out(api)
 
 
-def test_an_adopted_batch_over_the_token_limit_is_not_sent_again_whole_where_out_has_some_of_it(
-    api: LocalBatchAPI,
+def test_an_earlier_batch_over_the_token_limit_is_not_sent_again_whole_where_out_has_some_of_it(
+    api: FaultyAPI,
 ) -> None:
     api.hold = "validating"
     lines = write_requests("a1", "a2").splitlines(keepends=True)
@@ -1038,10 +417,10 @@ def test_an_adopted_batch_over_the_token_limit_is_not_sent_again_whole_where_out
     assert sent(api) == [["a1", "a2"], ["a2"]]
 
 
-# ---- what ends a run early
+# ---- what ends a run early ----
 
 
-def test_a_batch_that_fails_validation_ends_the_run(api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_fails_validation_ends_the_run(api: FaultyAPI, capsys: pytest.CaptureFixture[str]) -> None:
     good = jsonl(*map(request, ("a1", "a2")))
     bad = request("a3")
     bad["body"] = {"input": "Bio of a3"}
@@ -1063,7 +442,7 @@ def test_a_batch_that_fails_validation_ends_the_run(api: LocalBatchAPI, capsys: 
     assert_paid_once(api, content)
 
 
-def test_a_batch_that_someone_cancels_ends_the_run_and_a_later_one_finishes(api: LocalBatchAPI) -> None:
+def test_a_batch_that_someone_cancels_ends_the_run_and_a_later_one_finishes(api: FaultyAPI) -> None:
     api.queue_limit, api.hold, api.cancel_done = 4, "in_progress", 0.5
     api.outcomes = {"a3": ["500", "200"]}
     content = write_requests(*numbered(6))
@@ -1084,7 +463,7 @@ def test_a_batch_that_someone_cancels_ends_the_run_and_a_later_one_finishes(api:
 
 
 @pytest.mark.parametrize("attempts", ["1", "2"])
-def test_a_cancelled_run_can_be_finished_with_the_same_attempts(api: LocalBatchAPI, attempts: str) -> None:
+def test_a_cancelled_run_can_be_finished_with_the_same_attempts(api: FaultyAPI, attempts: str) -> None:
     api.hold, api.cancel_done = "in_progress", 0.5
     content = write_requests("a1", "a2")
 
@@ -1099,7 +478,7 @@ def test_a_cancelled_run_can_be_finished_with_the_same_attempts(api: LocalBatchA
 
 
 def test_timeout_writes_nothing_and_the_next_run_goes_on(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.hold = "in_progress"
     content = write_requests("a1", "a2")
@@ -1118,19 +497,18 @@ def test_timeout_writes_nothing_and_the_next_run_goes_on(
     assert_out(api, old)
 
 
-def test_timeout_also_ends_waiting_for_the_queue(api: LocalBatchAPI) -> None:
+def test_timeout_also_ends_waiting_for_the_queue(api: FaultyAPI) -> None:
     api.queue_limit = 0
     write_requests("a1")
     time = FakeTime()
     assert run("--timeout", "35", time=time) == 3
     assert time.now == 35
 
-
 DRIPS = [("GET", "/batches$"), ("GET", "/batches/"), ("GET", "/content$")]
 
 
 @pytest.mark.parametrize(("method", "path"), DRIPS)
-def test_timeout_holds_against_a_server_that_drips(api: LocalBatchAPI, method: str, path: str) -> None:
+def test_timeout_holds_against_a_server_that_drips(api: FaultyAPI, method: str, path: str) -> None:
     content = write_requests("a1")
     api.faults = [Fault(method, path, action="drip", seconds=0.05)]
     begin = real_time.monotonic()
@@ -1146,7 +524,7 @@ def test_timeout_holds_against_a_server_that_drips(api: LocalBatchAPI, method: s
     ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_writes_nothing_and_the_next_run_goes_on(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], number: signal.Signals, exit_code: int
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str], number: signal.Signals, exit_code: int
 ) -> None:
     api.hold = "in_progress"
     content = write_requests("a1")
@@ -1159,7 +537,7 @@ def test_a_signal_writes_nothing_and_the_next_run_goes_on(
 
 
 def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.outcomes = {"a1": ["500", "200"]}
     write_requests("a1", "a2")
@@ -1178,103 +556,7 @@ def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
     assert_paid_once(api, REQUESTS.read_bytes())
 
 
-# ---- patience
-
-
-def test_one_look_at_each_batch_an_interval(api: LocalBatchAPI) -> None:
-    api.hold = "in_progress"
-    write_requests("a1", "a2", "a3")
-    time = FakeTime(at={45: release(api)})
-    assert run("--max-requests", "1", time=time) == 0
-    assert time.now == 50
-    looks = Counter(exchange.path for exchange in api.exchanges if exchange.path.startswith("/v1/batches/"))
-    assert looks == {f"/v1/batches/{batch_id}": 5 for batch_id in api.batches}
-
-
-CALLS = {
-    "upload": ("POST", "/files$"),
-    "listing": ("GET", "/batches$"),
-    "poll": ("GET", "/batches/batch_"),
-    "size": ("GET", "/files/[^/]+$"),
-    "download": ("GET", "/content$"),
-}
-TROUBLES: dict[str, dict[str, Any]] = {
-    "503 for 1.5 s": {"status": 503, "times": 3},
-    "one 403": {"status": 403},
-    "900 s": {"status": 429, "headers": {"retry-after": "900"}},
-}
-
-
-@pytest.mark.parametrize("trouble", TROUBLES)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_trouble_of_any_call_is_outlived(api: LocalBatchAPI, call: str, trouble: str) -> None:
-    method, path = CALLS[call]
-    api.faults = [Fault(method, path, skip=call == "listing", **TROUBLES[trouble])]
-    content = write_requests("a1")
-    assert run() == 0
-    assert_paid_once(api, content)
-    assert_out(api)
-
-
-@pytest.mark.parametrize("call", ["upload", "listing", "poll", "download"])
-def test_an_hour_without_an_answer_ends_it(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], call: str
-) -> None:
-    method, path = CALLS[call]
-    api.faults = [Fault(method, path, skip=1 if call in ("listing", "poll") else 0, times=10_000, status=503)]
-    api.hold = "in_progress"
-    content = write_requests("a1")
-    time = FakeTime(at={350: release(api)})
-    assert run("--interval", "100", time=time) == 1
-    assert 3500 < time.now < 4500
-    assert "HTTP 503" in capsys.readouterr().err.splitlines()[-1]
-    api.faults = []
-    assert run() == 0
-    assert_paid_once(api, content)
-
-
-@pytest.mark.parametrize(("call", "status"), [("upload", 401), ("poll", 403), ("download", 401)])
-def test_three_denials_are_fatal(api: LocalBatchAPI, call: str, status: int) -> None:
-    api.faults = [Fault(*CALLS[call], times=3, status=status)]
-    content = write_requests("a1")
-    assert run() == 1
-    assert not OUT.exists()
-    assert run() == 0
-    assert_paid_once(api, content)
-
-
-def test_a_404_right_after_the_creation_is_outlived(api: LocalBatchAPI) -> None:
-    api.faults = [Fault("GET", "/batches/batch_", times=3, status=404, message="No such batch")]
-    content = write_requests("a1")
-    assert run() == 0
-    assert_paid_once(api, content)
-
-
-def test_a_404_of_a_batch_that_is_not_new_ends_the_run(api: LocalBatchAPI) -> None:
-    api.hold = "in_progress"
-    api.faults = [Fault("GET", "/batches/batch_", skip=15, times=100, status=404, message="No such batch")]
-    write_requests("a1")
-    assert run(time=FakeTime()) == 1
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_polls_outlive_an_outage_of_some_minutes(api: LocalBatchAPI, status: int) -> None:
-    api.hold = "in_progress"
-    api.faults = [Fault("GET", "/batches/batch_", skip=1, times=20, status=status)]
-    content = write_requests("a1")
-    assert run(time=FakeTime(at={235: release(api)})) == 0
-    assert_paid_once(api, content)
-
-
-def test_an_answer_about_another_batch_is_no_answer(api: LocalBatchAPI) -> None:
-    other = api.new_batch("completed")
-    api.faults = [Fault("GET", "/batches/batch_", body=json.dumps(other.as_json()).encode(), status=200)]
-    write_requests("a1")
-    assert run() == 0
-    assert_out(api)
-
-
-# ---- the spreadsheet changes
+# ---- the spreadsheet changes ----
 
 
 def edit(*requests: Any) -> bytes:
@@ -1294,14 +576,14 @@ def bios(count: int) -> list[dict[str, Any]]:
     return [request(custom_id) for custom_id in numbered(count)]
 
 
-def exchanges_in(api: LocalBatchAPI, work: Callable[[], object]) -> int:
+def exchanges_in(api: FaultyAPI, work: Callable[[], object]) -> int:
     before = len(api.exchanges)
     work()
     return len(api.exchanges) - before
 
 
 def test_a_second_run_asks_nothing_of_the_server_and_needs_no_key(
-    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(*bios(3))
     assert run() == 0
@@ -1310,7 +592,6 @@ def test_a_second_run_asks_nothing_of_the_server_and_needs_no_key(
     assert exchanges_in(api, run) == 0
     assert OUT.read_bytes() == first
     assert "3 of 3 requests have a result already\n" in capsys.readouterr().err
-
 
 EDITS: dict[str, tuple[Callable[[], list[Any]], set[str]]] = {
     "rows added": (lambda: [request("new"), *bios(5), request("new2")], {"new", "new2"}),
@@ -1324,7 +605,7 @@ EDITS: dict[str, tuple[Callable[[], list[Any]], set[str]]] = {
 
 
 @pytest.mark.parametrize("change", EDITS)
-def test_only_what_has_changed_is_sent_and_what_was_paid_stays(api: LocalBatchAPI, change: str) -> None:
+def test_only_what_has_changed_is_sent_and_what_was_paid_stays(api: FaultyAPI, change: str) -> None:
     content = edit(*bios(5))
     assert run() == 0
     api.list_delay = 1e9  # --out alone tells
@@ -1347,7 +628,7 @@ def test_only_what_has_changed_is_sent_and_what_was_paid_stays(api: LocalBatchAP
 
 
 def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_requests("a1")
     good = jsonl(success())
@@ -1364,14 +645,14 @@ def test_an_out_that_holds_something_else_is_refused_before_anything_is_sent(
     assert api.exchanges == []
 
 
-def test_an_empty_out_is_no_problem(api: LocalBatchAPI) -> None:
+def test_an_empty_out_is_no_problem(api: FaultyAPI) -> None:
     OUT.touch()
     content = write_requests("a1")
     assert run() == 0
     assert_paid_once(api, content)
 
 
-def test_rejected_requests_keep_their_line_until_they_change(api: LocalBatchAPI) -> None:
+def test_rejected_requests_keep_their_line_until_they_change(api: FaultyAPI) -> None:
     api.outcomes = {"a1": ["400", "200"]}
     edit(request("a1"), request("a2"))
     assert run() == 1
@@ -1384,7 +665,7 @@ def test_rejected_requests_keep_their_line_until_they_change(api: LocalBatchAPI)
     assert_paid_once(api, content)
 
 
-def test_results_without_request_sha256_count_by_custom_id(api: LocalBatchAPI) -> None:
+def test_results_without_request_sha256_count_by_custom_id(api: FaultyAPI) -> None:
     Path("from_retrieve.jsonl").write_bytes(jsonl(success("a1"), refused("a2"), success("gone")))
     lines = edit(*bios(3)).splitlines()
     assert run("--results", "from_retrieve.jsonl") == 0
@@ -1395,7 +676,7 @@ def test_results_without_request_sha256_count_by_custom_id(api: LocalBatchAPI) -
     assert sent(api)[1:] == [["a1"]]
 
 
-def test_an_out_without_request_sha256_counts_by_custom_id(api: LocalBatchAPI) -> None:
+def test_an_out_without_request_sha256_counts_by_custom_id(api: FaultyAPI) -> None:
     OUT.write_bytes(jsonl(success("a1"), success("z9")))
     edit(*bios(2))
     assert run() == 0
@@ -1403,7 +684,7 @@ def test_an_out_without_request_sha256_counts_by_custom_id(api: LocalBatchAPI) -
     assert OUT.read_bytes().splitlines(keepends=True)[2:] == [jsonl(success("z9"))]
 
 
-def test_results_with_request_sha256_count_by_it(api: LocalBatchAPI) -> None:
+def test_results_with_request_sha256_count_by_it(api: FaultyAPI) -> None:
     lines = edit(*bios(3)).splitlines()
     mine = with_sha256(jsonl(success("a1")), sha256_of(lines[0]))
     others = with_sha256(jsonl(success("a2")), "0" * 64)
@@ -1414,7 +695,7 @@ def test_results_with_request_sha256_count_by_it(api: LocalBatchAPI) -> None:
     assert others not in OUT.read_bytes()
 
 
-def test_results_may_name_out(api: LocalBatchAPI) -> None:
+def test_results_may_name_out(api: FaultyAPI) -> None:
     edit(*bios(2))
     assert run() == 0
     edit(*bios(3))
@@ -1424,7 +705,7 @@ def test_results_may_name_out(api: LocalBatchAPI) -> None:
     assert_out(api)
 
 
-def test_force_pays_for_all_again_and_keeps_what_the_new_ones_do_not_bring(api: LocalBatchAPI) -> None:
+def test_force_pays_for_all_again_and_keeps_what_the_new_ones_do_not_bring(api: FaultyAPI) -> None:
     edit(*bios(2), request("z9"))
     assert run() == 0
     first = OUT.read_bytes().splitlines(keepends=True)
@@ -1436,7 +717,7 @@ def test_force_pays_for_all_again_and_keeps_what_the_new_ones_do_not_bring(api: 
     assert (now[0] != first[0], now[1:]) == (True, first[1:])
 
 
-def test_a_forced_run_that_was_interrupted_pays_again_only_when_it_is_forced_again(api: LocalBatchAPI) -> None:
+def test_a_forced_run_that_was_interrupted_pays_again_only_when_it_is_forced_again(api: FaultyAPI) -> None:
     content = edit(*bios(2))
     assert run() == 0
     with pytest.raises(Killed):
@@ -1445,17 +726,16 @@ def test_a_forced_run_that_was_interrupted_pays_again_only_when_it_is_forced_aga
     assert run("--force") == 0
     assert {api.paid[sha256_of(line)] for line in content.splitlines()} == {3}
 
-
 EARLIER = ["validating", "in_progress", "finalizing", "completed", "expired", "cancelled"]
 
 
 @pytest.mark.parametrize("status", EARLIER)
-def test_a_batch_of_an_earlier_version_is_told_by_its_input_file(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], status: str
+def test_a_batch_of_an_earlier_version_is_recognized_by_its_input_file(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
     has_ended = status in ("completed", "expired", "cancelled")
     earlier = jsonl(*bios(3), request("gone"))
-    batch = earlier_batch(api, status, earlier, done=["a1", "a2", "gone"], left=["a3"])
+    batch = batch_of_a_run(api, status, earlier, done=["a1", "a2", "gone"], left=["a3"])
     batch.request_counts = {"completed": 3, "failed": 1, "total": 4}
     edit(request("new"), with_prompt("a2", "changed"), request("a1"), request("a3"))
     time = FakeTime() if has_ended else FakeTime(nothing, nothing, lambda: setattr(batch, "status", "completed"))
@@ -1469,7 +749,7 @@ def test_a_batch_of_an_earlier_version_is_told_by_its_input_file(
                           for line in content.splitlines()}
 
 
-def test_edited_while_a_batch_is_under_way_it_is_waited_for(api: LocalBatchAPI) -> None:
+def test_edited_while_a_batch_is_under_way_it_is_waited_for(api: FaultyAPI) -> None:
     api.hold = "in_progress"
     api.outcomes = {"a2": ["500", "200"]}
     content = edit(*bios(3))
@@ -1481,7 +761,7 @@ def test_edited_while_a_batch_is_under_way_it_is_waited_for(api: LocalBatchAPI) 
     assert_paid_once(api, content, changed)
 
 
-def test_done_and_not_saved_an_edit_takes_it(api: LocalBatchAPI) -> None:
+def test_done_and_not_saved_an_edit_takes_it(api: FaultyAPI) -> None:
     content = edit(*bios(3))
     assert create("--max-requests", "2") == 0
     for batch in api.batches.values():
@@ -1492,14 +772,13 @@ def test_done_and_not_saved_an_edit_takes_it(api: LocalBatchAPI) -> None:
     assert_paid_once(api, content, changed)
     assert_out(api)
 
-
 HABITS_OF_NOTES: list[tuple[str, ...]] = [(), ("no-metadata",)]
 
 
 @pytest.mark.parametrize("habits", HABITS_OF_NOTES)
 @pytest.mark.parametrize("command", ["create", "run"])
 def test_edited_at_once_after_the_post_its_batch_is_found_by_the_note(
-    api: LocalBatchAPI, command: str, habits: tuple[str, ...]
+    api: FaultyAPI, command: str, habits: tuple[str, ...]
 ) -> None:
     api.habits, api.list_delay, api.step = {*habits}, 10, 5
     time = live_in(api, FakeTime())
@@ -1518,7 +797,7 @@ def test_edited_at_once_after_the_post_its_batch_is_found_by_the_note(
 @pytest.mark.parametrize("habits", HABITS_OF_NOTES)
 @pytest.mark.parametrize(("when", "moment"), [("after", 1e6), ("later", 3.0), ("later", 40.0)])
 def test_killed_in_the_post_and_edited_at_once_its_file_is_fenced(
-    api: LocalBatchAPI, when: str, moment: float, habits: tuple[str, ...]
+    api: FaultyAPI, when: str, moment: float, habits: tuple[str, ...]
 ) -> None:
     api.habits, api.list_delay, api.step = {*habits}, 10, 5
     api.faults = [Fault("POST", "/batches$", when=when, action="reset")]
@@ -1533,7 +812,7 @@ def test_killed_in_the_post_and_edited_at_once_its_file_is_fenced(
 
 
 def test_notes_of_files_of_another_name_or_service_are_left_alone(
-    api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch
+    api: FaultyAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.faults = [Fault("POST", "/batches$", action="reset", times=9)]
     content = edit(*bios(2))
@@ -1553,7 +832,7 @@ def test_notes_of_files_of_another_name_or_service_are_left_alone(
     assert [exchange for exchange in api.exchanges if exchange.method == "DELETE"] == []
 
 
-def test_the_batches_of_many_notes_that_are_gone_are_waited_for_once(api: LocalBatchAPI) -> None:
+def test_the_batches_of_many_notes_that_are_gone_are_waited_for_once(api: FaultyAPI) -> None:
     for count in range(1, 5):
         edit(*bios(count))
         assert create() == 0
@@ -1565,7 +844,7 @@ def test_the_batches_of_many_notes_that_are_gone_are_waited_for_once(api: LocalB
 
 
 @pytest.mark.parametrize("habits", HABITS_OF_NOTES)
-def test_two_versions_at_once_pay_once_for_what_they_share(api: LocalBatchAPI, habits: tuple[str, ...]) -> None:
+def test_two_versions_at_once_pay_once_for_what_they_share(api: FaultyAPI, habits: tuple[str, ...]) -> None:
     api.queue_limit, api.hold = 2, "in_progress"
     api.habits = {*habits}
     content = edit(*bios(4))
@@ -1582,10 +861,10 @@ def test_two_versions_at_once_pay_once_for_what_they_share(api: LocalBatchAPI, h
         assert_paid_once(api, content, *edits)
 
 
-def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+def test_an_earlier_version_whose_input_file_is_gone_draws_a_warning(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+    batch = batch_of_a_run(api, "completed", jsonl(request("a1")), done=["a1"])
     del api.files[batch.input_file_id]
     content = edit(*bios(2))
     assert run() == 0
@@ -1597,9 +876,9 @@ def test_an_earlier_version_whose_input_file_is_gone_is_told_of(
 
 
 def test_an_earlier_version_whose_output_file_is_gone_ends_the_run(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+    batch = batch_of_a_run(api, "completed", jsonl(request("a1")), done=["a1"])
     assert batch.output_file_id
     del api.files[batch.output_file_id]
     edit(*bios(2))
@@ -1610,8 +889,8 @@ def test_an_earlier_version_whose_output_file_is_gone_ends_the_run(
     assert posts(api) == 0
 
 
-def test_edits_do_not_take_batches_of_other_files(api: LocalBatchAPI) -> None:
-    other = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"])
+def test_edits_do_not_take_batches_of_other_files(api: FaultyAPI) -> None:
+    other = batch_of_a_run(api, "completed", jsonl(request("a1")), done=["a1"])
     assert other.metadata
     other.metadata["input_file"] = "other.jsonl"
     edit(*bios(2))
@@ -1619,37 +898,8 @@ def test_edits_do_not_take_batches_of_other_files(api: LocalBatchAPI) -> None:
     assert sent(api)[1:] == [["a1", "a2"]]
 
 
-def test_lines_that_somebody_adds_to_out_meanwhile_stay(api: LocalBatchAPI) -> None:
-    lines = edit(*bios(2)).splitlines()
-    theirs = with_sha256(jsonl(success("z9")), "0" * 64)
-    OUT.write_bytes(with_sha256(jsonl(success("a1")), sha256_of(lines[0])))
-
-    def preview() -> None:
-        with OUT.open("ab") as out:
-            out.write(theirs)
-
-    assert run(time=FakeTime(preview)) == 0
-    now = OUT.read_bytes().splitlines(keepends=True)
-    assert (len(now), now[2]) == (3, theirs)
-
-
-def test_out_that_is_replaced_meanwhile_is_read_again(api: LocalBatchAPI) -> None:
-    lines = edit(*bios(2)).splitlines()
-    mine = with_sha256(jsonl(success("a1")), sha256_of(lines[0]))
-    theirs = with_sha256(jsonl(success("z9")), "0" * 64)
-
-    def another_run() -> None:
-        Path("new").write_bytes(theirs)
-        os.replace("new", OUT)
-
-    OUT.write_bytes(mine)
-    assert run(time=FakeTime(another_run)) == 0
-    now = OUT.read_bytes().splitlines(keepends=True)
-    assert (now[0], now[2:]) == (mine, [theirs])
-
-
 @pytest.mark.parametrize("is_last", [True, False])
-def test_the_sha256_is_of_the_line_without_its_end(api: LocalBatchAPI, is_last: bool) -> None:
+def test_the_sha256_is_of_the_line_without_its_end(api: FaultyAPI, is_last: bool) -> None:
     content = edit(*bios(2))
     assert run() == 0
     replace(content.removesuffix(b"\n") if is_last else jsonl(request("a2")) + content.splitlines()[0])
@@ -1657,7 +907,7 @@ def test_the_sha256_is_of_the_line_without_its_end(api: LocalBatchAPI, is_last: 
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_last_line_without_its_end(api: LocalBatchAPI, rounds: int) -> None:
+def test_a_last_line_without_its_end(api: FaultyAPI, rounds: int) -> None:
     api.outcomes = {"a1": ["500", "200"], "a3": ["500", "200"]} if rounds == 2 else {}
     content = write_requests("a1", "a2", "a3").removesuffix(b"\n")
     REQUESTS.write_bytes(content)
@@ -1666,7 +916,7 @@ def test_a_last_line_without_its_end(api: LocalBatchAPI, rounds: int) -> None:
     assert_paid_once(api, content)
 
 
-def test_rewriting_out_again_and_again_changes_nothing(api: LocalBatchAPI) -> None:
+def test_rewriting_out_again_and_again_changes_nothing(api: FaultyAPI) -> None:
     rest = b'"custom_id": "z", "response": {"status_code": 200, "body": {}}'
     edit(*bios(1))
     first, second = b"{" + rest + b', "request_sha256": "odd"}\n', b'{"request_sha256":"0", ' + rest + b"}\r\n"
@@ -1678,15 +928,15 @@ def test_rewriting_out_again_and_again_changes_nothing(api: LocalBatchAPI) -> No
     assert now.count(b"\n") == 3
 
 
-# ---- gone results
+# ---- gone results ----
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_requests(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], is_complete: bool
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str], is_complete: bool
 ) -> None:
     lines = edit(*bios(2)).splitlines()
-    batch = earlier_batch(api, "completed", jsonl(request("a1")), done=["a1"],
+    batch = batch_of_a_run(api, "completed", jsonl(request("a1")), done=["a1"],
                           metadata={"request_file_sha256": hashlib.sha256(REQUESTS.read_bytes()).hexdigest()})
     assert batch.output_file_id
     del api.files[batch.output_file_id]
@@ -1706,7 +956,7 @@ def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_
 
 @pytest.mark.parametrize("options", [["--interval", "0.1"], ["--interval", "30"], ["--attempts", "1"]], ids=" ".join)
 def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
-    options: list[str], api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    options: list[str], api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(*bios(2))
     api.faults.append(Fault("GET", "/files/", status=404, message="No such File object", times=99))
@@ -1717,10 +967,10 @@ def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
 
 @pytest.mark.parametrize("status", ["completed", "expired", "cancelled"])
 def test_results_that_match_no_request_are_not_paid_for_again(
-    status: str, api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    status: str, api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = edit(*bios(3)).splitlines()
-    batch = earlier_batch(api, status, REQUESTS.read_bytes(), done=["a1", "A2", "A3"])
+    batch = batch_of_a_run(api, status, REQUESTS.read_bytes(), done=["a1", "A2", "A3"])
     assert run() == 1
     assert (
         f"error: 2 results of batch {batch.id} have custom_ids that requests.jsonl does not have, so 2 of its requests "
@@ -1735,11 +985,11 @@ def test_results_that_match_no_request_are_not_paid_for_again(
 
 
 def test_results_of_other_parts_are_written_where_those_of_one_are_gone(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = edit(*bios(4)).splitlines(keepends=True)
-    gone = earlier_batch(api, "completed", b"".join(lines[:2]), done=["a1", "a2"])
-    earlier_batch(api, "completed", b"".join(lines[2:]), done=["a3", "a4"])
+    gone = batch_of_a_run(api, "completed", b"".join(lines[:2]), done=["a1", "a2"])
+    batch_of_a_run(api, "completed", b"".join(lines[2:]), done=["a3", "a4"])
     assert gone.output_file_id
     del api.files[gone.output_file_id]
     assert run("--max-requests", "2") == 1
@@ -1751,9 +1001,9 @@ def test_results_of_other_parts_are_written_where_those_of_one_are_gone(
     assert (posts(api), OUT.read_bytes().count(b'"status_code": 200')) == (0, 2)
 
 
-def test_a_batch_that_fails_and_is_not_needed_makes_room_for_a_refused_part(api: LocalBatchAPI) -> None:
+def test_a_batch_that_fails_and_is_not_needed_makes_room_for_a_refused_part(api: FaultyAPI) -> None:
     """A batch of an earlier version fails while a part that was refused for the token limit waits for room."""
-    earlier = earlier_batch(api, "validating", edit(*bios(1)))
+    earlier = batch_of_a_run(api, "validating", edit(*bios(1)))
     edit(*bios(2))
     api.queue_limit = 1
     earlier.total = 1
@@ -1766,19 +1016,19 @@ def test_a_batch_that_fails_and_is_not_needed_makes_room_for_a_refused_part(api:
     assert_out(api)
 
 
-def test_a_deleted_error_file_withholds_no_success(api: LocalBatchAPI) -> None:
-    batch = earlier_batch(api, "completed", edit(*bios(2)), done=["a1"], left=["a2"])
+def test_a_deleted_error_file_withholds_no_success(api: FaultyAPI) -> None:
+    batch = batch_of_a_run(api, "completed", edit(*bios(2)), done=["a1"], left=["a2"])
     assert batch.error_file_id
     del api.files[batch.error_file_id]
     assert run() == 0
     assert sent(api)[1:] == [["a2"]]
 
 
-# ---- other services
+# ---- other services ----
 
 
 @pytest.mark.parametrize("habit", HABITS)
-def test_a_job_at_a_service_with_this_habit_ends_with_all_its_bios(api: LocalBatchAPI, habit: str) -> None:
+def test_a_job_at_a_service_with_this_habit_ends_with_all_its_bios(api: FaultyAPI, habit: str) -> None:
     api.habits = {habit}
     api.outcomes = {"a2": ["500", "200"], "a5": ["expired", "200"], "a6": ["failed", "200"]}
     content = write_requests(*numbered(7))
@@ -1790,7 +1040,7 @@ def test_a_job_at_a_service_with_this_habit_ends_with_all_its_bios(api: LocalBat
     assert all("a made-up bio" in str(row["response"]["body"]) for row in rows)
 
 
-def test_a_job_at_a_service_with_nearly_all_habits_ends_with_all_its_bios(api: LocalBatchAPI) -> None:
+def test_a_job_at_a_service_with_nearly_all_habits_ends_with_all_its_bios(api: FaultyAPI) -> None:
     api.habits = {*HABITS} - {"no-has-more"}
     api.outcomes = {"a2": ["500", "200"]}
     content = write_requests(*numbered(3))
@@ -1799,7 +1049,7 @@ def test_a_job_at_a_service_with_nearly_all_habits_ends_with_all_its_bios(api: L
 
 
 def test_results_that_stay_away_for_ten_minutes_are_an_error_and_never_missing(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.habits, api.late_output = {"late-output"}, 10_000
     content = write_requests("a1", "a2")
@@ -1814,10 +1064,10 @@ def test_results_that_stay_away_for_ten_minutes_are_an_error_and_never_missing(
     assert_paid_once(api, content)
 
 
-# ---- files
+# ---- files ----
 
 
-def test_out_to_stdout(api: LocalBatchAPI, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_out_to_stdout(api: FaultyAPI, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     first, second = write_requests("a1", "a2").splitlines()
     assert run(out="-") == 0
     out, err = capfdbinary.readouterr()
@@ -1827,7 +1077,7 @@ def test_out_to_stdout(api: LocalBatchAPI, capfdbinary: pytest.CaptureFixture[by
 
 @pytest.mark.parametrize("out", ["folder", "folder/there/results.jsonl", "file/results.jsonl"])
 def test_an_out_that_cannot_be_written_is_known_before_anything_is_paid_for(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str], out: str
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     Path("folder/there/results.jsonl").mkdir(parents=True)
     Path("file").touch()
@@ -1838,13 +1088,13 @@ def test_an_out_that_cannot_be_written_is_known_before_anything_is_paid_for(
     assert api.exchanges == []
 
 
-def test_folders_are_made_for_out(api: LocalBatchAPI) -> None:
+def test_folders_are_made_for_out(api: FaultyAPI) -> None:
     write_requests("a1")
     assert run(out="new/folder/results.jsonl") == 0
     assert [Path("new/folder/results.jsonl").read_bytes()] == [*served(api).values()]
 
 
-def test_requests_from_stdin(api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_from_stdin(api: FaultyAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     api.outcomes = {"a2": ["500", "200"]}
     content = write_requests("a1", "a2")
     read, write = os.pipe()
@@ -1858,21 +1108,21 @@ def test_requests_from_stdin(api: LocalBatchAPI, monkeypatch: pytest.MonkeyPatch
     assert_out(api)
 
 
-def test_bytes_of_results_are_kept(api: LocalBatchAPI) -> None:
+def test_bytes_of_results_are_kept(api: FaultyAPI) -> None:
     line = jsonl(success("a1")).replace(b'"output"', '"x": ["\u2028\x85 é \\u00e9", 1.50, 1e400], "output"'.encode())
     content = write_requests("a1")
-    batch = earlier_batch(api, "completed", content)
+    batch = batch_of_a_run(api, "completed", content)
     batch.output_file_id = api.new_file(line, "batch_output", "output.jsonl").id
     batch.request_counts = {"completed": 1, "failed": 0, "total": 1}
     assert run() == 0
     assert OUT.read_bytes() == with_sha256(line, sha256_of(content))
 
 
-def test_lines_of_a_results_file_that_are_not_ours_are_told(
-    api: LocalBatchAPI, capsys: pytest.CaptureFixture[str]
+def test_lines_of_a_results_file_that_are_not_ours_are_named(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = write_requests("a1")
-    batch = earlier_batch(api, "completed", content)
+    batch = batch_of_a_run(api, "completed", content)
     output = b"not json\n" + jsonl(success("b1"), success("a1"))
     batch.output_file_id = api.new_file(output, "batch_output", "output.jsonl").id
     batch.request_counts = {"completed": 1, "failed": 0, "total": 1}
@@ -1886,7 +1136,7 @@ def test_lines_of_a_results_file_that_are_not_ours_are_told(
     ]
 
 
-# ---- the queue, as a table
+# ---- the queue, as a table ----
 
 
 def queued(*sizes: int) -> list[batch_tool.QueuedPart]:
@@ -1910,7 +1160,6 @@ def taken(queue: batch_tool.Queue) -> list[batch_tool.QueuedPart]:
 
 def labels(parts: Iterable[batch_tool.QueuedPart]) -> list[str]:
     return [each.part.label for each in parts]
-
 
 # each step: (numbers of the taken parts that are refused, how many ended, idle) -> (idle refusals, what may go next)
 Step = tuple[tuple[int, ...], int, bool, int, list[str]]
@@ -1970,51 +1219,7 @@ def test_a_part_of_one_request_is_given_up_after_five_refusals() -> None:
         queue.settle([part], 0, is_idle=True)
 
 
-# ---- retries, as a table
-
-Failure = batch_tool.ApiError
-LIMITED = batch_tool.Refused("", 429)
-DENIED = batch_tool.Refused("", 403)
-RETRY_TABLE: dict[str, tuple[Mapping[str, Any], Failure, list[float | None]]] = {
-    "lost": ({}, batch_tool.OutcomeUnknown("", 503), [0.5, 1, None]),
-    "lost, once": ({"tries": 1}, batch_tool.OutcomeUnknown("", 503), [None]),
-    "lost, not to be repeated": ({"repeat_lost": False}, batch_tool.OutcomeUnknown("", 503), [None]),
-    "never sent": ({"repeat_lost": False}, batch_tool.NotSent(""), [0.5, 1, None]),
-    "a conflict": ({"outage_budget": 3600}, batch_tool.OutcomeUnknown("", 409), [None]),
-    "an outage": (
-        {"outage_budget": 180}, batch_tool.OutcomeUnknown(""), [0.5, 1, 2, 4, 8, 16, 32, 60, 56.5, None],
-    ),
-    "an outage with a long Retry-After": (
-        {"outage_budget": 3600}, batch_tool.OutcomeUnknown("", 503, (), 7200), [3600, None],
-    ),
-    "a wrong size in an outage": ({"outage_budget": 3600}, batch_tool.WrongSize(""), [0.5, 1, None]),
-    "a refusal": ({"outage_budget": 3600}, batch_tool.Refused("", 404), [None]),
-    "denied": ({}, DENIED, [None]),
-    "denied in a run": ({"outage_budget": 3600}, DENIED, [0.5, 1, None]),
-    "denied at a poll of a run": ({"tries": 1, "repeat_lost": False, "repeat_denied": True}, DENIED, [0.5, 1, None]),
-    "rate limit": ({"rate_limit_budget": 6}, LIMITED, [0.5, 1, 2, None]),
-    "rate limit with a long pause": ({}, batch_tool.Refused("", 429, (), 400), [400, None]),
-    "rate limit with too long a pause": ({}, batch_tool.Refused("", 429, (), 900), [None]),
-    "rate limit in a run": ({"outage_budget": 3600}, batch_tool.Refused("", 429, (), 900), [900, 900, 900, 900, None]),
-    "rate limit that says next to nothing": ({}, batch_tool.Refused("", 429, (), 0.001), [0.5, 1, 2, 4, 8, 16, 32, 60]),
-    "quota used up": ({"outage_budget": 3600}, batch_tool.Refused("", 429, ("insufficient_quota",)), [None]),
-}
-
-
-@pytest.mark.parametrize("case", RETRY_TABLE)
-def test_pauses_by_a_table(case: str) -> None:
-    options, failure, pauses = RETRY_TABLE[case]
-    retry = batch_tool.Retry(**options)
-    assert [retry.pause_after(failure) for _ in pauses] == pauses
-
-
-def test_lost_responses_in_an_outage_leave_three_tries_for_wrong_sizes() -> None:
-    retry = batch_tool.Retry(outage_budget=3600)
-    failures = [batch_tool.OutcomeUnknown("", 503)] * 4 + [batch_tool.WrongSize("")] * 3
-    assert [retry.pause_after(failure) for failure in failures] == [0.5, 1, 2, 4, 8, 16, None]
-
-
-# ---- any sequence
+# ---- any sequence ----
 
 SEEDS = range(24)
 SEEDS_AT_ONCE = range(8)
@@ -2047,7 +1252,7 @@ def random_faults(chance: random.Random) -> list[Fault]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
+def test_whatever_happens_each_request_is_paid_for_once(api: FaultyAPI, seed: int) -> None:
     """Killed at any moment, with a late listing, lost POSTs, flaky rows, a small queue, other parts, and edits."""
     chance = random.Random(seed)
     api.list_delay, api.step = chance.choice([0, 5, 10]), chance.choice([1, 20, 60])
@@ -2093,7 +1298,7 @@ def test_whatever_happens_each_request_is_paid_for_once(api: LocalBatchAPI, seed
     assert_paid_once(api, REQUESTS.read_bytes())
 
 
-def random_start(chance: random.Random, api: LocalBatchAPI) -> tuple[list[Any], FakeTime]:
+def random_start(chance: random.Random, api: FaultyAPI) -> tuple[list[Any], FakeTime]:
     """A server of random speed, queue and flaky rows, and three to eight requests in the request file."""
     api.step, api.queue_limit = chance.choice([1, 20, 60]), chance.choice([None, 3, 6])
     requests = [request(custom_id) for custom_id in numbered(chance.randrange(3, 9))]
@@ -2103,7 +1308,7 @@ def random_start(chance: random.Random, api: LocalBatchAPI) -> tuple[list[Any], 
 
 
 @pytest.mark.parametrize("seed", SEEDS_AT_ONCE)
-def test_whatever_others_do_meanwhile_each_request_is_paid_for_once(api: LocalBatchAPI, seed: int) -> None:
+def test_whatever_others_do_meanwhile_each_request_is_paid_for_once(api: FaultyAPI, seed: int) -> None:
     """Another machine, or a run of an edited file, at work at the same time, with a listing that is whole."""
     chance = random.Random(seed)
     requests, time = random_start(chance, api)
@@ -2139,7 +1344,7 @@ def assert_out_is_complete() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS_AT_ONCE)
-def test_whatever_is_lost_at_the_server_nothing_is_paid_for_twice(api: LocalBatchAPI, seed: int) -> None:
+def test_whatever_is_lost_at_the_server_nothing_is_paid_for_twice(api: FaultyAPI, seed: int) -> None:
     """Output files disappear at any moment, between kills, edits and other parts. What is left ends up in --out."""
     chance = random.Random(seed)
     requests, time = random_start(chance, api)

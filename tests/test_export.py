@@ -1,0 +1,371 @@
+"""`batch_tool.py export`: a CSV of the bios, or the artists' own spreadsheet with them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import (
+    MODEL,
+    OTHER,
+    Capture,
+    Environment,
+    Tool,
+    chat,
+    error,
+    in_short,
+    jsonl,
+    leftovers,
+    ok,
+    refused,
+    request,
+    requests_file,
+    response,
+    result,
+    rows,
+    sha256_of,
+    success,
+    warning,
+)
+
+import batch_tool
+
+# ---- export ----
+
+
+def export(tool: Tool, *options: object) -> int:
+    """Export requests.jsonl with results.jsonl and further options to bios.csv."""
+    return tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv", *options)
+
+
+def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
+    requests_file(request("a1"), request("a,2"), request("a3"))
+    Path("results.jsonl").write_bytes(
+        jsonl(success("a3", 'Say "yes",\nor\r\nno.'), success("a1", "뉴진스\u2028\x85\ud800\x00"), refused("a,2"))
+    )
+    assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "bios.csv") == 0
+    assert Path("bios.csv").read_bytes().decode() == (
+        "artist_id,artist_name,bio,error,input_tokens,output_tokens\r\n"
+        "a1,Artist a1,뉴진스\u2028\x85?\x00,,12,4\r\n"
+        '"a,2","Artist a,2",,server_error: Sorry.,,\r\n'
+        'a3,Artist a3,"Say ""yes"",\nor\r\nno.",,12,4\r\n'
+    )
+    assert capsys.readouterr() == ("", (
+        "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
+        "most common errors: 1 × server_error: Sorry.\n"
+    ))
+
+
+@pytest.mark.parametrize(
+    "body, name",
+    [
+        ({"prompt": {"id": "p", "variables": {"artist_name": "뉴진스"}}}, "뉴진스"),
+        ({"metadata": {"artist_name": "Perfume"}}, "Perfume"),
+        ({"prompt": "words", "metadata": None}, ""),
+        ({"messages": []}, ""),
+        ({"prompt": {"variables": {"artist_name": 7}}, "metadata": {"artist_name": "B"}}, "B"),
+        ("odd", ""),
+    ],
+    ids=in_short,
+)
+def test_the_artists_name_is_in_the_request(body: Any, name: str, tool: Tool) -> None:
+    requests_file(request("a1", body=body))
+    assert rows(tool, "/dev/null") == [["a1", name, "", "missing", "", ""]]
+
+
+def random_results(rng: random.Random, custom_ids: list[str], digests: dict[str, str]) -> bytes:
+    """Results lines, most of them one for each request in request order, as `run` writes them."""
+    lines = []
+    for custom_id in custom_ids:
+        sha256 = rng.choice([{}, {"request_sha256": digests[custom_id]}, {"request_sha256": digests[custom_id]}])
+        line = rng.choice([success(custom_id, f"Bio {rng.random()}", **sha256)] * 4 + [refused(custom_id) | sha256])
+        lines.append(jsonl(line))
+    for _ in range(rng.randrange(3)):
+        odd = [success("other"), success("other", request_sha256="0" * 64), success("a1", request_sha256="0" * 64),
+               success("a1"), refused("a1"), result("a1", error={"code": "missing"}), b"nonsense\n", b'{"x": 1}\n']
+        lines.insert(rng.choice([0, len(lines), len(lines)]), jsonl(rng.choice(odd)))
+    if rng.random() < 0.2:
+        lines.pop(rng.randrange(len(lines)))
+    if rng.random() < 0.1:
+        rng.shuffle(lines)
+    return b"".join(lines)
+
+
+def test_results_in_request_order_are_exported_as_any_others(tool: Tool, capsys: Capture) -> None:
+    """One pass and the index give the same CSV and the same messages. An empty second file makes it use the index."""
+    Path("empty.jsonl").touch()
+    in_one_pass = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        custom_ids = [f"a{number}" for number in range(1, rng.randrange(2, 5))]
+        lines = [jsonl(request(custom_id)) for custom_id in custom_ids]
+        Path("requests.jsonl").write_bytes(b"".join(lines))
+        digests = {custom_id: sha256_of(line) for custom_id, line in zip(custom_ids, lines, strict=True)}
+        Path("results.jsonl").write_bytes(random_results(rng, custom_ids, digests))
+        shown = []
+        for results in (["results.jsonl"], ["results.jsonl", "empty.jsonl"]):
+            assert tool("export", "--in", "requests.jsonl", "--results", *results, "--out", "bios.csv") == 0
+            shown.append((Path("bios.csv").read_bytes(), capsys.readouterr()))
+        assert shown[0] == shown[1], seed
+        with Path("requests.jsonl").open("rb") as requests, Path("results.jsonl").open("rb") as results_file:
+            inputs = batch_tool.Input.of(requests, "requests"), batch_tool.Input.of(results_file, "results")
+            index = batch_tool.Results(batch_tool.RequestIndex({}, bytearray()), batch_tool.Console(None))
+            with contextlib.suppress(batch_tool.NotInOrder):
+                in_one_pass += len([*batch_tool.rows_in_order(*inputs, index)]) == len(lines) + 1
+    assert 50 < in_one_pass < 130
+
+
+@pytest.mark.parametrize(
+    "usage, tokens",
+    [
+        ({"input_tokens": 3, "output_tokens": 0}, ["3", "0"]),
+        ({"prompt_tokens": 3, "completion_tokens": 2}, ["3", "2"]),
+        ({"input_tokens": "3", "output_tokens": True}, ["", ""]),
+        (None, ["", ""]),
+        ([], ["", ""]),
+    ],
+    ids=in_short,
+)
+def test_tokens_are_what_the_response_says(usage: Any, tokens: list[str], tool: Tool) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(result(response=response({"usage": usage}))))
+    assert rows(tool, "results.jsonl")[0][4:] == tokens
+
+
+def test_a_huge_line_is_exported(tool: Tool) -> None:
+    bio = "x" * 5_000_000
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(success(bio=bio)))
+    assert export(tool) == 0
+    assert f",{bio},,12,4\r\n".encode() in Path("bios.csv").read_bytes()
+
+
+def test_results_can_come_from_stdin(tool: Tool, monkeypatch: Environment) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(success()))
+    with open("results.jsonl", encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert rows(tool, "-") == [["a1", "Artist a1", "A bio.", "", "12", "4"]]
+
+
+def test_a_row_is_what_csv_would_write() -> None:
+    chars = ["a", "é", "\u2028", " ", ",", '"', "\r", "\n", ";", "\t", ""]
+    picked = random.Random(1)
+    for _ in range(3000):
+        fields = ["".join(picked.choices(chars, k=picked.randrange(6))) for _ in range(6)]
+        expected = io.StringIO(newline="")
+        csv.writer(expected).writerow(fields)
+        assert batch_tool.csv_line(fields) == expected.getvalue().encode()
+
+
+def test_an_export_that_fails_leaves_the_old_csv(tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    Path("bios.csv").write_text("old")
+    assert tool("export", "--in", "requests.jsonl", "--results", "nope", "--out", "bios.csv") == 1
+    assert capsys.readouterr() == ("", error("cannot read nope: No such file or directory"))
+    assert (Path("bios.csv").read_text(), leftovers()) == ("old", [])
+
+
+def test_export_to_stdout_is_the_csv_alone(tool: Tool, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(success()))
+    assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "-") == 0
+    out, err = capfdbinary.readouterr()
+    assert out == b"artist_id,artist_name,bio,error,input_tokens,output_tokens\r\na1,Artist a1,A bio.,,12,4\r\n"
+    assert err.startswith(b"Wrote to stdout: 1 succeeded, ")
+
+
+def test_excel_gets_a_byte_order_mark_and_no_formulas(tool: Tool) -> None:
+    bios = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "Andr\u00e9", "x=1", " =1"]
+    requests_file(*(request(f"a{number}") for number in range(len(bios))))
+    Path("results.jsonl").write_bytes(jsonl(*(success(f"a{number}", bio) for number, bio in enumerate(bios))))
+    assert export(tool) == 0
+    plain = Path("bios.csv").read_bytes()
+    assert export(tool, "--excel") == 0
+    excel = Path("bios.csv").read_bytes()
+    assert excel.startswith(b"\xef\xbb\xbfartist_id,")
+    for content, guard in ((plain, ""), (excel[3:], "'")):
+        found = [row["bio"] for row in csv.DictReader(io.StringIO(content.decode(), newline=""))]
+        assert found == [f"{guard if number < 6 else ''}{bio}" for number, bio in enumerate(bios)]
+
+
+# ---- the spreadsheet ----
+
+HEADER = "artist_id,artist_name,artist_data"
+ADDED = ",bio,error,input_tokens,output_tokens\r\n"
+
+
+@pytest.fixture
+def exported(work: Path) -> None:
+    """Requests a1 to a3, of which a1 and a2 have results."""
+    requests_file(*map(request, ("a1", "a2", "a3")))
+    Path("results.jsonl").write_bytes(jsonl(success("a2", "Two."), success("a1", "One, first."), refused("a3")))
+
+
+def spreadsheet(tool: Tool, content: str | bytes, *options: object) -> str:
+    """Export with this spreadsheet. The CSV that is written."""
+    Path("artists.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert export(tool, "--csv", "artists.csv", *options) == 0
+    return Path("bios.csv").read_bytes().decode()
+
+
+def test_the_spreadsheet_comes_back_with_its_rows_and_columns_as_they_are(
+    exported: None, tool: Tool, capsys: Capture
+) -> None:
+    content = (
+        "Country,Artist ID,Notes\n"
+        'UK,a2," two  ""x""\nlines "\n'
+        "KR,new,=1+1\n"
+        "JP, a1 ,\n"
+        "FR,a3,x\n"
+    )
+    assert spreadsheet(tool, content) == (
+        f"Country,Artist ID,Notes{ADDED}"
+        'UK,a2," two  ""x""\nlines ",Two.,,12,4\r\n'
+        "KR,new,=1+1,,no request,,\r\n"
+        'JP, a1 ,,"One, first.",,12,4\r\n'
+        "FR,a3,x,,server_error: Sorry.,,\r\n"
+    )
+    assert capsys.readouterr() == ("", (
+        "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
+        "most common errors: 1 × server_error: Sorry.\n"
+    ))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "sep={}{}", "\ufeffSEP={}{}", '"sep={}"{}'], ids=ascii)
+def test_a_spreadsheet_is_read_as_the_converter_reads_it(
+    delimiter: str, line_end: str, start: str, exported: None, tool: Tool
+) -> None:
+    lines = ["artist_id,artist_name", "a2,B", "", "a1,A"]
+    content = line_end.join(lines).replace(",", delimiter)
+    assert spreadsheet(tool, start.format(delimiter, line_end) + content) == (
+        f'artist_id,artist_name{ADDED}a2,B,Two.,,12,4\r\na1,A,"One, first.",,12,4\r\n'
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_byte_order_mark_beats_the_encoding(encoding: str, exported: None, tool: Tool) -> None:
+    content = "artist_id,Stra\u00dfe\na2,\u00e9\ub274\n".encode(encoding)
+    assert spreadsheet(tool, content, "--encoding", "ascii") == (
+        f"artist_id,Stra\u00dfe{ADDED}a2,\u00e9\ub274,Two.,,12,4\r\n"
+    )
+
+
+def test_the_encoding_of_the_spreadsheet_can_be_named(exported: None, tool: Tool, capsys: Capture) -> None:
+    content = "artist_id,artist_name\na2,Bj\u00f6rk\n".encode("windows-1252")
+    assert spreadsheet(tool, content, "--encoding", "windows-1252").endswith("a2,Bj\u00f6rk,Two.,,12,4\r\n")
+
+
+def test_a_byte_that_is_wrong_draws_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
+    assert spreadsheet(tool, b"artist_id,artist_name\na1,A\na2,Bj\xf6rk\n").endswith("\r\na2,Bj?rk,Two.,,12,4\r\n")
+    assert capsys.readouterr().err.startswith(warning(
+        "artists.csv: 1 of 2 rows cannot be decoded, first on line 3; each undecodable byte becomes a question "
+        "mark; see --encoding"
+    ))
+
+
+@pytest.mark.parametrize(
+    "content, options, reason",
+    [
+        (b"artist_id,x\na1,\xf6\na2,\xf6\n", [],
+         ": 2 of 2 rows cannot be decoded, first on line 2; name the encoding with --encoding"),
+        (b"artist_id,x\na1,o\na2,\"o\"x\n", [],
+         " line 3: malformed quoting (',' expected after '\"'); correct the quotes"),
+        (b'artist_id,x\n\na1,"o\no\n', [], " line 3: malformed quoting (unexpected end of data); correct the quotes"),
+        (b'artist_id,"x"y\na1,o\n', [], " line 1: malformed quoting; correct the quotes"),
+        (b"PK\x03\x04\x14\0", [], " is an Excel workbook or another zip file; save it as CSV UTF-8"),
+        (b"K\xfcnstler,x\na1,o\n", ["--id-column", "Künstler"],
+         ' line 1: the header has no column "Künstler"; its columns are K\\udcfcnstler, x (read in the wrong encoding; '
+         "name the right one with --encoding); see --id-column"),
+        (b"", [], " is empty; it needs a header and at least one row"),
+        (b"\n ,\n", [], " is empty; it needs a header and at least one row"),
+        (b"\nid,name\na1,o\n", [],
+         ' line 2: the header has no column "artist_id"; its columns are id, name; see --id-column'),
+        (b"Artist ID,artist_id\na1,o\n", [],
+         ' line 1: the header names "artist_id" 2 times; its columns are Artist ID, artist_id; see --id-column'),
+        (b"a,b\n1,2\n", ["--id-column", "c"],
+         ' line 1: the header has no column "c"; its columns are a, b; see --id-column'),
+        (b"\xff\xfea", [],
+         " cannot be decoded: 'utf-16-le' codec can't decode byte 0x61 in position 0: truncated data; see --encoding"),
+    ],
+    ids=in_short,
+)
+def test_a_spreadsheet_that_cannot_be_matched_is_an_error(
+    content: bytes, options: list[str], reason: str, exported: None, tool: Tool, capsys: Capture
+) -> None:
+    Path("artists.csv").write_bytes(content)
+    assert export(tool, "--csv", "artists.csv", *options) == 1
+    assert capsys.readouterr() == ("", error(f"artists.csv{reason}"))
+    assert (Path("bios.csv").exists(), leftovers()) == (False, [])
+
+
+@pytest.mark.parametrize("name", ["Kenn-Nummer", " kenn nummer ", "KENN_NUMMER"])
+def test_the_id_column_can_be_named(name: str, exported: None, tool: Tool) -> None:
+    content = "artist_id,Kenn Nummer\na1,a2\n"
+    assert spreadsheet(tool, content, "--id-column", name).endswith("\na1,a2,Two.,,12,4\r\n")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("artist_id,x\na1\na2,b\n", 'artist_id,x+a1,,"One, first.",,12,4\r\na2,b,Two.,,12,4\r\n'),
+        ("x,artist_id\nb\n", "x,artist_id+b,,,no request,,\r\n"),
+        ("artist_id\na2,b,c\na1\n", 'artist_id,,+a2,b,c,Two.,,12,4\r\na1,,,"One, first.",,12,4\r\n'),
+        ("artist_id,x\na2,b,, \n", "artist_id,x+a2,b,Two.,,12,4\r\n"),
+        ("artist_id,x\n,\n\n , \na2,b\n", "artist_id,x+a2,b,Two.,,12,4\r\n"),
+        ("artist_id,x\na2,b\nArtist ID, X\na1,c\n", 'artist_id,x+a2,b,Two.,,12,4\r\na1,c,"One, first.",,12,4\r\n'),
+        ("artist_id,x\na2,b\na2,c\n", "artist_id,x+a2,b,Two.,,12,4\r\na2,c,,no request,,\r\n"),
+        ("artist_id,x\n,b\n", "artist_id,x+,b,,no request,,\r\n"),
+        ("artist_id,\na2,b\n", "artist_id,+a2,b,Two.,,12,4\r\n"),
+        ('"artist\nid",x\na2,b\n', '"artist\nid",x+a2,b,Two.,,12,4\r\n'),
+        ("\u200bartist_id,x\n\ufeffa2\u200b,b\n", "artist_id,x+\ufeffa2\u200b,b,Two.,,12,4\r\n"),
+    ],
+    ids=["short", "too short for an id", "long", "blank beyond", "blank rows", "repeated header", "repeated id",
+         "no id", "column without a name", "lines in the header", "invisible blanks"],
+)
+def test_every_row_that_is_not_blank_is_accounted_for(
+    content: str, expected: str, exported: None, tool: Tool
+) -> None:
+    assert spreadsheet(tool, content) == expected.replace("+", ADDED)
+
+
+def test_requests_without_a_row_draw_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
+    assert spreadsheet(tool, "artist_id,Name\nx,a1\na2,a2\n").endswith("x,a1,,no request,,\r\na2,a2,Two.,,12,4\r\n")
+    assert capsys.readouterr().err.splitlines(keepends=True)[0] == warning(
+        "artists.csv has no row for 2 requests, whose results are left out; see --id-column"
+    )
+
+
+def test_chat_completions_get_their_names_from_the_spreadsheet(tool: Tool) -> None:
+    requests_file(request(url="/v1/chat/completions", body={"model": MODEL, "messages": []}))
+    Path("results.jsonl").write_bytes(jsonl(result(**ok(chat(content="Bio.")))))
+    assert rows(tool, "results.jsonl")[0][:3] == ["a1", "", "Bio."]
+    assert spreadsheet(tool, f"{HEADER}\na1,NewJeans,x\n") == f"{HEADER}{ADDED}a1,NewJeans,x,Bio.,,,\r\n"
+
+
+def test_a_changed_prompt_is_outdated_in_the_spreadsheet(exported: None, tool: Tool) -> None:
+    Path("results.jsonl").write_bytes(jsonl(success("a1", request_sha256=OTHER)))
+    assert spreadsheet(tool, "artist_id\na1\na2\n") == f"artist_id{ADDED}a1,,outdated,,\r\na2,,missing,,\r\n"
+
+
+def test_a_spreadsheet_can_be_written_for_excel_and_come_from_stdin(
+    exported: None, tool: Tool, monkeypatch: Environment
+) -> None:
+    Path("artists.csv").write_text("artist_id,x\na2,=1\n")
+    with open("artists.csv", encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert export(tool, "--csv", "-", "--excel") == 0
+    assert Path("bios.csv").read_bytes().decode() == f"\ufeffartist_id,x{ADDED}a2,'=1,Two.,,12,4\r\n"
+
+
+def test_a_field_of_any_length_comes_back(exported: None, tool: Tool) -> None:
+    field = "x" * 300_000
+    assert spreadsheet(tool, f"artist_id,x\na2,{field}\n").endswith(f"\na2,{field},Two.,,12,4\r\n")
