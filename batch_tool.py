@@ -22,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes over: no traceback for Ctrl-C during the imports
 
 import argparse
+import codecs
 import contextlib
 import csv
 import datetime
@@ -423,7 +424,8 @@ def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
 # ==== end of the common block ====================================================================================
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
-FILE_LIFETIME_SECONDS = 30 * 24 * 60 * 60  # of an uploaded file; Batch API guide
+DAY_SECONDS = 24 * 60 * 60
+FILE_LIFETIME_SECONDS = 30 * DAY_SECONDS  # of an uploaded file; Batch API guide
 PAGE_SIZE = 100  # maximum `limit` of a listing; API reference
 MAX_PAGES = 500  # a longer listing is considered endless
 MAX_OLD_PAGES = 3  # this many full pages with nothing but older batches end the search
@@ -432,7 +434,6 @@ MAX_TEXT_CHARS = 200  # of a text from the server, in a message
 LOOK_UP_DELAYS = (0.5, 1.5, 3, 5)  # seconds; a new batch may take about ten to be listed
 FENCED_LOOK_UP_DELAYS = (2, 3, 5, 10)  # seconds; longer, because a POST may take effect late
 SHORT_POLL_SECONDS = 5  # between polls that end soon
-RIVAL_CHECK_SECONDS = 12  # after a POST; by then the listing shows what was submitted in the same second
 OUTPUT_DELAY_SECONDS = 600  # how long a completed batch may lack its output file
 RATE_LIMIT_BUDGET = 600.0  # seconds; total time that one call waits because of 429s
 OUTAGE_BUDGET = 3600.0  # seconds; how long `run` keeps trying during an outage
@@ -447,7 +448,6 @@ YOUNG_SECONDS = 120  # a batch this new may still get a 404
 SHUTDOWN_WARNING_DAYS = 30
 MAX_IDLE_REFUSALS = 2  # token-limit refusals, with no batch of ours active, before a part is halved
 MAX_SINGLE_REFUSALS = 5  # and before a single request is given up
-ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SECRET = re.compile(
     r"""
     (                                # kept: what introduces a secret
@@ -514,11 +514,15 @@ class NotFound(Refused):
     """HTTP 404."""
 
 
+class UnusableId(CommandError):
+    """The service names a file by something that is not an id."""
+
+
 class OutcomeUnknown(ApiError):
     """The request may or may not have taken effect: lost connection, time-out, 408, 409, 5xx, unusable response."""
 
 
-class NotSent(OutcomeUnknown):
+class NotSent(ApiError):
     """No connection was made, so the request took no effect."""
 
 
@@ -895,32 +899,39 @@ def guess_content(first_line: bytes) -> str:
     return "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"
 
 
+A_RESULTS_FILE = "the line of a results file; name the request file that gen_batch_jsonl.py wrote"
+
+
+def looks_like_a_result(line: Json) -> bool:
+    return "body" not in line and ("response" in line or "error" in line)
+
+
 class PartDivider:
-    """Divides lines into parts within the limits of a batch."""
+    """Divides lines into parts within the limits of a batch. `file_size` is the number of bytes of all lines so far."""
 
     def __init__(self, max_requests: int = MAX_BATCH_REQUESTS, max_bytes: int = MAX_BATCH_BYTES) -> None:
-        self.size = 0
+        self.file_size = 0
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._parts: list[Part] = []
         self._start_part()
 
     def _start_part(self) -> None:
-        self._offset = self.size
+        self._offset = self.file_size
         self._requests = 0
         self._hash = hashlib.sha256()
 
     def _end_part(self) -> None:
         first = self._parts[-1].first + self._parts[-1].requests if self._parts else 0
-        size = self.size - self._offset
+        size = self.file_size - self._offset
         self._parts.append(Part("", self._offset, size, first, self._requests, self._hash.hexdigest()))
         self._start_part()
 
     def add(self, line: bytes) -> None:
-        is_full = self._requests == self._max_requests or self.size - self._offset + len(line) > self._max_bytes
+        is_full = self._requests == self._max_requests or self.file_size - self._offset + len(line) > self._max_bytes
         if is_full and self._requests:
             self._end_part()
-        self.size += len(line)
+        self.file_size += len(line)
         self._requests += 1
         self._hash.update(line)
 
@@ -932,14 +943,22 @@ class PartDivider:
 
 
 class RequestIndex(NamedTuple):
-    """The requests of a file: the line number of each custom_id, and the sha256 of each line (32 bytes, in order)."""
+    """The requests of a file, in order.
 
-    line_of: dict[str, int]
+    It has the position of each custom_id, the sha256 of each line (32 bytes, one after another), and the names of the
+    fields that the requests want in an answer; without a schema there are none.
+    """
+
+    position_of: dict[str, int]
     digests: bytearray
+    fields: dict[str, None]
 
-    def digest(self, custom_id: str) -> bytes:
-        end = 32 * self.line_of[custom_id]
-        return bytes(self.digests[end - 32 : end])
+    @classmethod
+    def empty(cls) -> RequestIndex:
+        return cls({}, bytearray(), {})
+
+    def digest(self, position: int) -> bytes:
+        return bytes(self.digests[32 * position : 32 * position + 32])
 
 
 def digest_of(line: bytes) -> bytes:
@@ -947,32 +966,33 @@ def digest_of(line: bytes) -> bytes:
     return hashlib.sha256(line.removesuffix(b"\n")).digest()
 
 
-class InputCheck:
-    """Checks a request file as the API will, divides it into parts and indexes it, in one pass.
+def schema_fields(body: Json) -> Iterable[str]:
+    """The names of the properties that the schema of a request wants in the answer. Empty without a schema."""
+    if "text" in body:
+        return child_object(child_object(child_object(child_object(body, "text"), "format"), "schema"), "properties")
+    if "response_format" not in body:
+        return ()
+    schema = child_object(child_object(child_object(body, "response_format"), "json_schema"), "schema")
+    return child_object(schema, "properties")
 
-    `endpoint` is the first url that is a path, if none is given. The index has digests only with `hashes_lines`.
+
+class InputCheck:
+    """Finds the errors that the API would find in a request file, and indexes its requests on the way.
+
+    `endpoint` is the first url that is a path, if none is given. Lines are hashed for the index with `hashes_lines`.
     """
 
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        max_requests: int = MAX_BATCH_REQUESTS,
-        max_bytes: int = MAX_BATCH_BYTES,
-        *,
-        hashes_lines: bool = False,
-    ) -> None:
+    def __init__(self, endpoint: str | None, max_bytes: int = MAX_BATCH_BYTES, *, hashes_lines: bool = False) -> None:
         self.endpoint = endpoint or ""
+        self.index = RequestIndex.empty()
+        self.model: Any = None  # of the first request that has one
         self.without_model = 0
-        self.model: Any = None
-        self.index = RequestIndex({}, bytearray())
-        self.divider = PartDivider(max_requests, max_bytes)
         self._max_bytes = max_bytes
         self._hashes_lines = hashes_lines
 
     def problems(self, lines: Iterable[bytes]) -> Iterator[Problem]:
         number = 0
         for number, line in enumerate(lines, 1):
-            self.divider.add(line)
             if self._hashes_lines:
                 self.index.digests.extend(digest_of(line))
             if len(line) > self._max_bytes:
@@ -981,13 +1001,16 @@ class InputCheck:
             try:
                 request = read_object(line, strict=True)
             except ValueError as error:
-                if number == 1 and (guess := guess_content(line)):
-                    yield Problem(1, "invalid_json_line", guess)
+                guess = guess_content(line) if number == 1 else ""
+                yield Problem(number, "invalid_json_line", guess or str(error))
+                if guess:
                     return
-                yield Problem(number, "invalid_json_line", str(error))
-            else:
-                for code, message in self._add(number, request):
-                    yield Problem(number, code, message)
+                continue
+            if number == 1 and looks_like_a_result(request):
+                yield Problem(1, "invalid_request", A_RESULTS_FILE)
+                return
+            for code, message in self._add(number, request):
+                yield Problem(number, code, message)
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
@@ -999,8 +1022,9 @@ class InputCheck:
             found.append(("missing_required_parameter", "custom_id is missing"))
         elif not isinstance(custom_id, str) or not custom_id:
             found.append(("invalid_request", "custom_id is not a non-empty string"))
-        elif (first := self.index.line_of.setdefault(custom_id, number)) != number:
-            found.append(("duplicate_custom_id", f"custom_id {quoted(custom_id)} was already used on line {first}"))
+        elif (first := self.index.position_of.setdefault(custom_id, number - 1)) != number - 1:
+            message = f"custom_id {quoted(custom_id)} was already used on line {first + 1}"
+            found.append(("duplicate_custom_id", message))
         if method != "POST":
             found.append(("invalid_request", f'method is {quoted(method)}, not "POST"'))
         if not self.endpoint and isinstance(url, str) and url.startswith("/") and url.isprintable():
@@ -1011,6 +1035,7 @@ class InputCheck:
         if not isinstance(body, dict):
             found.append(("invalid_request", "body is not a JSON object"))
             return found
+        self.index.fields.update(dict.fromkeys(schema_fields(body)))
         if body.get("stream") is True:
             found.append(("invalid_request", "body.stream is true; a batch cannot stream"))
         if (model := body.get("model")) is None:
@@ -1023,10 +1048,37 @@ class InputCheck:
         return found
 
 
-def check_input(requests: Input, check: InputCheck, console: Console) -> list[Part]:
-    """Check a request file, and return its parts. If it has problems, print them and raise CommandError."""
+class Checked(NamedTuple):
+    """A request file without errors: its parts and its index, and what all of its requests have in common."""
+
+    parts: list[Part]
+    requests: RequestIndex
+    size: int  # in bytes
+    endpoint: str
+    model: Any
+
+
+def check_input(
+    requests: Input,
+    console: Console,
+    endpoint: str | None = None,
+    max_requests: int = MAX_BATCH_REQUESTS,
+    *,
+    hashes_lines: bool = False,
+) -> Checked:
+    """Check a request file, divide it into parts and index it, in one pass.
+
+    If it has errors, print them and raise CommandError.
+    """
+    check, divider = InputCheck(endpoint, hashes_lines=hashes_lines), PartDivider(max_requests)
+
+    def divided() -> Iterator[bytes]:
+        for line in requests.lines():
+            divider.add(line)
+            yield line
+
     found = 0
-    for problem in check.problems(requests.lines()):
+    for problem in check.problems(divided()):
         found += 1
         if found <= MAX_LISTED:
             console.message(str(problem))
@@ -1037,7 +1089,7 @@ def check_input(requests: Input, check: InputCheck, console: Console) -> list[Pa
     if check.without_model:
         console.warn(f"{plural(check.without_model, 'request')} without body.model, which the Batch API refuses")
     requests.refuse_changes()
-    return check.divider.parts()
+    return Checked(divider.parts(), check.index, divider.file_size, check.endpoint, check.model)
 
 
 def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
@@ -1045,25 +1097,24 @@ def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
 
     Raises CommandError for a line that is not a request, or a custom_id used twice.
     """
-    for number, line in enumerate(requests.lines(), 1):
+    for position, line in enumerate(requests.lines()):
         index.digests.extend(digest_of(line))
+        problem = ""
         try:
             request = read_object(line)
         except ValueError as error:
-            raise CommandError(f"{requests.name} line {number}: {error}; --in must be the request file") from None
-        custom_id = request.get("custom_id")
-        if not isinstance(custom_id, str) or not custom_id:
-            raise CommandError(f"{requests.name} line {number}: no custom_id; --in must be the request file")
-        if index.line_of.setdefault(custom_id, number) != number:
+            request, problem = {}, guess_content(line) or str(error)
+        custom_id, body = request.get("custom_id"), request.get("body")
+        if not problem and looks_like_a_result(request):
+            problem = A_RESULTS_FILE
+        elif not problem and not (isinstance(custom_id, str) and custom_id and isinstance(body, dict)):
+            problem = "no request; --in must be the request file"
+        elif not problem and index.position_of.setdefault(cast(str, custom_id), position) != position:
             problem = f"custom_id {quoted(custom_id)} was used before; see validate"
-            raise CommandError(f"{requests.name} line {number}: {problem}")
+        if problem:
+            raise CommandError(f"{requests.name} line {position + 1}: {problem}")
+        index.fields.update(dict.fromkeys(schema_fields(cast(Json, body))))
         yield request
-
-
-def index_requests(requests: Input) -> RequestIndex:
-    index = RequestIndex({}, bytearray())
-    deque(indexed_requests(requests, index), maxlen=0)
-    return index
 
 
 def split_part(part: Part, requests: BinaryIO) -> list[Part]:
@@ -1090,15 +1141,15 @@ class Counts(NamedTuple):
 
 
 def is_id(value: Any) -> bool:
-    return isinstance(value, str) and ID_PATTERN.fullmatch(value) is not None
+    """Whether it can be the id of a file or a batch: any text without blanks and control characters."""
+    is_plain = isinstance(value, str) and value.isprintable() and not re.search(r"\s", value)
+    return is_plain and value not in ("", ".", "..")
 
 
 def file_id_field(content: Json, name: str) -> str:
-    """A file id of a Batch as it came; empty if null or missing. `Api.size_of` refuses a string that is not an id."""
+    """A file id of a Batch; empty if null or missing. An odd one is refused where it is used, by `Api.size_of`."""
     value = content.get(name) or ""
-    if not isinstance(value, str):
-        raise OutcomeUnknown(f"{name} of batch {content['id']} is not a file id: {quoted(value)}")
-    return value
+    return value if isinstance(value, str) else to_json(value)
 
 
 class Batch(NamedTuple):
@@ -1145,11 +1196,6 @@ class Batch(NamedTuple):
         )
 
     @property
-    def age_key(self) -> tuple[int, str]:
-        """Of two batches with the same requests, the one with the smaller key stays."""
-        return self.created_at or 0, self.id
-
-    @property
     def has_ended(self) -> bool:
         """Whether the status is terminal. An unknown one is not."""
         return self.status in TERMINAL_STATUSES
@@ -1183,7 +1229,7 @@ class Batch(NamedTuple):
 
 def by_age(batches: Iterable[Batch]) -> list[Batch]:
     """The batches, oldest first."""
-    return sorted(batches, key=lambda batch: batch.age_key)
+    return sorted(batches, key=lambda batch: (batch.created_at or 0, batch.id))
 
 
 def local_time(moment: int | None, separator: str = "T") -> str:
@@ -1290,6 +1336,20 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     )
 
 
+def proxy_for(url: str) -> str:
+    """The proxy of the environment that requests to the URL go through, for a message. Empty if there is none."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return f" through the proxy {without_password(proxy)}" if proxy and not proxy_bypass(parts.netloc) else ""
+
+
+def without_password(url: str) -> str:
+    return re.sub("^([a-z0-9]+://)[^/?#]*@", r"\1", url)
+
+
 def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, url: str) -> ApiError:
     """Translate an error of the SDK. Use the API's own words if it sent any."""
     import httpx2
@@ -1301,8 +1361,10 @@ def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, u
         return error
     if isinstance(error, openai.APIStatusError):
         return to_status_error(error, operation, url)
-    if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout):
-        return NotSent(f"cannot reach {url}: {error.__cause__}")
+    if isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+        why = str(error.__cause__)
+        advice = "; if your network has certificates of its own, name their file in SSL_CERT_FILE"
+        return NotSent(f"cannot reach {url}{proxy_for(url)}: {why}{advice if 'CERTIFICATE' in why.upper() else ''}")
     if isinstance(error, openai.APITimeoutError):
         return OutcomeUnknown(f"{operation}: no response from {url} in time")
     if isinstance(error, UnicodeError):
@@ -1319,8 +1381,8 @@ class Retry:
     """Decides how long to wait before a call is tried again.
 
     A call gives up at the `tries`-th lost response, or once its pauses because of 429s exceed `rate_limit_budget`
-    seconds. With an `outage_budget`, the pauses for both may add up to that many seconds instead. NotSent had no
-    effect, so it is repeated even with `repeat_lost=False`. `repeat_denied` repeats a 401 or 403 twice.
+    seconds. With an `outage_budget`, the pauses for both may add up to that many seconds instead, and a 401 or 403 is repeated
+    twice. With `repeat_lost=False`, a lost response is not repeated; a request that was not sent always is.
     """
 
     def __init__(
@@ -1330,13 +1392,11 @@ class Retry:
         outage_budget: float = 0,
         *,
         repeat_lost: bool = True,
-        repeat_denied: bool = False,
     ) -> None:
         self._tries_left = tries
         self._seconds_left = outage_budget or rate_limit_budget
         self._outlives_outages = bool(outage_budget)
         self._repeat_lost = repeat_lost
-        self._repeat_denied = repeat_denied or bool(outage_budget)
         self._failures = 0
 
     def pause_after(self, failure: ApiError) -> float | None:
@@ -1344,8 +1404,9 @@ class Retry:
         self._failures += 1
         pause = max(failure.retry_after or 0, min(0.5 * 2.0 ** min(self._failures - 1, 10), MAX_PAUSE))
         is_lost = isinstance(failure, OutcomeUnknown)
-        if is_lost and (failure.status == 409 or not (self._repeat_lost or isinstance(failure, NotSent))):
+        if is_lost and (failure.status == 409 or not self._repeat_lost):
             return None  # a conflict would recur, and a lost request may have taken effect
+        is_lost = is_lost or isinstance(failure, NotSent)
         if is_rate_limit(failure) or (is_lost and self._outlives_outages and not isinstance(failure, WrongSize)):
             if self._outlives_outages:
                 pause = min(pause, self._seconds_left)
@@ -1354,7 +1415,7 @@ class Retry:
         if is_lost:
             self._tries_left -= 1
             return min(pause, RATE_LIMIT_BUDGET) if self._tries_left > 0 else None
-        is_denied = failure.status in (401, 403) and self._repeat_denied
+        is_denied = failure.status in (401, 403) and self._outlives_outages
         return pause if is_denied and self._failures < MAX_TRIES else None
 
 
@@ -1425,9 +1486,10 @@ def open_log(path: str | None) -> Iterator[Log]:
 
 
 class Page(NamedTuple):
-    """One page of the listing of batches."""
+    """One page of the listing of batches. Entries without an id or a status are left out, and counted as `odd`."""
 
     batches: list[Batch]
+    odd: int
     has_more: bool | None  # None if the API does not say
     server_time: float  # Unix seconds, by the server's Date header; else by this machine's clock
 
@@ -1436,9 +1498,14 @@ class Page(NamedTuple):
         data, has_more = content.get("data"), content.get("has_more")
         if not isinstance(data, list):
             raise OutcomeUnknown("the response is not a list of batches")
+        batches = []
+        for item in data:
+            with contextlib.suppress(OutcomeUnknown):
+                batches.append(Batch.parse(item))
         date = http_date(headers.get("date", ""))
         return cls(
-            [Batch.parse(item) for item in data],
+            batches,
+            len(data) - len(batches),
             has_more if isinstance(has_more, bool) else None,
             time.time() if date is None else date,
         )
@@ -1460,8 +1527,8 @@ class FileInfo(NamedTuple):
 class Api(NamedTuple):
     """The API calls that the commands make. Each is logged, and repeated after a failure if that cannot cost anything.
 
-    They raise Refused if the API refuses, and OutcomeUnknown if no try got a usable response. `outage_budget` is how
-    many seconds a call keeps trying during an outage.
+    They raise Refused if the API refuses, and OutcomeUnknown if no try got a usable response. It is a NamedTuple so
+    that `_replace(outage_budget=…)` makes a patient copy, which keeps trying for that many seconds during an outage.
     """
 
     client: OpenAI
@@ -1470,7 +1537,13 @@ class Api(NamedTuple):
     console: Console
     clock: Clock
     verbose: bool
+    told: set[str]  # warnings that are given once
     outage_budget: float = 0
+
+    def warn_once(self, text: str) -> None:
+        if text not in self.told:
+            self.told.add(text)
+            self.console.warn(text)
 
     def call_with_retries(
         self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]], retry: Retry | None = None
@@ -1514,48 +1587,29 @@ class Api(NamedTuple):
 
         return self.call_with_retries(operation, parameters, attempt, retry)
 
-    def upload(self, requests: Input, part: Part, name: str) -> str:
-        """Upload a part, and return the id of its file. If the size is wrong, delete the file and upload again."""
+    def upload(self, requests: Input, part: Part, name: str) -> FileInfo:
         send = functools.partial(self.client.files.with_raw_response.create, timeout=UPLOAD_SECONDS)
-        logged = {"file": name, **part._asdict()}
 
-        def attempt() -> tuple[str, Json]:
+        def attempt() -> tuple[FileInfo, Json]:
             file = cast(BinaryIO, FilePart(requests.file, part.offset, part.size))
             content = json_object(send(file=(name, file), purpose="batch").content)
-            uploaded = FileInfo.parse(content)
-            if uploaded.size not in (None, part.size):
-                self.delete_file(uploaded.id)
-                raise WrongSize(f"file {uploaded.id} has {uploaded.size} bytes, but {part.size} were uploaded")
-            return uploaded.id, content
+            return FileInfo.parse(content), content
 
-        return self.call_with_retries("UPLOAD", logged, attempt)
+        return self.call_with_retries("UPLOAD", {"file": name, **part._asdict()}, attempt)
 
-    def create_batch(self, request: Json, before_post: Callable[[], None]) -> Batch:
-        """Create a batch. Calls `before_post` before each POST.
+    def create_batch(self, request: Json) -> Batch:
+        """POST a batch once. It is never repeated here, because each POST could be charged for."""
+        send = self.client.batches.with_raw_response.create
+        return self.call_sdk("CREATE_BATCH", request, send, Batch.parse, Retry(tries=1, rate_limit_budget=0))
 
-        The POST is repeated only if it had no effect, because each one could be charged for.
-        """
-
-        def send(**parameters: Any) -> Any:
-            before_post()  # each time: a rate limit may have been waited out meanwhile
-            return self.client.batches.with_raw_response.create(**parameters)
-
-        def parse(content: Json) -> Batch:
-            batch = Batch.parse(content)
-            if batch.input_file_id not in ("", request["input_file_id"]):
-                raise OutcomeUnknown(f"the response is a batch of another file: {batch.id}")
-            return batch
-
-        retry = Retry(outage_budget=self.outage_budget, repeat_lost=False)
-        return self.call_sdk("CREATE_BATCH", request, send, parse, retry)
-
-    def batch(self, batch_id: str, retry: Retry | None = None) -> Batch:
+    def batch(self, batch_id: str) -> Batch:
         timeout = max(1, min(REQUEST_SECONDS, self.clock.seconds_left()))
         send = functools.partial(self.client.batches.with_raw_response.retrieve, timeout=timeout)
-        return self._call_for_batch("GET_STATUS", batch_id, send, retry)
+        return self._call_for_batch("GET_STATUS", batch_id, send)
 
     def cancel(self, batch_id: str) -> Batch:
-        return self._call_for_batch("CANCEL_BATCH", batch_id, self.client.batches.with_raw_response.cancel)
+        send = self.client.batches.with_raw_response.cancel
+        return self._call_for_batch("CANCEL_BATCH", batch_id, send, Retry(repeat_lost=False))
 
     def _call_for_batch(
         self, operation: str, batch_id: str, send: Callable[..., Any], retry: Retry | None = None
@@ -1588,6 +1642,8 @@ class Api(NamedTuple):
             is_last = page.has_more is False or (page.has_more is None and not is_new and len(ids) < page_size)
             if not is_new and not is_last:
                 raise IncompleteListing("the server repeats a page of its listing of batches")
+            if page.odd:
+                self.warn_once("an entry in the listing of batches has no id or no status, so it is passed over")
             yield page
             if is_last:
                 return
@@ -1611,10 +1667,10 @@ class Api(NamedTuple):
     def size_of(self, file_id: str) -> int | None:
         """The size of a file in bytes: 0 if it is empty, None if the API does not give it.
 
-        Raises NotFound if the file is gone.
+        Raises NotFound if the file is gone, and UnusableId.
         """
         if not is_id(file_id):
-            raise Refused(f"not the id of a file: {quoted(file_id)}")
+            raise UnusableId(f"{quoted(file_id)} is not the id of a file")
         send = self.client.files.with_raw_response.retrieve
         size = None
         try:
@@ -1684,8 +1740,8 @@ class Api(NamedTuple):
             content = self.call_sdk("GET_MODEL", {"model": model}, send, dict, Retry(tries=1, rate_limit_budget=0))
         except ApiError as failure:
             if failure.status == 404 and "model_not_found" in failure.codes:
-                advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
-                raise CommandError(f"the model {quoted(model)} does not exist at {self.url}; {advice}") from None
+                problem = f"the model {quoted(model)} does not exist at {self.url}"
+                raise CommandError(f"{problem}; choose another model; nothing was sent") from None
             return
         with contextlib.suppress(ValueError):
             shutdown = datetime.date.fromisoformat(str_field(content, "shutdown_date")[:10])
@@ -1753,10 +1809,6 @@ def base_url() -> str:
     return url
 
 
-def without_password(url: str) -> str:
-    return re.sub("^([a-z]+://)[^/?#]*@", r"\1", url)
-
-
 def refuse_foreign_redirect(response: httpx2.Response) -> None:
     """Remove the location of a redirect to another scheme, host or port, so that the client reports an error."""
     import httpx2
@@ -1804,7 +1856,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
             advice = "check the proxy and certificate variables"
             raise CommandError(f"cannot set up the API client: {error}; {advice}") from None
         with client:
-            yield Api(client, without_password(str(client.base_url)), log, console, clock, args.verbose)
+            yield Api(client, without_password(str(client.base_url)), log, console, clock, args.verbose, set())
 
 
 # ---- results lines
@@ -1822,6 +1874,19 @@ class Outcome(NamedTuple):
 
     def error(self) -> str:
         return ": ".join(filter(None, (self.code, self.message)))
+
+    @property
+    def key(self) -> str:
+        return self.error() if self.code == "incomplete" else self.code
+
+
+UNREADABLE = "unreadable"
+results_object = read_object
+
+
+def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
+    amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+    return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
 
 
 SUCCESS = Outcome(SUCCEEDED)
@@ -1941,7 +2006,7 @@ class ResultsLine(NamedTuple):
 
 
 class OtherLine(NamedTuple):
-    """A success of a request that is not in the request file.
+    """An answer to a request that is not in the request file.
 
     `sha256` is the hash of that request, `unknown` if its batch did not send it, or empty if the line does not say.
     """
@@ -1950,12 +2015,41 @@ class OtherLine(NamedTuple):
     sha256: str
 
 
+class Match(NamedTuple):
+    """What a results line belongs to.
+
+    `position` is that of the request with its custom_id, None if there is none. `is_current` says whether that request
+    is the one that was answered, and `other` is the line if not, but if it is an answer to another request.
+    """
+
+    position: int | None
+    is_current: bool
+    outcome: str
+    other: OtherLine | None
+
+
+class BatchLines(NamedTuple):
+    """What the files of a batch have: the outcomes of requests by position, and what matches no request."""
+
+    outcomes: dict[int, str]
+    unknown: int  # lines with a custom_id that the batch's input file does not have
+    unreadable: int  # lines that name no custom_id
+    input_tokens: int
+    output_tokens: int
+
+
 def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of a file from the offset `start` on, each with its number and its offset."""
+    """The lines of a file from the offset `start` on, each with its number and its offset.
+
+    A byte-order mark before the first one is passed over.
+    """
     offset = start
     with os_errors_as(f"read {name}"):
         file.seek(start)
         for number, line in enumerate(file, 1):
+            if offset == start and line.startswith(codecs.BOM_UTF8):
+                offset += len(codecs.BOM_UTF8)
+                line = line.removeprefix(codecs.BOM_UTF8)
             yield number, offset, line
             offset += len(line)
 
@@ -1969,99 +2063,126 @@ class Results:
 
     def __init__(self, requests: RequestIndex, console: Console) -> None:
         self.requests = requests
-        self.best: list[ResultsLine | None] = [None] * len(requests.line_of)  # in request order
-        self.others: list[OtherLine] = []  # successes of other requests that the output keeps
+        self.best: list[ResultsLine | None] = [None] * len(requests.position_of)  # in request order
+        self.others: list[OtherLine] = []  # answers to other requests that the output keeps
         self.of_other_requests = 0  # successes of other requests, whether kept or not
-        self.unmatched = 0  # those of which nothing tells the request
+        self.gone = 0  # those in --out whose custom_id the request file does not have
         self.ignored = 0  # lines that are not results of any request
         self.input_tokens = 0  # of several lines with the same outcome only the first counts: they may be one
         self.output_tokens = 0
-        self._examples: dict[str, str] = {}  # a message for each error code
         self._console = console
 
-    def read(
-        self,
-        file: BinaryIO,
-        name: str,
-        start: int = 0,
-        sent_digests: Mapping[str, bytes] | None = None,
-        *,
-        is_own: bool = False,
-    ) -> None:
-        """Index the lines of a file from `start` on.
+    def read(self, file: BinaryIO, name: str) -> None:
+        """Index a file of --results. Warns of lines that are no results of this request file.
 
-        `sent_digests` has the digest of each request as it was sent, by custom_id, if it may differ from the request
-        file. A line that `add` refuses draws a warning or, in the file that `run` wrote before (`is_own`), raises
-        CommandError.
+        Raises CommandError if it has no results line at all.
         """
-        keep_others = is_own or sent_digests is not None
-        for number, offset, line in lines_with_offsets(file, name, start):
+        problems: list[str] = []
+        found = 0
+        for number, offset, line in lines_with_offsets(file, name, 0):
             try:
-                self.add(read_object(line), (file, offset, len(line)), sent_digests, keep_others=keep_others)
+                result = results_object(line)
+                match = self.add(result, (file, offset, len(line)))
             except ValueError as error:
-                if is_own:
-                    advice = "it holds something other than results, so it was left as it is; choose another --out"
-                    raise CommandError(f"{name} line {number}: {error}; {advice}") from None
-                self.ignored += 1
-                if self.ignored <= MAX_LISTED:
-                    self._console.warn(f"{name} line {number}: {error}; line ignored")
+                if not problems:
+                    seems = guess_content(line).partition(":")[0] or str(error)
+                problems.append(f"line {number}: {error}")
+                continue
+            found += 1
+            if match.position is None and not str_field(result, "request_sha256"):
+                problems.append(f"line {number}: custom_id {quoted(result['custom_id'])} is not in the request file")
+            else:
+                self.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
+        if problems and not found:
+            raise CommandError(f"{name} has no results line ({seems}); name a file that run, status, wait or retrieve "
+                               "wrote")
+        for problem in problems[: MAX_LISTED - min(self.ignored, MAX_LISTED)]:
+            self._console.warn(f"{name} {problem}; line ignored")
+        self.ignored += len(problems)
+
+    def read_out(self, file: BinaryIO, name: str) -> None:
+        """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines."""
+        for number, offset, line in lines_with_offsets(file, name, 0):
+            try:
+                match = self.add(read_object(line), (file, offset, len(line)))
+            except ValueError as error:
+                raise CommandError(f"{name} holds something other than results (line {number}: {error}), so it was "
+                                   "left as it is; choose another --out") from None
+            self.keep(match)
+            self.gone += match.position is None and match.outcome == SUCCEEDED
+
+    def read_batch(
+        self, file: BinaryIO, name: str, start: int, sent_digests: Mapping[str, bytes] | None, *, is_earlier: bool
+    ) -> BatchLines:
+        """Index a file of a batch, from `start` on.
+
+        `sent_digests` has the digest of each of its requests by custom_id, if they may differ from the request file.
+        The successes of an earlier batch do not replace those that were there before the run.
+        """
+        outcomes: dict[int, str] = {}
+        unknown = unreadable = input_tokens = output_tokens = 0
+        for _, offset, line in lines_with_offsets(file, name, start):
+            try:
+                result = results_object(line)
+                sha256 = ""
+                if sent_digests is not None:
+                    sha256 = sent_digests.get(str_field(result, "custom_id"), b"").hex() or "unknown"
+                match = self.add(result, (file, offset, len(line)), sha256, yields=is_earlier)
+            except ValueError:
+                unreadable += 1
+                continue
+            tokens = token_usage(body_of(result))
+            input_tokens += tokens[0] or 0
+            output_tokens += tokens[1] or 0
+            self.keep(match)
+            if match.position is not None and match.is_current:
+                outcomes[match.position] = match.outcome
+            unknown += sha256 == "unknown" or (match.position is None and not sha256)
+        return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
     def add(
-        self,
-        result: Json,
-        place: tuple[BinaryIO, int, int],
-        sent_digests: Mapping[str, bytes] | None = None,
-        *,
-        keep_others: bool = False,
-    ) -> None:
-        """Index a results line.
+        self, result: Json, place: tuple[BinaryIO, int, int], sha256: str = "", *, yields: bool = False
+    ) -> Match:
+        """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
-        Raises ValueError if it is not one or, without `keep_others`, if the request file has no such custom_id.
+        Raises ValueError if it is not a results line. With `yields`, it does not replace a success of another file.
         """
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
         if not ("response" in result or "error" in result):
             raise ValueError("not a results line (no response and no error)")
-        sha256 = str_field(result, "request_sha256")
-        if not sha256 and sent_digests is not None:
-            sha256 = sent_digests.get(custom_id, b"").hex() or "unknown"  # never a result of this file
+        sha256 = str_field(result, "request_sha256") or sha256
         outcome = classify(result)
-        line = ResultsLine(outcome.kind, outcome.code and sys.intern(outcome.code[:80]), *place)
-        position = self.requests.line_of.get(custom_id, 0) - 1
-        if position >= 0 and (not sha256 or sha256 == self.requests.digest(custom_id).hex()):
-            self._add_current(position, line, outcome, token_usage(body_of(result)))
-            return
-        if outcome.kind == SUCCEEDED:
-            self.of_other_requests += 1
-            self.unmatched += position < 0 and not sha256
-            if keep_others:
-                self.others.append(OtherLine(line, sha256))
-        if position >= 0 and self.best[position] is None:
+        line = ResultsLine(outcome.kind, sys.intern(outcome.key[:80]), *place)
+        position = self.requests.position_of.get(custom_id)
+        if position is not None and (not sha256 or sha256 == self.requests.digest(position).hex()):
+            self._add_current(position, line, token_usage(body_of(result)), yields=yields)
+            return Match(position, True, outcome.kind, None)
+        if position is not None and self.best[position] is None:
             self.best[position] = line._replace(outcome=OUTDATED, code="")
-        if position < 0 and not sha256 and not keep_others:
-            raise ValueError(f"custom_id {quoted(custom_id)} is not in the request file")
+        if outcome.kind not in (SUCCEEDED, REJECTED):
+            return Match(position, False, outcome.kind, None)
+        return Match(position, False, outcome.kind, OtherLine(line, sha256))
+
+    def keep(self, match: Match) -> None:
+        """Keep an answer to another request for the output."""
+        if match.other:
+            self.others.append(match.other)
+            self.of_other_requests += match.outcome == SUCCEEDED
 
     def _add_current(
-        self, position: int, line: ResultsLine, outcome: Outcome, tokens: tuple[int | None, int | None]
+        self, position: int, line: ResultsLine, tokens: tuple[int | None, int | None], *, yields: bool
     ) -> None:
         known = self.best[position]
-        if outcome.kind == MISSING or (known and known.outcome == SUCCEEDED and outcome.kind != SUCCEEDED):
+        if line.outcome == MISSING:
             return
-        if known is None or known.outcome != outcome.kind:  # otherwise it may be the same line, from a second file
+        if known and known.outcome == SUCCEEDED and (line.outcome != SUCCEEDED or (yields and known.file != line.file)):
+            return
+        if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
             self.input_tokens += tokens[0] or 0
             self.output_tokens += tokens[1] or 0
         self.best[position] = line
-        if line.code and not self._examples.get(line.code):
-            self._examples[line.code] = shorten(outcome.message)
-
-    def fall_back_on(self, earlier: Results) -> None:
-        """For requests without a success, take one from the earlier results. Keep their lines of other requests too."""
-        for position, line in enumerate(earlier.best):
-            known = self.best[position]
-            if line and line.outcome == SUCCEEDED and (known is None or known.outcome != SUCCEEDED):
-                self.best[position] = line
-        self.others += earlier.others
 
     def outcome_at(self, position: int) -> str:
         line = self.best[position]
@@ -2070,14 +2191,19 @@ class Results:
     def outcomes(self) -> Counter[str]:
         return Counter(line.outcome if line else MISSING for line in self.best)
 
-    def positions(self, wanted: Iterable[str]) -> set[int]:
+    def positions(self, wanted: Container[str]) -> set[int]:
         """The positions of the requests with one of the wanted outcomes."""
         return {position for position in range(len(self.best)) if self.outcome_at(position) in wanted}
 
     def most_common_errors(self) -> str:
-        """The five most common error codes, each with its count and an example of its message."""
-        codes = Counter(line.code for line in self.best if line and line.code)
-        return ranked(codes, lambda code: ": ".join(filter(None, (code, self._examples[code]))))
+        """The five most common errors, each with its count and an example of its message."""
+        examples = {line.code: line for line in reversed(self.best) if line and line.code}
+
+        def shown_as(code: str) -> str:
+            outcome = classify(results_object(examples[code].read()))
+            return ": ".join(filter(None, (outcome.code, shorten(outcome.message))))
+
+        return ranked(Counter(line.code for line in self.best if line and line.code), shown_as)
 
     def summary(self) -> str:
         """The totals, worded the same for every command."""
@@ -2104,8 +2230,11 @@ def wrote_prefix(path: str) -> str:
     return "Wrote to stdout: " if path == STDOUT else f"Wrote {path}: "
 
 
-def with_request_sha256(line: bytes, sha256: str) -> bytes:
+def with_request_sha256(results_line: ResultsLine, sha256: str) -> bytes:
     """A results line as `run` writes it: with the sha256 of its request as the last key, and a line end."""
+    line = results_line.read()
+    if results_line.code == UNREADABLE:
+        line = to_json(results_object(line)).encode(errors="backslashreplace")
     if not sha256 or re.search(rb'"request_sha256":\s*"[^"\\]+"\s*\}$', line):
         return line + b"\n"
     return line[:-1].rstrip() + f', "request_sha256": "{sha256}"}}\n'.encode()
@@ -2118,37 +2247,20 @@ def missing_line(custom_id: str) -> bytes:
 
 
 def result_lines(results: Results) -> Iterator[bytes]:
-    """The lines of `run`'s output: one for each request in request order, then the successes of other requests."""
+    """The lines of `run`'s output: one for each request in request order, then the answers to other requests."""
     index = results.requests
-    for custom_id, line in zip(index.line_of, results.best, strict=True):
+    for position, (custom_id, line) in enumerate(zip(index.position_of, results.best, strict=True)):
         if line is None or line.outcome == OUTDATED:
             yield missing_line(custom_id)
         else:
-            yield with_request_sha256(line.read(), index.digest(custom_id).hex())
+            yield with_request_sha256(line, index.digest(position).hex())
     seen: set[bytes] = set()
     for other in results.others:
-        content = with_request_sha256(other.line.read(), other.sha256)
+        content = with_request_sha256(other.line, other.sha256)
         digest = hashlib.sha256(content).digest()
         if digest not in seen:  # the same line may have been read from two files
             seen.add(digest)
             yield content
-
-
-def out_stamp(path: str) -> tuple[int, int, int] | None:
-    """Changes whenever the file is replaced or written to. None if it does not exist."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def read_out(path: str | None, results: Results, stack: contextlib.ExitStack) -> None:
-    """Index the existing --out file, if any. It stays open in `stack`."""
-    if path and not is_stream(path) and os.path.exists(path):
-        with os_errors_as(f"read {path}"):
-            file = stack.enter_context(open(path, "rb"))
-        results.read(file, path, is_own=True)
 
 
 # ---- bios
@@ -2205,68 +2317,56 @@ def excel_line(fields: Iterable[str]) -> bytes:
 # ---- submitting
 
 
+class NotedFile(NamedTuple):
+    """What a note says of an uploaded file."""
+
+    sha256: str  # of the part
+    name: str  # of the request file
+    batch: str | None  # its id; empty if the file can no longer become a batch, None if a POST has no outcome yet
+
+
 class Note:
     """A record, on this machine, of the files uploaded from one request file and of their batches.
 
     A file is noted before its POST, its batch after it. The server has the final say; the note only covers what the
-    listing does not show yet. It may be deleted at any time.
+    listing does not show. It may be deleted at any time. `files` are by their id, `others` are the paths of the notes
+    of other request files at the same service.
     """
 
     def __init__(self, console: Console, file: BinaryIO | None = None, others: Sequence[str] = ()) -> None:
+        self.files: dict[str, NotedFile] = {}
+        self.others = others
+        self._file_of_batch: dict[str, str] = {}
         self._console = console
         self._file = file
-        self.others = others  # paths of the notes of other request files at the same service
-        self.names: set[str] = set()  # of the request file
-        self.sha256_of: dict[str, str] = {}  # of the part, by file id
-        self.batches_of: dict[str, list[str]] = {}  # ids by file id; several if the token limit was hit
-        self._posted: set[str] = set()  # files whose last POST has no outcome yet
-        *lines, cut_line = (file.read() if file else b"").split(b"\n")
-        for line in lines:
+        for line in file or ():
             with contextlib.suppress(ValueError):  # a crash may have cut a line short
                 self._apply(read_object(line))
-        if file and cut_line:
-            with contextlib.suppress(OSError):
-                file.write(b"\n")
 
     def _apply(self, entry: Json) -> None:
-        file_id, batch_id = str_field(entry, "file"), entry.get("batch")
-        if not is_id(file_id):
-            return
-        self.names.add(str_field(entry, "name"))
-        self.sha256_of.setdefault(file_id, str_field(entry, "sha256"))
-        batches = self.batches_of.setdefault(file_id, [])
-        if not isinstance(batch_id, str):
-            self._posted.add(file_id)
-            return
-        self._posted.discard(file_id)
-        if is_id(batch_id) and batch_id not in batches:
-            batches.append(batch_id)
+        file_id, batch = str_field(entry, "file"), entry.get("batch")
+        known = self.files.get(file_id) or NotedFile(str_field(entry, "sha256"), str_field(entry, "name"), None)
+        if is_id(file_id):
+            self.files[file_id] = known._replace(batch=batch if isinstance(batch, str) else None)
+            self._file_of_batch[str_field(entry, "batch")] = file_id
 
     def add(self, file_id: str, **fields: str) -> None:
         """Note the `sha256` and the `name` of an uploaded file before each POST of it, or its `batch` afterwards.
 
-        An empty `batch` means that the file can no longer become a batch. The line is on disk when this returns. If it
-        cannot be written, warn: a full disk must not stop the command.
+        The line is on disk when this returns. If it cannot be written, warn: a full disk must not stop the command.
         """
         entry = {"file": file_id, **fields}
         self._apply(entry)
         try:
-            if self._file:
-                self._file.write(to_json(entry).encode(errors="replace") + b"\n")
+            if self._file:  # a line end before it, too: the line there may be cut short
+                self._file.write(b"\n" + to_json(entry).encode(errors="replace") + b"\n")
                 os.fsync(self._file.fileno())
         except OSError as error:
             self._console.warn(f"cannot write the note of what was submitted: {error.strerror}")
 
-    def assume_resolved(self) -> None:
-        """Treat every POST as finished; the process that made it takes care of it."""
-        self._posted.clear()
-
-    def batch_ids(self) -> set[str]:
-        return {*itertools.chain.from_iterable(self.batches_of.values())}
-
-    def unresolved(self) -> list[str]:
-        """Uploaded files whose POST may still be on its way."""
-        return [file_id for file_id in self.sha256_of if file_id in self._posted]
+    def file_of(self, batch: Batch) -> str:
+        """The id of the uploaded file of a batch: the one it names, or the one noted for it. Empty if not noted."""
+        return batch.input_file_id if batch.input_file_id in self.files else self._file_of_batch.get(batch.id, "")
 
 
 def remove_old_notes(directory: str) -> None:
@@ -2323,22 +2423,19 @@ def locked_note(request_file_sha256: str, requests: Input, console: Console) -> 
 
 
 class AlreadySubmitted(CommandError):
-    """Other batches of the same request file have shown up in the listing."""
+    """Other batches have requests of the same request file."""
 
-    def __init__(self, batches: list[Batch]) -> None:
-        names = ", ".join(batch.id for batch in batches)
-        super().__init__(
-            f"other batches already have requests of this file: {names}; nothing more was submitted; use their "
-            "--max-requests, or use run, which takes their results and sends only the rest"
-        )
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        names = ", ".join(f"{batch.id} ({batch.status})" for batch in batches)
+        super().__init__(f"these batches already have requests of this file: {names}; nothing more was submitted; use "
+                         "run, which takes what they finish and sends only the rest")
         self.batches = batches
 
 
 class Submitter:
     """Creates exactly one batch for each part of a request file, even if responses are lost.
 
-    `known` has the ids of batches that need no further attention: those it created, and earlier ones already handled.
-    With `finds_versions`, it also looks for batches of other versions of the file.
+    With `finds_versions`, it also finds batches of other versions of the file.
     """
 
     def __init__(
@@ -2346,48 +2443,73 @@ class Submitter:
         api: Api,
         args: argparse.Namespace,
         request_file_sha256: str,
-        check: InputCheck,
+        checked: Checked,
         note: Note,
         *,
         finds_versions: bool = False,
     ) -> None:
         self.api = api
-        self.known: set[str] = set()
         self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
-        self._endpoint = check.endpoint
-        self._model = check.model
+        self._endpoint = checked.endpoint
+        self._model = checked.model  # None once it has been looked at
         self._window: str = args.completion_window
         self._force: bool = args.force
         self._request_file_sha256 = request_file_sha256
+        self._own_hashes = {request_file_sha256, *(part.sha256 for part in checked.parts)}
         self._note = note
         self._finds_versions = finds_versions
-        self._files_of_versions: set[str] = set()  # from the notes of other versions
-        self._is_metadata_checked = False
+        self._notes_of_versions: list[Note] = []
+        self._listed: set[str] = set()  # ids of all batches that a listing has shown
+        self._ignored: set[str] = set()  # ids of batches that need no further attention
+        self._larger_by = 0  # bytes that the service adds to an upload
 
     # finding batches
 
+    def ignore(self, batch: Batch) -> None:
+        """The batch is taken care of: it does not keep anything from being submitted."""
+        self._ignored.add(batch.id)
+
+    def is_ignored(self, batch: Batch) -> bool:
+        return batch.id in self._ignored
+
+    def input_file_of(self, batch: Batch) -> str:
+        """The id of the file that we uploaded for a batch; a gateway may show the id of a copy, or none."""
+        noted = (note.file_of(batch) for note in (self._note, *self._notes_of_versions))
+        return next(filter(None, noted), batch.input_file_id)
+
     def part_sha256(self, batch: Batch) -> str:
         """The sha256 of the batch's input file; empty if it is unknown."""
-        return batch.metadata.get("input_sha256") or self._note.sha256_of.get(batch.input_file_id, "")
+        noted = self._note.files.get(self._note.file_of(batch))
+        return batch.metadata.get("input_sha256") or (noted.sha256 if noted else "")
 
-    def is_of_file(self, batch: Batch, part_hashes: Container[str]) -> bool:
-        """Whether the batch has requests of this request file: one of these parts, or a part of another division."""
-        whole = self._request_file_sha256
+    def is_of_file(self, batch: Batch) -> bool:
+        """Whether the batch has requests of this request file, whatever the parts that were made of it."""
         return (
-            self.part_sha256(batch) in part_hashes
-            or whole in (self.part_sha256(batch), batch.metadata.get("request_file_sha256"))
-            or batch.input_file_id in self._note.sha256_of
+            self.part_sha256(batch) in self._own_hashes
+            or batch.metadata.get("request_file_sha256") == self._request_file_sha256
+            or bool(self._note.file_of(batch))
         )
 
     def is_of_other_version(self, batch: Batch) -> bool:
         """Whether a batch that is not of this file is of one with the same name. False without `finds_versions`."""
         has_name = bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
-        return self._finds_versions and (has_name or batch.input_file_id in self._files_of_versions)
+        return self._finds_versions and (has_name or any(note.file_of(batch) for note in self._notes_of_versions))
+
+    def list_batches(self, api: Api) -> list[Batch]:
+        """The recent batches. With --force, a listing that cannot be used does not matter."""
+        try:
+            listed = api.recent_batches()
+        except (ApiError, IncompleteListing) as failure:
+            if not self._force or isinstance(failure, NotSent):
+                raise
+            return []
+        self._listed.update(batch.id for batch in listed)
+        return listed
 
     def earlier_batches(self, listed: Iterable[Batch]) -> list[Batch]:
-        """The batches of all request files that may have a success, listed ones and those only in notes, oldest first.
+        """The batches of this file and of other versions of it that may have a success, oldest first.
 
-        Empty with --force.
+        They are in the listing, or only in notes. Empty with --force.
         """
         if self._force:
             return []
@@ -2397,26 +2519,31 @@ class Submitter:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 try:
                     other = Note(self.api.console, stack.enter_context(open_note_file(path)))
-                except BlockingIOError:
+                    is_in_use = False
+                except BlockingIOError:  # the process that uses it takes care of its POSTs
                     other = Note(self.api.console, stack.enter_context(open(path, "rb")))
-                    other.assume_resolved()
-                if self._name in other.names:
-                    self._files_of_versions |= other.sha256_of.keys()
-                    noted |= self._resolve(other, found)
+                    is_in_use = True
+                if any(noted_file.name == self._name for noted_file in other.files.values()):
+                    self._notes_of_versions.append(other)
+                    noted |= self._resolve(other, found, is_in_use=is_in_use)
         self._add_unlisted(noted, found)
-        return by_age(batch for batch in found.values() if batch.may_have_success)
+        return by_age(batch for batch in found.values() if batch.may_have_success and self._is_ours(batch))
 
-    def _resolve(self, note: Note, found: dict[str, Batch]) -> set[str]:
-        """Find out what became of each unresolved POST of a note, and return the ids of its batches.
+    def _is_ours(self, batch: Batch) -> bool:
+        return self.is_of_file(batch) or self.is_of_other_version(batch)
+
+    def _resolve(self, note: Note, found: dict[str, Batch], *, is_in_use: bool = False) -> set[str]:
+        """Find out what became of each POST of a note that has no outcome yet, and return the ids of its batches.
 
         Adds the batches found to `found`.
         """
-        for file_id in note.unresolved():
-            self.api.console.message(f"file {file_id}: checking whether its batch was created")
-            if batch := self._find_or_fence(file_id, set(note.batches_of[file_id])):
-                found[batch.id] = batch
-            note.add(file_id, batch=batch.id if batch else "")
-        return note.batch_ids()
+        for file_id, noted in list(note.files.items()):
+            if noted.batch is None and not is_in_use:
+                self.api.console.message(f"file {file_id}: checking whether its batch was created")
+                if batch := self._find_or_fence(file_id, noted.sha256, self._ignored):
+                    found[batch.id] = batch
+                note.add(file_id, batch=batch.id if batch else "")
+        return {noted.batch for noted in note.files.values() if noted.batch}
 
     def _add_unlisted(self, batch_ids: set[str], found: dict[str, Batch]) -> None:
         """Fetch the batches that are not listed yet, by id.
@@ -2427,141 +2554,140 @@ class Submitter:
         for delay in (0, *LOOK_UP_DELAYS):
             if unlisted:
                 self.api.clock.sleep(delay)
-            for batch in filter(None, map(self._batch_if_there, sorted(unlisted))):
-                found[batch.id] = batch
+            for batch_id in sorted(unlisted):
+                with contextlib.suppress(NotFound):
+                    found[batch_id] = self.api.batch(batch_id)
             unlisted -= found.keys()
-
-    def _batch_if_there(self, batch_id: str) -> Batch | None:
-        try:
-            return self.api.batch(batch_id)
-        except NotFound:
-            return None
-
-    def new_batches(self, part_hashes: Container[str]) -> list[Batch]:
-        """New batches of this request file, or of another version of it, that may have a success. Oldest first."""
-        if self._force:
-            return []
-        return by_age(
-            batch
-            for batch in self.api.recent_batches()
-            if batch.id not in self.known
-            and batch.may_have_success
-            and (self.is_of_file(batch, part_hashes) or self.is_of_other_version(batch))
-        )
 
     # creating a batch
 
-    def _upload(self, requests: Input, part: Part) -> str:
-        """Upload a part, and return the id of its file. Checks the model before the first upload."""
-        model, self._model = self._model, None
-        self.api.check_model(model)
-        file_id = self.api.upload(requests, part, self._name)
-        if requests.is_changed():
-            self.api.delete_file(file_id)
-            requests.refuse_changes()
-        return file_id
-
-    def submit(
-        self,
-        requests: Input,
-        part: Part,
-        on_upload: Callable[[str], None],
-        file_id: str = "",
-        excluded: Sequence[str] = (),
-    ) -> Batch:
+    def submit(self, requests: Input, part: Part, on_upload: Callable[[str], None]) -> Batch:
         """Create a batch for the part. `on_upload` is called with the id of each uploaded file.
 
-        `file_id` is an earlier upload to use, and `excluded` are its batches that failed. Raises AlreadySubmitted if
-        another batch of this request file is listed, and CommandError if the API refuses or if it stays unknown whether
-        a batch exists.
+        Raises AlreadySubmitted if another batch of this request file has shown up in the listing, and CommandError if
+        the API refuses or if it stays unknown whether a batch exists.
         """
         for _ in range(MAX_TRIES):
-            if not file_id:
-                file_id, excluded = self._upload(requests, part), ()
-                try:
-                    on_upload(file_id)
-                except (CommandError, Exit):
-                    self.api.delete_file(file_id)
-                    raise
-            batch = self._post_once(part, file_id, excluded)
-            self._note.add(file_id, batch=batch.id if batch else "")
-            if batch:
-                self.known.add(batch.id)
-                self._warn_without_metadata(batch, part)
+            file_id = self._upload(requests, part)
+            try:
+                on_upload(file_id)
+            except (CommandError, Exit):
+                self.api.delete_file(file_id)
+                raise
+            if batch := self._post(part, file_id):
+                self.ignore(batch)
+                if batch.metadata.get("input_sha256") != part.sha256:
+                    self.api.warn_once("this service keeps no metadata; only a note on this machine prevents the same "
+                                       "requests from being submitted and paid for again")
                 return batch
             self.api.console.message(f"part {part.label}: no batch was created for file {file_id}, "
                                      "so the file was deleted")
-            last_file_id, file_id = file_id, ""
         raise CommandError(f"part {part.label}: no response to {MAX_TRIES} tries to create its batch (last file: "
-                           f"{last_file_id}); run the same command again later")
+                           f"{file_id}); run the same command again later")
 
-    def _before_post(self, part: Part, file_id: str, excluded: Sequence[str]) -> None:
-        """Check the listing for other batches, then note the file. If the POST must not be made, delete the file.
+    def _upload(self, requests: Input, part: Part) -> str:
+        """Upload a part, and return the id of its file. The name ends in .jsonl, as OpenAI wants it.
 
-        A file whose earlier batches have failed stays, for the next try.
+        Looks at the model before the first upload. A wrong size is tried again, but a service that adds the same number
+        of bytes twice rewrites what it gets.
         """
-        try:
-            if new := self.new_batches([part.sha256]):
-                raise AlreadySubmitted(new)
-        except CommandError as error:
-            self._note.add(file_id, batch="")
-            if not excluded:
-                self.api.delete_file(file_id)
-            if isinstance(error, ApiError):  # about the listing; it must not look like an error of the POST
-                raise CommandError(str(error)) from None
-            raise
-        self._note.add(file_id, sha256=part.sha256, name=self._name)
+        model, self._model = self._model, None
+        self.api.check_model(model)
+        name = self._name if self._name.endswith(".jsonl") else f"{self._name}.jsonl"
+        for _ in range(MAX_TRIES):
+            file = self.api.upload(requests, part, name)
+            more = 0 if file.size is None else file.size - part.size
+            is_whole = more == 0 or more == self._larger_by
+            if more > 0 and is_whole:
+                self.api.warn_once(f"this service rewrites what is uploaded: file {file.id} has {more} bytes more")
+            if is_whole and not requests.is_changed():
+                return file.id
+            self._larger_by = max(0, more)
+            self.api.delete_file(file.id)
+            requests.refuse_changes()
+        raise WrongSize(f"file {file.id} has {file.size} bytes, but {part.size} were uploaded; it was deleted")
 
-    def _post_once(self, part: Part, file_id: str, excluded: Sequence[str]) -> Batch | None:
-        """Try once to create the batch. None if certainly none was created; the file is deleted then."""
+    def _post(self, part: Part, file_id: str) -> Batch | None:
+        """Create the batch of an uploaded file. None if certainly none was created; the file is deleted then.
+
+        Before each POST, the listing is looked at and the file is noted. A POST is repeated only if it had no effect.
+        """
         metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
         if part.sha256 != self._request_file_sha256:
             metadata["request_file_sha256"] = self._request_file_sha256
-        request = {
-            "input_file_id": file_id,
-            "endpoint": self._endpoint,
-            "completion_window": self._window,
-            "metadata": metadata,
-        }
+        request = {"input_file_id": file_id, "endpoint": self._endpoint, "completion_window": self._window,
+                   "metadata": metadata}
+        retry = Retry(outage_budget=self.api.outage_budget, repeat_lost=False)
+        delays, is_posted = iter(LOOK_UP_DELAYS), False
+        while True:
+            batch = self._look(file_id, is_posted=is_posted)
+            before = self._listed | self._ignored
+            if not batch:
+                self._note.add(file_id, sha256=part.sha256, name=self._name)
+                is_posted = True
+                try:
+                    batch = self.api.create_batch(request)
+                    if batch.id in before:
+                        raise OutcomeUnknown(f"the response to the POST is an earlier batch: {batch.id}")
+                except OutcomeUnknown as failure:
+                    self.api.console.warn(f"{failure}; checking whether the batch was created")
+                    batch = self._find_or_fence(file_id, part.sha256, before)
+                except (Refused, NotSent) as failure:
+                    is_late = failure.status in (400, 404) and file_id[:50] in str(failure)  # not visible yet
+                    pause = next(delays, None) if is_late else retry.pause_after(failure)
+                    if pause is None:
+                        self._drop(file_id)
+                        raise
+                    if is_rate_limit(failure) or pause > QUIET_PAUSE_SECONDS:
+                        self.api.console.warn(f"{failure}; trying again in {math.ceil(pause)} s")
+                    self.api.clock.sleep(pause)
+                    continue
+            self._note.add(file_id, batch=batch.id if batch else "")
+            return batch
+
+    def _look(self, file_id: str, *, is_posted: bool) -> Batch | None:
+        """Look at the listing right before a POST. Returns the batch of the file, if an earlier POST has created it.
+
+        If other batches of this request file have shown up, or the listing cannot be had, the POST is not made. A file
+        that may have become a batch is not deleted then.
+        """
+        if self._force and not is_posted:
+            return None
         try:
-            return self._post_until_visible(request, lambda: self._before_post(part, file_id, excluded))
-        except Refused:
-            self._note.add(file_id, batch="")
-            self.api.delete_file(file_id)
+            listed = self.list_batches(self.api)
+            if batch := next((each for each in by_age(listed) if each.input_file_id == file_id), None):
+                return batch
+            others = [each for each in listed if each.may_have_success and self._is_ours(each)]
+            new = by_age(each for each in others if not self.is_ignored(each))
+            if new and not self._force:
+                raise AlreadySubmitted(new)
+        except AlreadySubmitted:
+            self._drop(file_id)
             raise
-        except OutcomeUnknown as failure:
-            self.api.console.warn(f"{failure}; checking whether the batch was created")
-        return self._find_or_fence(file_id, set(excluded))
+        except (ApiError, IncompleteListing) as failure:  # about the listing; it must not look like one of the POST
+            if not is_posted:
+                self._drop(file_id)
+            raise CommandError(str(failure)) from None
+        return None
 
-    def _post_until_visible(self, request: Json, before_post: Callable[[], None]) -> Batch:
-        """POST. If the API does not find the new file yet, try again for some seconds."""
-        for delay in LOOK_UP_DELAYS:
-            try:
-                return self.api.create_batch(request, before_post)
-            except Refused as failure:
-                if failure.status not in (400, 404) or request["input_file_id"] not in str(failure):
-                    raise
-            self.api.clock.sleep(delay)
-        return self.api.create_batch(request, before_post)
-
-    def _warn_without_metadata(self, batch: Batch, part: Part) -> None:
-        if not self._is_metadata_checked and batch.metadata.get("input_sha256") != part.sha256:
-            self.api.console.warn("this service keeps no metadata; only a note on this machine prevents the same "
-                                  "requests from being submitted and paid for again")
-        self._is_metadata_checked = True
+    def _drop(self, file_id: str) -> None:
+        """Delete a file that no batch was made of."""
+        self._note.add(file_id, batch="")
+        self.api.delete_file(file_id)
 
     # when the outcome of a POST is unknown
 
-    def _find_or_fence(self, file_id: str, excluded: set[str]) -> Batch | None:
-        """Find the batch of a file whose POST has an unknown outcome.
+    def _find_or_fence(self, file_id: str, sha256: str, before: Container[str]) -> Batch | None:
+        """Find the batch of a file whose POST has an unknown outcome. Those in `before` were there already.
 
         If there is none, fence the POST: delete the file, so that the POST fails if it takes effect later. Return None.
         """
-        if batch := self._find_by_input_file(file_id, excluded, LOOK_UP_DELAYS):
+        batch = self._find(file_id, sha256, before, LOOK_UP_DELAYS)
+        if batch and batch.input_file_id == file_id:
             return batch
-        if not self.api.delete_file(file_id):
+        if not self.api.delete_file(file_id) and not batch:
             raise CommandError(self._in_doubt(file_id))
-        batch = self._find_by_input_file(file_id, excluded, FENCED_LOOK_UP_DELAYS)
+        batch = batch or self._find(file_id, sha256, before, FENCED_LOOK_UP_DELAYS)
         while batch and batch.status == "validating":  # it may still fail because its file was deleted
             self.api.clock.sleep(SHORT_POLL_SECONDS)
             batch = self.api.batch(batch.id)
@@ -2572,8 +2698,8 @@ class Submitter:
         return (f"cannot tell whether a batch was created for file {file_id}; run the same command again later, and it "
                 "will pick up the batch if there is one (--force would pay again)")
 
-    def _find_by_input_file(self, file_id: str, excluded: set[str], delays: Iterable[float]) -> Batch | None:
-        """The oldest batch of a file, looked up repeatedly; None if there is none. Cancels any others.
+    def _find(self, file_id: str, sha256: str, before: Container[str], delays: Iterable[float]) -> Batch | None:
+        """Look repeatedly for the batch of a file, or else for a new one with our metadata; None if there is none.
 
         Raises CommandError if the last look-up failed.
         """
@@ -2581,44 +2707,21 @@ class Submitter:
         for delay in delays:
             self.api.clock.sleep(delay)
             try:
-                listed = self.api.recent_batches()
+                listed = by_age(self.api.recent_batches())
             except ApiError as failure:
                 is_answered = False
                 self.api.console.warn(str(failure))
                 continue
             is_answered = True
-            if batches := [each for each in listed if each.input_file_id == file_id and each.id not in excluded]:
-                first, *rest = by_age(batches)
-                for batch in rest:
-                    self.cancel_duplicate(batch, first)
-                return first
+            if batch := next((each for each in listed if each.input_file_id == file_id), None):
+                return batch
+            for batch in listed:
+                is_new = batch.id not in before and batch.status != "failed"
+                if sha256 and is_new and batch.metadata.get("input_sha256") == sha256:
+                    return batch
         if not is_answered:
             raise CommandError(self._in_doubt(file_id))
         return None
-
-    def cancel_duplicate(self, batch: Batch, other: Batch) -> bool:
-        """Cancel our batch, which duplicates `other`, unless it has already started. Whether it was cancelled."""
-        self.api.console.warn(f"batch {batch.id} has the same requests as batch {other.id}")
-        self.known.add(batch.id)
-        if self.api.batch(batch.id).status != "validating":
-            self.api.console.warn(f"batch {batch.id} has already started, so it was not cancelled")
-            return False
-        self.api.cancel(batch.id)
-        self.api.console.message(f"batch {batch.id} is being cancelled")
-        return True
-
-
-def first_listing(api: Api, *, force: bool) -> list[Batch]:
-    """The recent batches. This is the first call: if the API cannot be reached, the command ends at once.
-
-    With `force`, a listing that cannot be used does not matter.
-    """
-    try:
-        return api.recent_batches()
-    except (ApiError, IncompleteListing) as failure:
-        if not force or isinstance(failure, NotSent):
-            raise
-        return []
 
 
 # ---- watching
@@ -2630,19 +2733,19 @@ def lacks_output(api: Api, batch: Batch) -> bool:
         return False
     try:
         return not batch.output_file_id or api.size_of(batch.output_file_id) == 0
-    except Refused:  # it is gone, or cannot be had; the download will report that
+    except (Refused, UnusableId):  # it is gone, or cannot be had; the download will report that
         return False
 
 
 @contextlib.contextmanager
-def advice_if_stopped(advice: str, console: Console) -> Iterator[None]:
+def advice_if_stopped(advice: Callable[[], str], console: Console) -> Iterator[None]:
     """Say how to continue if a signal or --timeout stops the block."""
     try:
         yield
     except TimedOut:
-        raise TimedOut(f"--timeout passed; {advice}") from None
+        raise TimedOut(f"--timeout passed; {advice()}") from None
     except Exit:
-        console.message(advice)
+        console.message(advice())
         raise
 
 
@@ -2654,68 +2757,42 @@ class Polled(NamedTuple):
 
 
 class Poller:
-    """Polls batches. After the first response, it puts up with outages of up to `outage_budget` seconds.
+    """Polls batches. Once the API has answered, it puts up with outages for as long as its API does, at least an hour.
 
     `latest` has the last known state of each batch, by id.
     """
 
-    def __init__(
-        self, api: Api, *, outage_budget: float = math.inf, is_answered: bool = False, repeat_denied: bool = False
-    ) -> None:
+    def __init__(self, api: Api) -> None:
         self.latest: dict[str, Batch] = {}
         self._api = api
-        self._clock = api.clock
-        self._started = api.clock.now()
-        self._silent_since: float | None = None  # when an outage began
-        self._is_answered = is_answered
-        self._outage_budget = outage_budget
-        self._repeat_denied = repeat_denied
+        self._patient_api = api._replace(outage_budget=api.outage_budget or math.inf)
+        self._started = time.time()
         self._lacks_output_since: dict[str, float] = {}
-        self._warned_statuses: set[str] = set()
         self._last_report = ""
 
     def poll(self, batch_ids: Iterable[str]) -> Polled:
         """Poll each batch once."""
         polled = Polled({}, {})
         for batch_id in batch_ids:
+            api = self._patient_api if self.latest else self._api
             try:
-                batch = self._fetch(batch_id)
+                self.latest[batch_id] = batch = api.batch(batch_id)
+                if batch.status not in KNOWN_STATUSES:
+                    api.warn_once(f"{batch_id}: status {quoted(batch.raw['status'])} is not known; still waiting")
                 if self._is_finished(batch):
                     polled.ended[batch_id] = batch
             except (OutputMissing, ApiError) as failure:
-                if self._may_pass(failure):
-                    self._api.console.warn(f"{batch_id}: {failure}; still waiting")
-                else:
-                    polled.lost[batch_id] = failure
+                polled.lost[batch_id] = failure
         return polled
-
-    def _may_pass(self, failure: CommandError) -> bool:
-        """Note when an outage began, and return whether to keep waiting."""
-        is_outage = isinstance(failure, OutcomeUnknown) or (isinstance(failure, ApiError) and is_rate_limit(failure))
-        if self._silent_since is None:
-            self._silent_since = self._clock.now()
-        return is_outage and self._is_answered and self._clock.now() - self._silent_since <= self._outage_budget
-
-    def _fetch(self, batch_id: str) -> Batch:
-        """Fetch a batch, and remember that the API responded."""
-        retry = Retry(1, 0, repeat_denied=self._repeat_denied) if self._is_answered else None
-        batch = self._api.batch(batch_id, retry)
-        self._is_answered = True
-        self._silent_since = None
-        self.latest[batch_id] = batch
-        if batch.status not in KNOWN_STATUSES and batch.status not in self._warned_statuses:
-            self._warned_statuses.add(batch.status)
-            self._api.console.warn(f"{batch_id}: status {quoted(batch.raw['status'])} is not known; still waiting")
-        return batch
 
     def _is_finished(self, batch: Batch) -> bool:
         """Whether it has ended and no longer lacks its output file, which may be late."""
         if not batch.has_ended:
             return False
-        if not lacks_output(self._api, batch):
+        if not lacks_output(self._patient_api, batch):
             return True
-        since = self._lacks_output_since.setdefault(batch.id, self._clock.now())
-        if self._clock.now() - since >= OUTPUT_DELAY_SECONDS:
+        now = self._api.clock.now()
+        if now - self._lacks_output_since.setdefault(batch.id, now) >= OUTPUT_DELAY_SECONDS:
             raise OutputMissing(
                 f"batch {batch.id} has completed {batch.counts.completed} requests, but has no output file after "
                 f"{OUTPUT_DELAY_SECONDS // 60} minutes; run the same command again later"
@@ -2737,7 +2814,8 @@ class Poller:
         if failed:
             text += f", {failed} failed"
         if text != self._last_report or self._api.console.is_terminal:
-            elapsed = datetime.timedelta(seconds=int(self._clock.now() - self._started))
+            oldest = min(batch.created_at or self._started for batch in batches)
+            elapsed = datetime.timedelta(seconds=max(0, int(time.time() - oldest)))
             self._api.console.progress(f"{text}; {elapsed} elapsed")
         self._last_report = text
 
@@ -2747,7 +2825,10 @@ class Poller:
 
 def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
     """Where the output file (`results`) and the error file (`errors`) of a batch are saved."""
-    paths = {"results": out or f"results_{batch_id}.jsonl", "errors": f"errors_{batch_id}.jsonl"}
+    name = re.sub(r"^\.|[^A-Za-z0-9._-]", "_", batch_id)[:100]
+    if name != batch_id:  # so that no two ids share a file
+        name += f"-{hashlib.sha256(batch_id.encode()).hexdigest()[:8]}"
+    paths = {"results": out or f"results_{name}.jsonl", "errors": f"errors_{name}.jsonl"}
     if out and not is_stream(out):
         root, extension = os.path.splitext(out)
         paths["errors"] = f"{root}.errors{extension}"
@@ -2797,39 +2878,47 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
 
     Remove an old error file beside new results.
     """
-    saved = Saved({}, [])
+    sizes: dict[str, int] = {}
+    failures: list[CommandError] = []
     lost = set()
     for kind, file_id in batch.files.items():
         try:
             if size := save_file(api, file_id, paths[kind], skip_complete=skip_complete):
-                saved.sizes[kind] = size
-        except NotFound:
-            lost.add(kind)
-            if kind == "results":
-                saved.failures.append(CommandError(OUTPUT_GONE))
-            else:
-                api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
+                sizes[kind] = size
         except CommandError as failure:
             lost.add(kind)
-            saved.failures.append(failure)
-    if "results" in saved.sizes and "errors" not in saved.sizes.keys() | lost:
+            if not isinstance(failure, NotFound):
+                failures.append(failure)
+            elif kind == "results":
+                failures.append(CommandError(OUTPUT_GONE))
+            else:
+                api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
+    if "results" in sizes and "errors" not in sizes.keys() | lost:
         try:
             with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
                 os.unlink(paths["errors"])
         except CommandError as failure:
-            saved.failures.append(failure)
-    return saved
+            failures.append(failure)
+    return Saved(sizes, failures)
+
+
+def errors_in(errors: Input) -> str:
+    """The most common errors of an error file, each with its count."""
+    counts: Counter[str] = Counter()
+    for line in errors.lines():
+        with contextlib.suppress(ValueError):
+            counts[shorten(classify(read_object(line)).error())] += 1
+    return ranked(counts)
 
 
 # ---- commands, in the order a batch lives
 
 
 def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck(args.endpoint)
     with open_input(args.input) as requests:
-        parts = check_input(requests, check, console)
-    counted = plural(len(check.index.line_of), "request")
-    size, batches = plural(check.divider.size, "byte"), plural(len(parts), "batch", "batches")
+        checked = check_input(requests, console, args.endpoint)
+    counted = plural(len(checked.requests.position_of), "request")
+    size, batches = plural(checked.size, "byte"), plural(len(checked.parts), "batch", "batches")
     print_result(f"OK: {counted}, {size}, {batches}", console)
     return 0
 
@@ -2940,8 +3029,7 @@ def preview(args: argparse.Namespace, api: Api, results: Results, samples: Mappi
             result = preview_result(api, request) if line is None or is_new else read_object(line.read())
             try:
                 if is_new and result["response"]:
-                    content = to_json(result).encode(errors="backslashreplace")
-                    write(with_request_sha256(content, results.requests.digest(request["custom_id"]).hex()))
+                    write(to_json(result).encode(errors="backslashreplace") + b"\n")
             finally:  # what was paid for is shown in any case
                 for text in [*([""] if number else []), *preview_lines(request, result)]:
                     show(text)
@@ -2949,16 +3037,14 @@ def preview(args: argparse.Namespace, api: Api, results: Results, samples: Mappi
 
 
 def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck(hashes_lines=True)
     usages = []
     succeeded = 0
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         if args.output:
             refuse_unwritable(args.output)
-        check_input(requests, check, console)
-        results = Results(check.index, console)
-        read_out(args.output, results, stack)
+        check = check_input(requests, console, hashes_lines=True)
+        results = Results(check.requests, console)
         total = len(results.best)
         samples, body_bytes = read_samples(requests, spread_evenly(args.requests, total))
         api = stack.enter_context(connect(args, console, clock))
@@ -2985,81 +3071,41 @@ def is_reusable(batch: Batch) -> bool:
     return batch.status == "completed" or not (batch.has_ended or batch.status == "cancelling")
 
 
-def partial_warning(part: Part, batch: Batch) -> str:
-    when = "" if batch.has_ended else " once the batch has ended"
-    return (
-        f"part {part.label} not submitted: batch {batch.id} ({batch.status}) has finished "
-        f"{batch.counts.completed or 0} of its {batch.counts.total or part.requests} requests; to get those and "
-        f"send only the rest, use run on the same file{when}"
-    )
-
-
-def wait_for_output(api: Api, batch: Batch) -> None:
-    """Wait for the output file of a completed batch with successes. Raises OutputMissing after ten minutes."""
-    if not lacks_output(api, batch):
-        return
-    poller = Poller(api)
-    while not (polled := poller.poll([batch.id])).ended:
-        if polled.lost:
-            raise polled.lost[batch.id]
-        api.clock.sleep(SHORT_POLL_SECONDS)
-
-
-def create_part(
-    args: argparse.Namespace, submitter: Submitter, requests: Input, part: Part, batches: Sequence[Batch]
-) -> bool:
-    """Submit a part unless one of these earlier batches has it, and print its batch.
-
-    Returns False if an earlier batch finished only some of it.
-    """
-    console = submitter.api.console
-
-    def print_batch(batch: Batch) -> None:
-        print_result(batch_json(batch) if args.json else f"Batch ID: {batch.id}", console)
-
-    def print_file_id(file_id: str) -> None:
-        if file_id and not args.json:
-            print_result(f"File ID: {file_id}", console)
-
-    if reused := next(filter(is_reusable, batches), None):
-        console.message(f"part {part.label} was already submitted as batch {reused.id} ({reused.status}); skipping")
-        wait_for_output(submitter.api, reused)
-        print_file_id(reused.input_file_id)
-        print_batch(reused)
-        return True
-    if batches:
-        console.warn(partial_warning(part, batches[-1]))
-        return False
-    try:
-        print_batch(submitter.submit(requests, part, print_file_id))
-        return True
-    except AlreadySubmitted as found:
-        batches = [batch for batch in found.batches if submitter.part_sha256(batch) == part.sha256]
-        if not batches:
-            raise
-        submitter.known.update(batch.id for batch in batches)  # not the others: later parts must find those
-    return create_part(args, submitter, requests, part, batches)
-
-
 def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck(args.endpoint, args.max_requests)
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
+        checked = check_input(requests, console, args.endpoint, args.max_requests)
         api = stack.enter_context(connect(args, console, clock))
         sha256 = requests.sha256()
         note = stack.enter_context(locked_note(sha256, requests, console))
-        parts = check_input(requests, check, console)
-        submitter = Submitter(api, args, sha256, check, note)
-        of_part: dict[str, list[Batch]] = {part.sha256: [] for part in parts}
-        of_other_parts: list[Batch] = []
-        for batch in submitter.earlier_batches(first_listing(api, force=args.force)):
-            if submitter.is_of_file(batch, of_part):
-                submitter.known.add(batch.id)
-                of_part.get(submitter.part_sha256(batch), of_other_parts).append(batch)
-        if of_other_parts and not all(of_part.values()):
-            raise AlreadySubmitted(of_other_parts)
-        created = [create_part(args, submitter, requests, part, of_part[part.sha256]) for part in parts]
-    return 0 if all(created) else 1
+        submitter = Submitter(api, args, sha256, checked, note)
+        earlier = submitter.earlier_batches(submitter.list_batches(api))
+        own = {part.sha256 for part in checked.parts}
+        reused: dict[str, Batch] = {}
+        others = []
+        for batch in earlier:
+            submitter.ignore(batch)
+            if (part_sha256 := submitter.part_sha256(batch)) in own and is_reusable(batch):
+                reused.setdefault(part_sha256, batch)
+            else:
+                others.append(batch)
+        if others and len(reused) < len(own):
+            raise AlreadySubmitted(others)
+
+        def print_file_id(file_id: str) -> None:
+            if file_id and not args.json:
+                print_result(f"File ID: {file_id}", console)
+
+        for part in checked.parts:
+            if part.sha256 in reused:
+                batch = reused[part.sha256]
+                console.message(f"part {part.label} was already submitted as batch {batch.id} ({batch.status}); "
+                                "skipping")
+                print_file_id(batch.input_file_id)
+            else:
+                batch = submitter.submit(requests, part, print_file_id)
+            print_result(batch_json(batch) if args.json else f"Batch ID: {batch.id}", console)
+    return 0
 
 
 # status
@@ -3102,12 +3148,10 @@ def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
     """Poll until every batch has ended or cannot be polled."""
     poller, found = Poller(api), Polled({}, {})
     while True:
-        active = [each for each in dict.fromkeys(args.batch_ids) if each not in found.ended and each not in found.lost]
-        polled = poller.poll(active)
-        found.ended.update(polled.ended)
-        found.lost.update(polled.lost)
+        polled = poller.poll(each for each in dict.fromkeys(args.batch_ids) if each not in found.ended | found.lost)
+        found = Polled(found.ended | polled.ended, found.lost | polled.lost)
         poller.report()
-        if len(polled.ended) + len(polled.lost) == len(active):
+        if len(found.ended) + len(found.lost) == len({*args.batch_ids}):
             return found
         api.clock.sleep(args.interval)
 
@@ -3127,23 +3171,13 @@ def save_polled(args: argparse.Namespace, api: Api, polled: Polled) -> int:
 def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     resume = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
     with connect(args, console, clock) as api, clock.limit(args.timeout):
-        with advice_if_stopped(f"the batches keep running on the server; {resume}", console):
+        with advice_if_stopped(lambda: f"the batches keep running on the server; {resume}", console):
             polled = wait_for_end(api, args)
-        with advice_if_stopped(resume, console):
+        with advice_if_stopped(lambda: resume, console):
             return save_polled(args, api, polled)
 
 
 # retrieve
-
-
-def errors_in(path: str) -> str:
-    """The most common errors of an error file, each with its count."""
-    counts: Counter[str] = Counter()
-    with open_input(path) as errors:
-        for line in errors.lines():
-            with contextlib.suppress(ValueError):
-                counts[shorten(classify(read_object(line)).error())] += 1
-    return ranked(counts)
 
 
 def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
@@ -3157,10 +3191,13 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
     paths = batch_paths(batch.id, args.output)
     saved = save_files(api, batch, paths)
     saved.report(paths, result_printer(api.console, to_stderr=args.output == STDOUT))
+    errors = ""
+    if saved.sizes.keys() == {"errors"}:
+        with open_input(paths["errors"]) as error_file:
+            errors = f": {errors_in(error_file)}"
     if batch.status == "failed":
-        raise CommandError(f"Batch failed: {batch.failure_reasons()}")
+        raise CommandError(f"Batch failed: {batch.failure_reasons()}{errors}")
     if "results" not in saved.sizes:
-        errors = f": {errors_in(paths['errors'])}" if saved.sizes else ""
         raise CommandError(f"Batch has no results (status: {batch.raw['status']}){errors}")
     if batch.status != "completed":
         counted = f" with {batch.counts.completed or 0} of {batch.counts.total} requests completed"
@@ -3254,7 +3291,9 @@ def open_inputs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[I
 
 def read_results(inputs: Sequence[Input], console: Console) -> Results:
     """The best results of the requests, by the request file and the results files."""
-    results = Results(index_requests(inputs[0]), console)
+    index = RequestIndex.empty()
+    deque(indexed_requests(inputs[0], index), maxlen=0)
+    results = Results(index, console)
     for each in inputs[1:]:
         results.read(each.file, each.name)
     return results
@@ -3308,7 +3347,7 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
     """
     yield BIO_COLUMNS
     answers = lines_with_offsets(lines.file, lines.name, 0)
-    end = 0
+    end = 0  # of the line of the last request
     try:
         for request in indexed_requests(requests, results.requests):
             _, offset, line = next(answers)
@@ -3320,7 +3359,11 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
             results.add(result, (lines.file, offset, len(line)))
             yield request["custom_id"], artist_name(request), *bio_of(results.best[-1], result)
         for _, offset, line in answers:  # results of other requests, or better ones of these
-            results.add(read_object(line), (lines.file, offset, len(line)))
+            result = read_object(line)
+            match = results.add(result, (lines.file, offset, len(line)))
+            if match.position is None and not str_field(result, "request_sha256"):
+                raise NotInOrder
+            results.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
     except (StopIteration, ValueError):
         raise NotInOrder from None
     if any(line and line.offset >= end for line in results.best):
@@ -3404,16 +3447,16 @@ def spreadsheet_rows(
     header = next(rows)
     id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
     yield *header, *[""] * (width - len(header)), *BIO_COLUMNS[2:]
-    line_of = results.requests.line_of
+    position_of = results.requests.position_of
     exported: set[str] = set()
     for row in rows:
         artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
         bio = Bio(error="no request")
-        if artist_id in line_of and artist_id not in exported:
+        if artist_id in position_of and artist_id not in exported:
             exported.add(artist_id)
-            bio = bio_of(results.best[line_of[artist_id] - 1])
+            bio = bio_of(results.best[position_of[artist_id]])
         yield *row[:width], *[""] * (width - len(row)), *bio
-    if left := len(line_of) - len(exported):
+    if left := len(position_of) - len(exported):
         missing = f"{spreadsheet.name} has no row for {plural(left, 'request')}"
         console.warn(f"{missing}, whose results are left out; see --id-column")
 
@@ -3430,7 +3473,7 @@ def export_in_order(args: argparse.Namespace, inputs: Sequence[Input], console: 
     if len(inputs) > 2 or args.csv or is_stream(args.output):
         return None
     requests, lines = inputs
-    results = Results(RequestIndex({}, bytearray()), console)
+    results = Results(RequestIndex.empty(), console)
     try:
         write_csv(args, inputs, rows_in_order(requests, lines, results))
     except NotInOrder:
@@ -3463,34 +3506,31 @@ def positions_of(part: Part) -> range:
     return range(part.first, part.first + part.requests)
 
 
-class QueuedPart:
+class QueuedPart(NamedTuple):
     """A part to submit, the file that contains it, and the positions of its requests in the request file."""
 
-    def __init__(self, source: Input, part: Part, positions: Sequence[int]) -> None:
-        self.source = source
-        self.part = part
-        self.positions = positions
-        self.file_id = ""  # of its upload
-        self.refused: list[str] = []  # batches of that upload that exceeded the token limit
-        self.idle_refusals = 0
+    source: Input
+    part: Part
+    positions: Sequence[int]
+    idle_refusals: int = 0  # for the token limit, with no batch of this run active
 
     def after_idle_refusal(self) -> list[QueuedPart]:
         """What to submit after a refusal with no batch active: this part or, after two of them, its halves.
 
         Raises CommandError if a single request is refused again and again.
         """
-        self.idle_refusals += 1
-        if self.part.requests > 1 and self.idle_refusals >= MAX_IDLE_REFUSALS:
+        refusals = self.idle_refusals + 1
+        if self.part.requests > 1 and refusals >= MAX_IDLE_REFUSALS:
             first, second = split_part(self.part, self.source.file)
             left, right = self.positions[: first.requests], self.positions[first.requests :]
             return [QueuedPart(self.source, first, left), QueuedPart(self.source, second, right)]
-        if self.idle_refusals >= MAX_SINGLE_REFUSALS:
+        if refusals >= MAX_SINGLE_REFUSALS:
             raise CommandError(
                 f"part {self.part.label} (1 request, {plural(self.part.size, 'byte')}) was refused "
                 f"{MAX_SINGLE_REFUSALS} times for the token limit while no batch of this run was active; the account's "
                 "limit is too small for this request"
             )
-        return [self]
+        return [self._replace(idle_refusals=refusals)]
 
 
 class Queue:
@@ -3535,112 +3575,126 @@ class Queue:
         return self._idle_refusals if is_stuck else 0
 
 
-class ActiveBatch:
-    """A batch whose results a run needs, until they are downloaded."""
+class ActiveBatch(NamedTuple):
+    """A batch whose results a run needs, until they are downloaded. `batch` is as it was first seen."""
 
-    def __init__(
-        self,
-        batch: Batch,
-        positions: Collection[int] | None,
-        *,
-        sent_digests: Mapping[str, bytes] | None = None,
-        queued: QueuedPart | None = None,
-        submitted_at: float = -math.inf,
-    ) -> None:
-        self.batch = batch  # as first seen
-        self.positions = positions  # of its requests in the request file; None if they are unknown
-        self.sent_digests = sent_digests  # of its requests by custom_id, if they may differ from the request file
-        self.queued = queued  # what to submit again after a refusal
-        self.submitted_at = submitted_at  # by this run; -inf: by another
-        self.rival_check_at = submitted_at + RIVAL_CHECK_SECONDS if submitted_at > -math.inf else math.inf
-        self.cancel_is_expected = batch.status == "cancelling"  # when it was found, or cancelled by this run
+    batch: Batch
+    positions: Collection[int] | None  # of its requests in the request file; None if they are unknown
+    is_earlier: bool  # not submitted by this run
+    submitted_at: float = -math.inf  # by this run
+    queued: QueuedPart | None = None  # what to submit again after a refusal
+    sent_digests: Mapping[str, bytes] | None = None  # of its requests by custom_id, if they may be of another version
 
 
-class ResultsLost(CommandError):
-    """Requests would have to be paid for again, because the results of their batch are gone or match no request."""
+class Withheld(NamedTuple):
+    """Requests that are not sent, because they may have been paid for, and why."""
 
-
-class Round(NamedTuple):
-    """The result of a round: whether it counts as an attempt, and whether somebody cancelled a batch."""
-
-    is_attempt: bool
-    cancelled: bool
+    reason: str
+    positions: set[int]
 
 
 class Run:
     """Sends requests, in rounds, until each has succeeded or the attempts are used up.
 
-    Its state can be rebuilt from the request file, --out and the server. `active` are the active batches by id,
-    `spool` is a temporary file for downloads.
+    Its state can be rebuilt from the request file, --out and the server.
     """
 
     def __init__(
-        self, args: argparse.Namespace, submitter: Submitter, requests: Input, results: Results, spool: BinaryIO
+        self,
+        args: argparse.Namespace,
+        submitter: Submitter,
+        requests: Input,
+        checked: Checked,
+        results: Results,
+        spools: tuple[BinaryIO, BinaryIO],
     ) -> None:
-        self.active: dict[str, ActiveBatch] = {}
+        self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
+        self.withheld: list[Withheld] = []  # requests that are left out of this run
+        self.is_stopped = False  # whether nothing more is sent, because of the user or of somebody else
+        self.tokens = (0, 0)  # input and output tokens of all results lines that were downloaded
         self._args = args
         self._submitter = submitter
         self._api = submitter.api
         self._clock = submitter.api.clock
         self._console = submitter.api.console
         self._requests = requests
+        self._parts = checked.parts  # of the whole request file
         self._results = results
-        self._spool = spool
-        self._poller = Poller(submitter.api, outage_budget=OUTAGE_BUDGET, is_answered=True, repeat_denied=True)
-        self._lost: list[tuple[ActiveBatch, str]] = []  # batches with results that cannot be used, and why
+        self._spools = spools  # temporary files for the results of this run's batches, and of earlier ones
+        self._poller = Poller(submitter.api)
+        self._again = requests_to_repeat(args, results)  # positions to send although they have an answer
+        self._is_announced = False  # whether the line that says what will be sent was printed
 
-    def rounds(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
-        """Use the results of listed batches, then submit the rest in at most --attempts rounds.
-
-        Raises ResultsLost, once no batch is active, if requests would have to be paid for again.
-        """
-        self._pick_up_earlier(parts, listed)
-        attempts_left: int = self._args.attempts
+    def rounds(self, listed: Iterable[Batch]) -> None:
+        """Collect what earlier batches have. Then send the rest in at most --attempts rounds."""
+        for batch in self._submitter.earlier_batches(listed):
+            if not self._submitter.is_ignored(batch):
+                self._pick_up(batch)
+        attempt = 1
         while True:
             pending = self._pending()
-            lost = self._lost_results(pending)
-            if pending and self._requests.is_changed():
-                self._console.warn(f"{self._requests.name} was changed, so nothing more is sent; start run again")
-                attempts_left = 0
-            if lost or not attempts_left:
+            if not self._may_send(pending, attempt):
                 pending = set()
-            if lost and not self.active:
-                raise lost
             if not pending and not self.active:
                 return
-            if pending and attempts_left < self._args.attempts:
-                number = self._args.attempts - attempts_left + 1
-                self._console.message(f"round {number}: {plural(len(pending), 'request')} to send again")
-                self._poller.latest.clear()
             with temporary_file() as copy:
-                done = self._round(Queue(self._divide(pending, parts, copy)))
-            attempts_left = 0 if done.cancelled else attempts_left - int(done.is_attempt)
+                attempt += self._round(Queue(self._divide(pending, copy)))
+
+    def advice(self) -> str:
+        """How to go on, if the run is stopped."""
+        text = "no output was written; the same command goes on where this one stopped"
+        if self.active:
+            text += (f"; the batches go on at the server and will be charged; to stop them: {PROG} cancel --batch-id "
+                     + " ".join(self.active))
+        return text
 
     def _pending(self) -> set[int]:
-        """The positions of the requests to send: without a final result, and not in an active batch.
+        """The positions of the requests to send: without an answer that counts, and not in an active batch.
 
         Empty while a batch is active whose requests are unknown.
         """
-        active = self.active.values()
-        if any(each.positions is None for each in active):
+        active = [each.positions for each in self.active.values()]
+        if None in active:
             return set()  # we only learn from its results which requests it has
-        return self._results.positions(TO_SEND).difference(*(each.positions or () for each in active))
+        return self._wanted().difference(*filter(None, active), *(each.positions for each in self.withheld))
 
-    def _lost_results(self, pending: set[int]) -> ResultsLost | None:
-        """Why some of these requests cannot be sent without paying for them twice."""
-        for lost, reason in self._lost:
-            if left := len(pending if lost.positions is None else pending.intersection(lost.positions)):
-                return ResultsLost(
-                    f"{reason}, so {left} of its requests would have to be sent, and perhaps paid for, again; name an "
-                    "earlier download with --results, or use --force, which sends all requests of the file "
-                    f"({len(self._results.best):,}) again"
-                )
-        return None
+    def _wanted(self) -> set[int]:
+        """The positions of the requests without an answer that counts."""
+        return self._results.positions(TO_SEND) | self._again
 
-    def _divide(self, pending: set[int], parts: Sequence[Part], copy: BinaryIO) -> list[QueuedPart]:
+    def _may_send(self, pending: set[int], attempt: int) -> bool:
+        """Say what will be sent, and ask if the user wants to be asked. Returns whether it may be sent.
+
+        Raises CommandError if the user says no.
+        """
+        if attempt == 1 and (pending or not self._is_announced):
+            self._is_announced = True
+            active = [each.positions for each in self.active.values()]
+            in_batches = self._wanted() if None in active else {*itertools.chain.from_iterable(filter(None, active))}
+            left_out = {*itertools.chain.from_iterable(each.positions for each in self.withheld)}
+            self._console.message(what_to_send(self._results, pending, in_batches, left_out))
+        if not pending or self.is_stopped or attempt > self._args.attempts:
+            return False
+        if self._requests.is_changed():
+            self._stop(f"{self._requests.name} was changed, so nothing more is sent; start run again")
+        elif is_too_many(self._args, len(pending), self._console):
+            self.is_stopped = True
+        elif attempt == 1:
+            confirm(self._args, self._requests, self._results, pending, self._console)
+        else:
+            self._console.message(f"round {attempt}: {plural(len(pending), 'request')} to send again")
+            self._poller.latest.clear()
+        return not self.is_stopped
+
+    def _stop(self, reason: str) -> None:
+        """Send nothing more. What is active is still waited for."""
+        self._console.warn(reason)
+        self.is_stopped = True
+
+    def _divide(self, pending: set[int], copy: BinaryIO) -> list[QueuedPart]:
         """The parts to submit: those of the whole file, or of a copy of the pending lines."""
         if len(pending) == len(self._results.best):
-            return [QueuedPart(self._requests, part, positions_of(part)) for part in parts]
+            return [QueuedPart(self._requests, part, positions_of(part)) for part in self._parts]
         divider = PartDivider(self._args.max_requests)
         if pending:
             for position, line in enumerate(self._requests.lines()):
@@ -3651,37 +3705,42 @@ class Run:
         source, order = Input.of(copy, "a temporary file"), sorted(pending)
         return [QueuedPart(source, part, order[part.first : part.first + part.requests]) for part in divider.parts()]
 
-    def _round(self, queue: Queue) -> Round:
-        """Submit the parts, and download the results of every batch, until none is active."""
-        submitted = cancelled = cut_short = False
+    def _round(self, queue: Queue) -> bool:
+        """Submit the parts, and download the results of every batch, until none is active.
+
+        Returns whether it counts as an attempt. It does not if another process has submitted some of the requests: then
+        it ends early, as the batches of that process may have requests of later parts, too.
+        """
+        is_submitted = is_cut_short = is_told = False
         while True:
             while queued := queue.take():
                 if self._submit(queued):
-                    submitted = True
-                else:  # the batches found may have requests of later parts, too; another round does what is left
-                    cut_short = True
+                    is_submitted = True
+                else:
+                    is_cut_short = True
                     queue.clear()
+            if self.active and not queue and not is_told:
+                is_told = True
+                self._console.message(until_when([each.batch for each in self.active.values()]))
             self._poller.report()
             if not self.active and not queue:
-                return Round(submitted and not cut_short, cancelled)
-            self._wait(self._args.interval)
+                return is_submitted and not is_cut_short
+            self._clock.sleep(self._args.interval)
             refused, ended = [], 0
             for batch, watched in self._ended():
                 if batch.status != "failed":
                     ended += 1
                     self._download_results(batch, watched)
-                    cancelled = cancelled or (batch.status == "cancelled" and not watched.cancel_is_expected)
                 elif (queued := watched.queued) and batch.is_over_token_limit and self._is_still_to_send(watched):
                     self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
                     del self._poller.latest[batch.id]
-                    queued.refused.append(batch.id)
                     refused.append(queued)
                 elif not batch.is_over_token_limit and watched.sent_digests is None:
-                    raise CommandError(f"batch {batch.id} failed: {batch.failure_reasons()}; no output was written; "
-                                       "batches still running will be picked up by the next run")
+                    raise CommandError(f"batch {batch.id} failed: {self._failure_reasons(batch)}; no output was "
+                                       "written; batches still running will be picked up by the next run")
                 else:  # its requests are in other batches, but it makes room, too
                     ended += 1
-            if cancelled or cut_short:
+            if self.is_stopped or is_cut_short:
                 queue.clear()
             elif idle_refusals := queue.settle(refused, ended, is_idle=not self.active):
                 seconds = self._args.interval * 2 ** min(idle_refusals, 5)
@@ -3692,28 +3751,36 @@ class Run:
         """Poll every active batch once. Yield those that have ended, and stop watching them."""
         polled = self._poller.poll([*self.active])
         for batch_id, failure in polled.lost.items():
-            age = self._clock.now() - self.active[batch_id].submitted_at
-            if not (isinstance(failure, NotFound) and age < YOUNG_SECONDS):
+            watched = self.active[batch_id]
+            age = self._clock.now() - watched.submitted_at
+            if isinstance(failure, OutputMissing):
+                del self.active[batch_id]
+                self._withhold(watched, str(failure), {})
+                yield self._poller.latest[batch_id], watched
+            elif not (isinstance(failure, NotFound) and age < YOUNG_SECONDS):
                 raise failure
-            self._console.warn(f"{batch_id}: {failure}; the batch is new and may not be visible yet; still waiting")
+            else:
+                self._console.warn(f"{batch_id}: {failure}; the batch is new and may not be visible yet; still waiting")
         for batch in polled.ended.values():
-            if batch.status == "cancelled" and not self.active[batch.id].cancel_is_expected:
-                self._console.warn(f"batch {batch.id} was cancelled; this run ends when its other batches have ended; "
-                                   "run again to send the rest")
-            yield batch, self.active.pop(batch.id)
+            watched = self.active.pop(batch.id)
+            if batch.status == "cancelled" and watched.batch.status != "cancelling":
+                self._stop(f"batch {batch.id} was cancelled; this run ends when its other batches have ended; run "
+                           "again to send the rest")
+            yield batch, watched
+
+    def _failure_reasons(self, batch: Batch) -> str:
+        """Why a batch failed: its errors, and the most common ones of its error file."""
+        reasons = batch.failure_reasons()
+        if batch.error_file_id:
+            with temporary_file() as copy, contextlib.suppress(Refused, UnusableId):
+                size = self._api.size_of(batch.error_file_id)
+                self._api.download(batch.error_file_id, size, copy, f"errors of {batch.id}")
+                reasons += f": {errors_in(Input.of(copy, 'its error file'))}"
+        return reasons
 
     def _is_still_to_send(self, watched: ActiveBatch) -> bool:
         """Whether its requests still have no result and are in no other active batch."""
         return watched.positions is not None and self._pending().issuperset(watched.positions)
-
-    def _wait(self, seconds: float) -> None:
-        """Sleep. Meanwhile, look for rivals of each new batch when that is due."""
-        end = self._clock.now() + seconds
-        while (due := min((each.rival_check_at for each in self.active.values()), default=math.inf)) <= end:
-            self._clock.sleep(max(0.0, due - self._clock.now()))
-            self._look_for_rivals()
-        if (rest := end - self._clock.now()) > 0:
-            self._clock.sleep(rest)
 
     # submitting
 
@@ -3723,120 +3790,64 @@ class Run:
         Then the batches of that process are picked up instead.
         """
         label = queued.part.label
-
-        def on_upload(file_id: str) -> None:
-            queued.file_id, queued.refused = file_id, []
-            self._console.message(f"part {label}: File ID: {file_id}")
-
         try:
-            batch = self._submitter.submit(queued.source, queued.part, on_upload, queued.file_id, queued.refused)
+            batch = self._submitter.submit(
+                queued.source, queued.part, lambda file_id: self._console.message(f"part {label}: File ID: {file_id}")
+            )
         except AlreadySubmitted as found:
-            if not queued.refused:
-                queued.file_id = ""  # the file was deleted
-            picked_up = [self._pick_up_found(batch, queued.part) for batch in found.batches]
+            picked_up = [self._pick_up(batch) for batch in found.batches]
             return False if any(picked_up) else self._submit(queued)
         self._console.message(f"part {label}: Batch ID: {batch.id}")
-        now = self._clock.now()
         self._poller.latest[batch.id] = batch
-        self.active[batch.id] = ActiveBatch(batch, queued.positions, queued=queued, submitted_at=now)
+        self.active[batch.id] = ActiveBatch(batch, queued.positions, False, self._clock.now(), queued)
         return True
-
-    def _pick_up_found(self, batch: Batch, part: Part) -> bool:
-        """Pick up a batch that was found just before a POST.
-
-        Returns False if it is of another version and has nothing that we need.
-        """
-        if not self._submitter.is_of_file(batch, [part.sha256]):
-            self._submitter.known.add(batch.id)  # in any case: otherwise the next look finds it again
-            return self._pick_up_other_version(batch)
-        self._pick_up(batch, None)
-        return True
-
-    def _look_for_rivals(self) -> None:
-        """Look for rivals: batches of the same requests that another machine submitted at the same time."""
-        now = self._clock.now()
-        own: dict[str, ActiveBatch] = {}  # by the sha256 of the part
-        for watched in self.active.values():
-            if watched.queued and watched.rival_check_at <= now:
-                watched.rival_check_at = math.inf
-                own[watched.queued.part.sha256] = watched
-        for rival in self._submitter.new_batches(own):
-            if mine := own.get(self._submitter.part_sha256(rival)):
-                self._settle_rival(mine, rival)
-            else:  # it is found again before the next POST
-                self._console.warn(f"batch {rival.id} may contain some of the same requests")
-
-    def _settle_rival(self, watched: ActiveBatch, rival: Batch) -> None:
-        """Keep the older of two batches with the same requests. Each process cancels only its own."""
-        self._submitter.known.add(rival.id)
-        if watched.batch.age_key < rival.age_key:
-            self._console.warn(f"batch {rival.id} has the same requests as batch {watched.batch.id}, which is older "
-                               "and is kept")
-        elif self._submitter.cancel_duplicate(watched.batch, rival):
-            watched.cancel_is_expected = True
-            self.active[rival.id] = ActiveBatch(rival, watched.positions)
 
     # earlier batches
 
-    def _pick_up_earlier(self, parts: Sequence[Part], listed: Iterable[Batch]) -> None:
-        """Download the results of earlier batches that have ended, and watch those that are running."""
-        part_of = {part.sha256: part for part in parts}
-        batches = self._submitter.earlier_batches(listed)
-        for batch in batches:
-            if self._submitter.is_of_file(batch, part_of):
-                self._pick_up(batch, part_of.get(self._submitter.part_sha256(batch)))
-        for batch in reversed(batches):  # the newest version first: it has most of the requests
-            if batch.id not in self._submitter.known and self._submitter.is_of_other_version(batch):
-                self._pick_up_other_version(batch)
+    def _pick_up(self, batch: Batch) -> bool:
+        """Download the results of a batch that this run has not made, or watch it, if it may have what we need.
 
-    def _pick_up(self, batch: Batch, part: Part | None) -> None:
-        """Pick up a batch of this request file. `part` is its part, if the file is divided as it was then."""
-        self._submitter.known.add(batch.id)
+        Its requests are known if it is a part of this file as it is divided now; else its input file tells. Returns
+        whether it was needed.
+        """
+        is_of_file = self._submitter.is_of_file(batch)
+        self._submitter.ignore(batch)
+        digests, queued = None, None
+        positions: Collection[int] | None = None
+        part = next((each for each in self._parts if each.sha256 == self._submitter.part_sha256(batch)), None)
         if part:
-            self._console.message(f"part {part.label} was already submitted as batch {batch.id} ({batch.status})")
             positions = positions_of(part)
-            watched = ActiveBatch(batch, positions, queued=QueuedPart(self._requests, part, positions))
-        else:
-            self._console.message(f"batch {batch.id} ({batch.status}) already has some of the requests")
-            digests = self._input_digests(batch)
-            watched = ActiveBatch(batch, None if digests is None else self._same_requests(digests))
-        self._take_or_watch(watched)
-
-    def _pick_up_other_version(self, batch: Batch) -> bool:
-        """Pick up a batch of another version of the file if it has requests that we need. Whether it has."""
-        if not (pending := self._pending()):
-            return False
-        self._submitter.known.add(batch.id)
-        digests = self._input_digests(batch)
-        same = set() if digests is None else self._same_requests(digests) & pending
-        if digests is None:
+            queued = QueuedPart(self._requests, part, positions)
+        elif (digests := self._input_digests(batch)) is not None:
+            positions = self._same_requests(digests)
+        elif not is_of_file:
             self._console.warn(f"batch {batch.id} was made from an earlier version of {self._requests.name}, but its "
                                "input file is not available; requests in both may be paid for twice")
-        elif same:
-            self._console.message(f"batch {batch.id} ({batch.status}), made from an earlier version of "
-                                  f"{self._requests.name}, already has {len(same)} of the requests")
-            self._take_or_watch(ActiveBatch(batch, same, sent_digests=digests))
-        return bool(same)
-
-    def _take_or_watch(self, watched: ActiveBatch) -> None:
-        """Download the results of a batch that has ended; watch one that is running."""
-        batch = watched.batch
+            return False
+        needed = self._pending() if positions is None else self._pending().intersection(positions)
+        if not needed:
+            return False
+        have = "has requests of this file" if positions is None else f"already has {len(needed):,} of the requests"
+        self._console.message(f"batch {batch.id} ({batch.status}) {have}")
         self._poller.latest[batch.id] = batch
+        watched = ActiveBatch(batch, positions, True, queued=queued, sent_digests=digests)
         if batch.has_ended and not lacks_output(self._api, batch):
             self._download_results(batch, watched)
         else:
             self.active[batch.id] = watched
+        return True
 
     def _input_digests(self, batch: Batch) -> dict[str, bytes] | None:
         """The digests of a batch's requests by custom_id, from its input file. None if that is gone or unusable."""
         digests: dict[str, bytes] = {}
+        file_id = self._submitter.input_file_of(batch)
         try:
             with temporary_file() as copy:
                 name = f"the input file of {batch.id}"
-                self._api.download(batch.input_file_id, self._api.size_of(batch.input_file_id), copy, name)
+                self._api.download(file_id, self._api.size_of(file_id), copy, name)
                 for line in Input.of(copy, name).lines():
                     digests[str_field(read_object(line), "custom_id")] = digest_of(line)
-        except (Refused, ValueError) as failure:  # ValueError: a line that is not a request
+        except (Refused, UnusableId, ValueError) as failure:  # ValueError: a line that is not a request
             if isinstance(failure, ApiError) and failure.status in (401, 429):
                 raise
             return None
@@ -3845,34 +3856,136 @@ class Run:
     def _same_requests(self, digests: Mapping[str, bytes]) -> set[int]:
         """The positions of the requests of the request file with these digests."""
         index = self._results.requests
-        return {
-            index.line_of[custom_id] - 1
-            for custom_id, digest in digests.items()
-            if custom_id in index.line_of and index.digest(custom_id) == digest
-        }
+        found = ((index.position_of.get(custom_id), digest) for custom_id, digest in digests.items())
+        return {position for position, digest in found if position is not None and index.digest(position) == digest}
 
     # results
 
     def _download_results(self, batch: Batch, watched: ActiveBatch) -> None:
-        """Download and index the files of a batch that has ended."""
-        unmatched = self._results.unmatched
+        """Download and index the files of a batch that has ended. Withhold its requests whose results are lost."""
+        spool = self._spools[watched.is_earlier]
+        outcomes: dict[int, str] = {}
+        reasons = []
         for kind, file_id in batch.files.items():
             name = f"{kind} of {batch.id}"
-            start = self._spool.seek(0, os.SEEK_END)
+            start = spool.seek(0, os.SEEK_END)
             try:
                 if (size := self._api.size_of(file_id)) == 0:
                     continue
-                self._api.download(file_id, size, self._spool, name)
-            except NotFound:
-                self._console.warn(f"the {kind} file of batch {batch.id} is no longer on the server")
+                self._api.download(file_id, size, spool, name)
+            except (NotFound, WrongSize, UnusableId) as failure:
+                self._console.warn(f"the {kind} file of batch {batch.id} cannot be had: {failure}")
                 if kind == "results":
-                    self._lost.append((watched, f"the output file of batch {batch.id} is no longer on the server"))
+                    reasons.append(f"the output file of batch {batch.id} cannot be had")
                 continue
-            self._results.read(self._spool, name, start, watched.sent_digests)
-        if count := self._results.unmatched - unmatched:
-            has = "has a custom_id" if count == 1 else "have custom_ids"
-            reason = f"{plural(count, 'result')} of batch {batch.id} {has} that {self._requests.name} does not have"
-            self._lost.append((watched, reason))
+            lines = self._results.read_batch(spool, name, start, watched.sent_digests, is_earlier=watched.is_earlier)
+            outcomes |= lines.outcomes
+            self.tokens = self.tokens[0] + lines.input_tokens, self.tokens[1] + lines.output_tokens
+            if lines.unreadable:
+                reasons.append(f"{plural(lines.unreadable, 'line')} of the {kind} of batch {batch.id} cannot be read")
+            of_others = lines.outcomes.keys() - set(lines.outcomes if watched.positions is None else watched.positions)
+            if unknown := lines.unknown + len(of_others):
+                has = "has a custom_id" if unknown == 1 else "have custom_ids"
+                reasons.append(f"{plural(unknown, 'result')} of batch {batch.id} {has} that its "
+                               "input file does not have")
+        if reasons:
+            self._withhold(watched, "; ".join(reasons), outcomes)
+        if batch.status != "completed" and batch.counts.completed and not batch.output_file_id:
+            self._console.warn(f"batch {batch.id} ({batch.status}) counts {batch.counts.completed} completed requests, "
+                               "but names no output file; they are sent, and perhaps paid for, again")
+        self._again -= {position for position, outcome in outcomes.items() if outcome in (SUCCEEDED, REJECTED)}
+
+    def _withhold(self, watched: ActiveBatch, reason: str, outcomes: Container[int]) -> None:
+        """Leave those requests of a batch out for which it has no line; all that are pending, if they are unknown."""
+        positions = self._wanted() if watched.positions is None else watched.positions
+        self.withheld.append(Withheld(reason, {each for each in positions if each not in outcomes}))
+
+def requests_to_repeat(args: argparse.Namespace, results: Results) -> set[int]:
+    """The positions of the requests that the user wants to be sent although they have an answer."""
+    if args.force:
+        return set(range(len(results.best)))
+    return results.positions({REJECTED}) if args.include_rejected else set()
+
+
+def what_to_send(
+    results: Results, sending: Container[int], in_batches: Container[int] = (), left_out: Container[int] = ()
+) -> str:
+    """The line that says how many requests will be sent and why, and what becomes of the others."""
+    counts: Counter[str] = Counter()
+    for position in range(len(results.best)):
+        kind = results.outcome_at(position)
+        if position in sending:
+            counts[f"send {kind}"] += 1
+        elif kind in TO_SEND and (position in in_batches or position in left_out):
+            counts["in batches" if position in in_batches else "left out"] += 1
+        else:
+            counts[kind] += 1
+    to_send = {MISSING: "new", OUTDATED: "changed", RETRYABLE: "to try again", REJECTED: "rejected",
+               SUCCEEDED: "forced"}
+    sent = [f"{number:,} {word}" for kind, word in to_send.items() if (number := counts[f"send {kind}"])]
+    kept = [
+        f"{number:,} {one if number == 1 else many}"
+        for kind, one, many in (
+            (SUCCEEDED, "has a bio", "have a bio"),
+            (REJECTED, "was rejected", "were rejected"),
+            ("in batches", "in earlier batches", "in earlier batches"),
+            ("left out", "left out", "left out"),
+        )
+        if (number := counts[kind])
+    ]
+    total = sum(counts[f"send {kind}"] for kind in to_send)
+    text = f"{total:,} of {plural(len(results.best), 'request')} to send"
+    text += f": {', '.join(sent)}" if sent else ""
+    text += f"; {', '.join(kept)}" if kept else ""
+    if results.gone:
+        text += f"; {plural(results.gone, 'result')} of requests that are no longer in the file"
+    return text
+
+
+def is_too_many(args: argparse.Namespace, number: int, console: Console) -> bool:
+    """Whether more would be sent than --max-new allows. Says so."""
+    if args.max_new is None or number <= args.max_new:
+        return False
+    console.error(f"{plural(number, 'request')} to send are more than --max-new {args.max_new:,}, so nothing was sent")
+    return True
+
+
+def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, sending: Container[int]) -> str:
+    """An estimate for the requests to send, judged by the answers that are known. Empty if none says its tokens.
+
+    Answers to requests of this file count in proportion to the size of the bodies. Without any, all others count by
+    their mean.
+    """
+    sizes = [body_size(read_object(line)) for line in requests.lines()]
+    to_send = [size for position, size in enumerate(sizes) if position in sending]
+    known = zip(sizes, results.best, strict=True)
+    answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
+    mean_size = sum(to_send) / len(to_send)
+    answers = answers or [(mean_size, other.line) for other in results.others]
+    tokens = ((size, token_usage(body_of(results_object(line.read())))) for size, line in answers)
+    usages = [Usage(size, *used) for size, used in tokens if None not in used]
+    return estimate(usages, sum(to_send), len(to_send), args.prices) if usages else ""
+
+
+def confirm(args: argparse.Namespace, requests: Input, results: Results, sending: set[int], console: Console) -> None:
+    """Ask before requests are sent, with --ask on a terminal. Raises CommandError unless the answer is yes."""
+    if not (args.ask and console.is_terminal and sys.stdin and sys.stdin.isatty()):
+        return
+    if takes := what_it_takes(args, requests, results, sending):
+        console.message(takes)
+    console.progress(f"Send {plural(len(sending), 'request')}? [Y/n] ")
+    answer = sys.stdin.readline()
+    console.clear_progress()
+    if answer.strip().casefold() not in ("", "y", "yes") or not answer:
+        raise CommandError("nothing was sent")
+
+
+def until_when(batches: Iterable[Batch]) -> str:
+    """The line for the person who waits, once everything is submitted."""
+    now = int(time.time())
+    ends = [int_field(batch.raw, "expires_at") or (batch.created_at or now) + DAY_SECONDS for batch in batches]
+    return (f"everything is submitted; the service may take until {local_time(max(ends), ' ')}; you may close this "
+            "window: the same command goes on where this one stops")
 
 
 def known_results(
@@ -3884,54 +3997,76 @@ def known_results(
         if not same_regular_file(path, args.output):
             file = stack.enter_context(open_input(path))
             known.read(file.file, file.name)
-    read_out(args.output, known, stack)
+    if not is_stream(args.output) and os.path.exists(args.output):
+        with os_errors_as(f"read {args.output}"):
+            out = stack.enter_context(open(args.output, "rb"))
+        known.read_out(out, args.output)
     return known
 
 
+def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: tuple[float, float] | None) -> str:
+    """What a run has brought and used; empty if nothing."""
+    new = Counter(line.file for line in results.best if line and line.outcome in (SUCCEEDED, REJECTED))
+    own, earlier = (new[spool] for spool in spools)
+    if not own + earlier:
+        return ""
+    text = f"new in this run: {plural(own + earlier, 'result')}"
+    if earlier:
+        text += f", {earlier:,} of them from earlier batches"
+    if any(run.tokens):
+        text += f"; tokens: {run.tokens[0]:,} input, {run.tokens[1]:,} output"
+        text += f"; {dollars(*run.tokens, prices)}" if prices else ""
+    return text
+
+
+def refuse_withheld(withheld: Sequence[Withheld], results: Results) -> None:
+    """Raise CommandError if requests were left out of the run, and say how to go on."""
+    to_send = results.positions(TO_SEND)
+    if left := to_send.intersection(itertools.chain.from_iterable(each.positions for each in withheld)):
+        reasons = "; ".join(each.reason for each in withheld if not to_send.isdisjoint(each.positions))
+        raise CommandError(
+            f"{reasons}; {plural(len(left), 'request')} that may have been paid for "
+            f"{'was' if len(left) == 1 else 'were'} not sent again; name an earlier download with --results, or write "
+            "them to a file with retry and run that file into the same --out, or use --force, which sends all requests "
+            "of the file again"
+        )
+
+
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    check = InputCheck(args.endpoint, args.max_requests, hashes_lines=True)
-    lost = None
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         refuse_unwritable(args.output)
-        sha256 = requests.sha256()
-        note = stack.enter_context(locked_note(sha256, requests, console))
-        parts = check_input(requests, check, console)
-        stamp = out_stamp(args.output)
-        earlier = known_results(args, check.index, console, stack)
-        results = Results(check.index, console) if args.force else earlier
-        outcomes = results.outcomes()
-        to_send = sum(outcomes[kind] for kind in TO_SEND)
-        if have := len(results.best) - to_send:
-            requests_in_all = with_commas(len(results.best), "request")
-            console.message(f"{have:,} of {requests_in_all} {'has' if have == 1 else 'have'} a result already")
-        if to_send:
-            spool = stack.enter_context(temporary_file())
+        checked = check_input(requests, console, args.endpoint, args.max_requests, hashes_lines=True)
+        if not args.dry_run:
+            sha256 = requests.sha256()
+            note = stack.enter_context(locked_note(sha256, requests, console))
+        results = known_results(args, checked.requests, console, stack)
+        sending = results.positions(TO_SEND) | requests_to_repeat(args, results)
+        if args.dry_run or not sending:
+            console.message(what_to_send(results, sending))
+        if args.dry_run:
+            if sending:
+                takes = what_it_takes(args, requests, results, sending)
+                console.message(takes or "no answer says how many tokens it took; preview estimates")
+            return int(is_too_many(args, len(sending), console))
+        run = None
+        if sending:
+            spools = stack.enter_context(temporary_file()), stack.enter_context(temporary_file())
             api = stack.enter_context(connect(args, console, clock))
-            resume = "batches still running will be picked up by the next run of the same command"
-            with advice_if_stopped(f"no output was written; {resume}", console), clock.limit(args.timeout):
-                listed = first_listing(api, force=args.force)
-                patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
-                submitter = Submitter(patient_api, args, sha256, check, note, finds_versions=True)
-                try:
-                    Run(args, submitter, requests, results, spool).rounds(parts, listed)
-                except ResultsLost as error:
-                    if not spool.seek(0, os.SEEK_END):  # nothing to write
-                        raise
-                    lost = error
-        if out_stamp(args.output) != stamp:  # preview may have added to it meanwhile
-            latest = Results(check.index, console)
-            read_out(args.output, latest, stack)
-            results.fall_back_on(latest)
-        if args.force:
-            results.fall_back_on(earlier)
+            patient_api = api._replace(outage_budget=OUTAGE_BUDGET)
+            submitter = Submitter(patient_api, args, sha256, checked, note, finds_versions=True)
+            run = Run(args, submitter, requests, checked, results, spools)
+            with advice_if_stopped(run.advice, console), clock.limit(args.timeout):
+                run.rounds(submitter.list_batches(api))
         advice = "; free some space and run the same command again: it fetches the results without paying again"
         with open_output(args.output, advice) as out:
             out.writelines(result_lines(results))
-    report_results(wrote_prefix(args.output), results, console)
-    if lost:
-        raise lost
-    return 0 if results.outcomes()[SUCCEEDED] == len(results.best) else 1
+        report_results(wrote_prefix(args.output), results, console)
+        if run:
+            if news := what_is_new(run, results, spools, args.prices):
+                console.message(news)
+            refuse_withheld(run.withheld, results)
+        return int(results.outcomes()[SUCCEEDED] < len(results.best) or bool(run and run.is_stopped))
 
 
 # ---- command line
@@ -3998,7 +4133,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--results": {"nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
                   "help": "results: output and error files, or files that run wrote"},
     "--include-rejected": {"action": "store_true",
-                           "help": "also write requests that the API would probably refuse again"},
+                           "help": "also send requests again that the API would probably refuse again"},
+    "--ask": {"action": "store_true", "help": "on a terminal, ask before requests are sent"},
+    "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
+    "--max-new": {"type": positive_int, "metavar": "N",
+                  "help": "send nothing if more than N requests would be sent"},
     "--requests": {"type": positive_int, "default": 3, "metavar": "N",
                    "help": "how many requests to send (default: %(default)s)"},
     "--prices": {"type": price_pair, "metavar": "IN,OUT",
@@ -4061,8 +4200,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(cmd_export, "write one CSV row per request, or the spreadsheet with the bios",
         "--in", "--results", "--out", "--csv", "--id-column", "--encoding", "--excel")
     add(cmd_run, "the whole job: bring a results file up to date with a request file",
-        "--in", "--out", "--results", "--endpoint", "--completion-window", "--max-requests", "--interval", "--timeout",
-        "--attempts", "--force", *ONLINE)
+        "--in", "--out", "--results", "--ask", "--dry-run", "--prices", "--max-new", "--include-rejected", "--force",
+        "--endpoint", "--completion-window", "--max-requests", "--interval", "--timeout", "--attempts", *ONLINE)
     return parser
 
 
