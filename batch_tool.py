@@ -1381,8 +1381,8 @@ class Retry:
     """Decides how long to wait before a call is tried again.
 
     A call gives up at the `tries`-th lost response, or once its pauses because of 429s exceed `rate_limit_budget`
-    seconds. With an `outage_budget`, the pauses for both may add up to that many seconds instead, and a 401 or 403 is repeated
-    twice. With `repeat_lost=False`, a lost response is not repeated; a request that was not sent always is.
+    seconds. With an `outage_budget`, the pauses for both may add up to that many seconds instead, and a 401 or 403 is
+    repeated twice. With `repeat_lost=False`, a lost response is not repeated; a request that was not sent always is.
     """
 
     def __init__(
@@ -3827,8 +3827,9 @@ class Run:
         needed = self._pending() if positions is None else self._pending().intersection(positions)
         if not needed:
             return False
-        have = "has requests of this file" if positions is None else f"already has {len(needed):,} of the requests"
-        self._console.message(f"batch {batch.id} ({batch.status}) {have}")
+        origin = "" if is_of_file else f", made from an earlier version of {self._requests.name},"
+        have = "some" if positions is None else f"{len(needed):,}"
+        self._console.message(f"batch {batch.id} ({batch.status}){origin} already has {have} of the requests")
         self._poller.latest[batch.id] = batch
         watched = ActiveBatch(batch, positions, True, queued=queued, sent_digests=digests)
         if batch.has_ended and not lacks_output(self._api, batch):
@@ -3874,9 +3875,10 @@ class Run:
                     continue
                 self._api.download(file_id, size, spool, name)
             except (NotFound, WrongSize, UnusableId) as failure:
-                self._console.warn(f"the {kind} file of batch {batch.id} cannot be had: {failure}")
+                problem = "is no longer on the server" if isinstance(failure, NotFound) else f"cannot be had: {failure}"
+                self._console.warn(f"the {kind} file of batch {batch.id} {problem}")
                 if kind == "results":
-                    reasons.append(f"the output file of batch {batch.id} cannot be had")
+                    reasons.append(f"the output file of batch {batch.id} {problem}")
                 continue
             lines = self._results.read_batch(spool, name, start, watched.sent_digests, is_earlier=watched.is_earlier)
             outcomes |= lines.outcomes
@@ -3960,10 +3962,9 @@ def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, s
     to_send = [size for position, size in enumerate(sizes) if position in sending]
     known = zip(sizes, results.best, strict=True)
     answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
-    mean_size = sum(to_send) / len(to_send)
-    answers = answers or [(mean_size, other.line) for other in results.others]
-    tokens = ((size, token_usage(body_of(results_object(line.read())))) for size, line in answers)
-    usages = [Usage(size, *used) for size, used in tokens if None not in used]
+    answers = answers or [(sum(to_send) // len(to_send), other.line) for other in results.others]
+    tokens = ((size, *token_usage(body_of(results_object(line.read())))) for size, line in answers)
+    usages = [Usage(size, i, o) for size, i, o in tokens if i is not None and o is not None]
     return estimate(usages, sum(to_send), len(to_send), args.prices) if usages else ""
 
 
