@@ -1,92 +1,143 @@
 #!/usr/bin/env bash
-# From a CSV of artists to a CSV of bios: convert, validate, run, export.
+# From a spreadsheet of artists to the same spreadsheet with bios: convert, validate, preview, run, export.
 #
-#   bash samples/pipeline.sh [--local] [--prompt-id ID] [CSV [OUT]]
+#   bash samples/pipeline.sh [--local] [--yes] CSV OUT [OPTION...]
 #
-# CSV is samples/input.csv by default, OUT is bios.csv. The pipeline keeps the requests and the results beside OUT, as
-# bios.requests.jsonl and bios.results.jsonl. Run it again after a change of the spreadsheet or after an interruption:
-# it pays only for requests that have no result yet.
+# CSV is the spreadsheet, OUT the new one, for example bios.csv. Run the same command again after an interruption or
+# after a change of the spreadsheet: it pays only for what has no bio yet. On a terminal it asks before it pays.
 #
-# --local        use a local mock server: no key, no cost, made-up bios (kept in bios.local.results.jsonl)
-# --prompt-id    use this stored prompt; otherwise PROMPT_ID, PROMPT_FILE or samples/bio_prompt.md is used
+# --local               use a local mock server: no key, no cost, made-up bios (CSV and OUT may be left out)
+# --yes                 do not ask, and show no bios beforehand
+# --prices IN,OUT       US dollars per million input and output tokens, to say what it costs
+# --max-new N           send nothing if it would be more than N requests
+# --include-rejected    send the rejected requests again, too
+# --results FILE        do not pay again for the bios in this results file; repeatable
+# --interval SECONDS    time between two looks at the batches (default: 30)
 #
-# Without --local, OPENAI_API_KEY must be set. Other variables: MODEL (default: gpt-6-luna), INTERVAL (seconds between
-# polls, default: 30) and PYTHON (the interpreter for .venv, default: python3).
+# All other options are those of gen_batch_jsonl.py: --id-column, --name-column, --encoding, --prompt-file and so on.
+# The default prompt is samples/bio_prompt.md, the default model gpt-6-luna with the settings in samples/bio_body.json.
 set -euo pipefail
-
-samples=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+say() { echo "pipeline.sh: $1" >&2; }
+fail() { say "error: $1"; exit "${2:-1}"; }
+samples=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 project=$(dirname "$samples")
+usage=$(sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}")
+[[ $# -gt 0 ]] || { echo "$usage" >&2; exit 2; }
 
-fail() {
-    echo "pipeline.sh: error: $1" >&2
-    exit "${2:-1}"
-}
-
-local_api=no
-prompt=()
-while [[ ${1:-} == --* ]]; do
+# ---- options: the pipeline's own, and those that it hands on
+files=() convert=() run=() preview=(--requests 3) export=(--excel)
+local_api=no ask=no interval='' prices='' body='' endpoint=/v1/responses model=${MODEL:-gpt-6-luna}
+[[ ! -t 0 || ! -t 2 ]] || ask=yes
+prompt=${PROMPT_ID:+"$PROMPT_ID (from PROMPT_ID)"}${PROMPT_FILE:+"$PROMPT_FILE (from PROMPT_FILE)"}
+while [[ $# -gt 0 ]]; do
+    option=${1%%=*} value=${1#*=} both=$1
     case $1 in
-        --local) local_api=yes ;;
-        --prompt-id) [[ -n ${2:-} ]] || fail "--prompt-id needs an ID" 2; prompt=(--prompt-id "$2"); shift ;;
-        --help) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-        *) fail "unknown option $1; see --help" 2 ;;
+        --help | -h) echo "$usage"; exit ;;
+        --local | --yes | --include-rejected | --skip-header | --strict | --verbose | --*=*) ;;
+        --*) [[ $# -gt 1 ]] || fail "$1 needs a value; see --help" 2; value=$2 both=$1=$2; shift ;;
+        -*) fail "CSV and OUT must be files; if $1 is the name of one, write ./$1" 2 ;;
+        *) files+=("$1"); shift; continue ;;
     esac
     shift
+    case $option in
+        --local) local_api=yes ;;
+        --yes) ask=no ;;
+        --prices) prices=$value ;;
+        --interval) interval=$value ;;
+        --include-rejected | --max-new | --results) run+=("$both") ;;
+        --model) model=$value ;;
+        --prompt-id | --prompt-file) prompt=$value convert+=("$both") ;;
+        --endpoint) endpoint=$value convert+=("$both") ;;
+        --body-file) body=$value convert+=("$both") ;;
+        --id-column | --name-column | --encoding | --skip-header) convert+=("$both") export+=("$both") ;;
+        --in | --out) fail "CSV and OUT are named without $option; see --help" 2 ;;
+        *) convert+=("$both") ;;
+    esac
 done
-[[ $# -le 2 ]] || fail "too many arguments; see --help" 2
-csv=${1:-$samples/input.csv}
-out=${2:-bios.csv}
-[[ $out != -* && $out != */ && ! -d $out ]] || fail "OUT is not the name of a file: $out" 2
-[[ ! $csv -ef $out ]] || fail "$csv is both CSV and OUT; choose another OUT" 2
-requests=${out%.csv}.requests.jsonl
-results=${out%.csv}.results.jsonl
-[[ $local_api == no ]] || results=${out%.csv}.local.results.jsonl # keep made-up bios apart from paid ones
-model=${MODEL:-gpt-6-luna}
-if [[ ${#prompt[@]} -gt 0 ]]; then
-    prompt_used="stored prompt ${prompt[1]}"
-elif [[ -n ${PROMPT_ID:-} ]]; then
-    prompt_used="stored prompt $PROMPT_ID (from PROMPT_ID)"
-elif [[ -n ${PROMPT_FILE:-} ]]; then
-    prompt_used="$PROMPT_FILE (from PROMPT_FILE)"
-else
-    prompt=(--prompt-file "$samples/bio_prompt.md")
-    prompt_used=$samples/bio_prompt.md
+if [[ $local_api == yes ]]; then
+    [[ ${#files[@]} -gt 0 ]] || files=("$samples/input.csv")
+    [[ ${#files[@]} -gt 1 ]] || files+=(bios.csv)
+    ask=no interval=${interval:-0.2}
 fi
-[[ $local_api == yes || -n ${OPENAI_API_KEY:-} ]] || fail "OPENAI_API_KEY is not set; export it, or try --local"
+[[ ${#files[@]} -eq 2 ]] || fail "name one CSV and one OUT; see --help" 2
+csv=${files[0]} out=${files[1]}
+[[ -n $prompt ]] || { prompt=$samples/bio_prompt.md; convert+=(--prompt-file "$prompt"); }
+if [[ $model == gpt-6-luna ]]; then
+    prices=${prices:-0.05,0.25}
+    [[ -n $body || $endpoint != */responses ]] || { body=$samples/bio_body.json; convert+=(--body-file "$body"); }
+fi
+[[ -z $prices ]] || { run+=(--prices "$prices"); preview+=(--prices "$prices"); }
+[[ $ask == no ]] || run+=(--ask)
+run+=(--interval "${interval:-30}")
 
-# use the active virtual environment, or else .venv, and install the packages there if they are missing
-venv=${VIRTUAL_ENV:-$project/.venv}
-python=$venv/bin/python
-if ! "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("openai"))' 2>/dev/null; then
-    echo "pipeline.sh: installing requirements.txt into $venv" >&2
-    [[ -x $python ]] || "${PYTHON:-python3}" -m venv "$venv"
+# ---- files: requests, results and the checksum of OUT stand beside OUT
+[[ ! -e $csv || -f $csv ]] || fail "CSV must be a file, as it is read twice: $csv" 2
+[[ $out == *[!/].[cC][sS][vV] && ! -d $out ]] || fail "OUT must be the name of a .csv file: $out" 2
+[[ ! $csv -ef $out ]] || fail "$csv is both CSV and OUT; choose another OUT" 2
+stem=${out%.*}
+[[ ! -e $out || -e $stem.written ]] || fail "$out was not written by this script; choose another OUT" 2
+kept=$stem
+if [[ $local_api == yes ]]; then
+    [[ ! -e $stem.results.jsonl ]] || fail "$out has bios that were paid for; choose another OUT for --local" 2
+    kept=$stem.local
+fi
+requests=$kept.requests.jsonl results=$kept.results.jsonl
+
+# ---- Python: the active virtual environment if it has the packages, else .venv
+has_packages() {
+    "$1" -c 'import importlib.metadata as packages, sys
+sys.exit(sys.version_info < (3, 11) or not packages.version("openai").startswith("3."))' 2> /dev/null
+}
+python=${VIRTUAL_ENV:-}/bin/python
+has_packages "$python" || python=$project/.venv/bin/python
+if ! has_packages "$python"; then
+    if ! "$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        for newest in python3.{20..11} python3 ''; do
+            [[ -n $newest ]] || fail "no Python 3.11 or later with the module venv was found; install one"
+            ! "$newest" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || break
+        done
+        "$newest" -m venv --clear "$project/.venv"
+    fi
+    say "installing requirements.txt into $project/.venv"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt"
 fi
 
+# ---- whatever ends this script ends what it has started
+trap 'kill $(jobs -p) 2> /dev/null || true; wait; [[ $local_api == no ]] || rm -rf "$scratch"' EXIT
+trap 'exit 130' INT; trap 'exit 143' TERM; trap 'exit 129' HUP
 if [[ $local_api == yes ]]; then
     scratch=$(mktemp -d)
-    url=$scratch/url
-    export XDG_STATE_HOME=$scratch
-    "$python" "$samples/local_batch_api.py" > "$url" &
-    server=$!
-    trap 'kill "$server" 2>/dev/null || true; rm -rf "$scratch"' EXIT
-    until [[ -s $url ]]; do
-        kill -0 "$server" 2>/dev/null || fail "the local mock server did not start"
+    "$python" "$samples/local_batch_api.py" > "$scratch/url" &
+    until [[ -s $scratch/url ]]; do
+        kill -0 "$!" 2> /dev/null || fail "the local mock server did not start"
         sleep 0.05
     done
-    export OPENAI_BASE_URL OPENAI_API_KEY=local
-    OPENAI_BASE_URL=$(<"$url")
+    export OPENAI_BASE_URL OPENAI_API_KEY=local XDG_STATE_HOME=$scratch NO_PROXY=127.0.0.1 no_proxy=127.0.0.1
+    OPENAI_BASE_URL=$(< "$scratch/url")
 fi
 
-interval=${INTERVAL:-30}
-[[ $local_api == no ]] || interval=0.2
-
-echo "pipeline.sh: prompt: $prompt_used; model: $model" >&2
-"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" ${prompt[@]+"${prompt[@]}"} --model "$model"
+# ---- the chain
+say "prompt: $prompt; model: $model; body: ${body:-none}; prices: ${prices:-none}"
+"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" --model "$model" ${convert[@]+"${convert[@]}"}
 "$python" "$project/batch_tool.py" validate --in "$requests"
+if [[ $ask == yes && ! -s $results ]]; then
+    say "three bios to read first; they are paid for at the ordinary price, and again in the batch"
+    "$python" "$project/batch_tool.py" preview --in "$requests" "${preview[@]}" >&2
+fi
+# in the background, so that a signal to this script ends it at once; <&0 lets it read the answer from the terminal
+before=$(ls -iL "$results" 2> /dev/null || true)
 status=0
-"$python" "$project/batch_tool.py" run --in "$requests" --out "$results" --interval "$interval" || status=$?
-# exit code 1 with results written means that some requests have no bio; the others are worth having
-[[ $status -eq 0 || ( $status -eq 1 && -e $results && ! $results -ot $requests ) ]] || exit "$status"
-"$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --out "$out"
+"$python" "$project/batch_tool.py" run --in "$requests" --out "$results" "${run[@]}" <&0 &
+wait "$!" || status=$?
+# 1 with new results means that some artists have no bio: the others are worth having
+[[ $status -eq 0 || ( $status -eq 1 && $(ls -iL "$results" 2> /dev/null) != "$before" ) ]] || exit "$status"
+if [[ -s $out && $(cksum < "$out") != $(cat "$stem.written" 2> /dev/null) ]]; then
+    edited=$stem.edited-$(date +%Y%m%d-%H%M%S).csv
+    cp -p "$out" "$edited"
+    say "$out was edited, so it was copied to $edited before it is written again"
+    : > "$out"
+fi
+: >> "$stem.written"
+"$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --csv "$csv" --out "$out" "${export[@]}"
+cksum < "$out" > "$stem.written"
 exit "$status"
