@@ -91,14 +91,15 @@ sys.exit(sys.version_info < (3, 11) or not packages.version("openai").startswith
 python=${VIRTUAL_ENV:-}/bin/python
 has_packages "$python" || python=$project/.venv/bin/python
 if ! has_packages "$python"; then
+    newest=''
     if ! "$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
         for newest in python3.{20..11} python3 ''; do
             [[ -n $newest ]] || fail "no Python 3.11 or later with the module venv was found; install one"
             ! "$newest" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || break
         done
-        "$newest" -m venv --clear "$project/.venv"
     fi
     say "installing requirements.txt into $project/.venv"
+    [[ -z $newest ]] || "$newest" -m venv --clear "$project/.venv"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt"
 fi
 

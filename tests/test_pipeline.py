@@ -8,13 +8,13 @@ import os
 import pty
 import select
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from builders import jsonl, success
 from faulty_api import FaultyAPI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,16 +139,19 @@ def test_what_cannot_be_done_is_exit_2_before_anything(artists: Path, args: str,
     assert names(artists.parent) == before
 
 
+LUNA = f"gpt-6-luna; body: {ROOT}/samples/bio_body.json; prices:"
+
+
 @pytest.mark.parametrize(
     ("args", "variables", "used"),
     [
-        ("", {}, f"{TEMPLATE}; model: gpt-6-luna; body: {ROOT}/samples/bio_body.json; prices: 0.05,0.25"),
-        ("--prompt-id=a", {"PROMPT_FILE": "b"}, f"a; model: gpt-6-luna; body: {ROOT}/samples/bio_body.json; prices: 0.05,0.25"),
-        ("--prompt-file b.md --model m1", {"PROMPT_ID": "a"}, "b.md; model: m1; body: none; prices: none"),
-        ("--prices 1,2", {"MODEL": "m1"}, f"{TEMPLATE}; model: m1; body: none; prices: 1,2"),
-        ("--prices=1,2", {"PROMPT_ID": "a"}, f"a (from PROMPT_ID); model: gpt-6-luna; body: {ROOT}/samples/bio_body.json; prices: 1,2"),
-        ("--body-file c.json", {"PROMPT_FILE": "b.md"}, "b.md (from PROMPT_FILE); model: gpt-6-luna; body: c.json; prices: 0.05,0.25"),
+        ("", {}, f"{TEMPLATE}; model: {LUNA} 0.05,0.25"),
+        ("--prompt-id=a", {"PROMPT_FILE": "b.md"}, f"a; model: {LUNA} 0.05,0.25"),
+        ("--prices=1,2", {"PROMPT_ID": "a"}, f"a (from PROMPT_ID); model: {LUNA} 1,2"),
         ("--endpoint /v1/chat/completions", {}, f"{TEMPLATE}; model: gpt-6-luna; body: none; prices: 0.05,0.25"),
+        ("--body-file c", {"PROMPT_FILE": "b"}, "b (from PROMPT_FILE); model: gpt-6-luna; body: c; prices: 0.05,0.25"),
+        ("--prompt-file b --model m1", {"PROMPT_ID": "a", "MODEL": "m2"}, "b; model: m1; body: none; prices: none"),
+        ("--prices 1,2", {"MODEL": "m1"}, f"{TEMPLATE}; model: m1; body: none; prices: 1,2"),
     ],
 )
 def test_it_says_what_it_uses(work: Path, args: str, variables: dict[str, str], used: str) -> None:
@@ -207,12 +210,6 @@ def test_any_sheet_in_one_command_comes_back_with_its_columns(api: FaultyAPI, wo
     }
 
 
-def test_a_sheet_without_a_header_gets_one(api: FaultyAPI, work: Path) -> None:
-    Path("artists.csv").write_text("1,Cher\n2,Prince\n")
-    assert pipeline("artists.csv", "bios.csv", "--skip-header", "--interval", "0.1").returncode == 0
-    assert [row["artist_name"] for row in rows("bios.csv") if row["bio"]] == ["Cher", "Prince"]
-
-
 def test_run_again_it_pays_for_the_changes_and_keeps_what_a_person_has_written(
     api: FaultyAPI, artists: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,44 +218,43 @@ def test_run_again_it_pays_for_the_changes_and_keeps_what_a_person_has_written(
     first = pipeline(artists, "bios.csv", "--interval", "0.1")
     assert first.returncode == 1, first.stderr
     assert [row["artist_id"] for row in rows("bios.csv") if row["bio"]] == ["a1", "a3"]
-    assert not list(artists.parent.glob("bios.edited-*"))
 
+    api.outcomes["a2"] = "200"
     with artists.open("a", encoding="utf-8") as file:
         file.write("a4,Björk,Icelandic singer\n")
     Path("bios.csv").write_text("all of it\nchecked by Eva\n")
-    second = pipeline(artists, "bios.csv", "--interval", "0.1")
-    assert second.returncode == 1, second.stderr
-    assert [row["artist_id"] for row in rows("bios.csv") if row["bio"]] == ["a1", "a3", "a4"]
+    second = pipeline(artists, "bios.csv", "--include-rejected", "--interval", "0.1")
+    assert second.returncode == 0, second.stderr
+    assert [row["artist_id"] for row in rows("bios.csv") if row["bio"]] == ["a1", "a2", "a3", "a4"]
     (copy,) = artists.parent.glob("bios.edited-????????-??????.csv")
     assert copy.read_text() == "all of it\nchecked by Eva\n"
-    assert f"pipeline.sh: bios.csv was edited, so it was copied to {copy.name} before it is written again\n" in second.stderr
-    assert api.executions == Counter(["a1", "a2", "a3", "a4"])
+    told = f"pipeline.sh: bios.csv was edited, so it was copied to {copy.name} before it is written again\n"
+    assert told in second.stderr
 
-    api.outcomes["a2"] = "200"
-    third = pipeline(artists, "bios.csv", "--include-rejected", "--interval", "0.1")
-    assert third.returncode == 0, third.stderr
     monkeypatch.delenv("OPENAI_API_KEY")
     assert pipeline(artists, "bios.csv").returncode == 0, "no key is needed where nothing is to be sent"
     assert len(list(artists.parent.glob("bios.edited-*"))) == 1
     assert api.executions == Counter(["a1", "a2", "a2", "a3", "a4"])
 
 
+def test_further_results_are_not_paid_for_again(api: FaultyAPI, work: Path) -> None:
+    Path("artists.csv").write_text("1,Cher\n2,Prince\n3,Björk,singer\n", encoding="utf-8")
+    Path("one.jsonl").write_bytes(jsonl(success("1", "One.")))
+    Path("two.jsonl").write_bytes(jsonl(success("2", "Two.")))
+    results = ("--results", "one.jsonl", "--results=two.jsonl")
+    result = pipeline("artists.csv", "bios.csv", "--skip-header", *results, "--interval", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert api.executions == Counter(["3"])
+    bios = rows("bios.csv")
+    assert [row["artist_name"] for row in bios] == ["Cher", "Prince", "Björk"]
+    assert [row["bio"] for row in bios][:2] == ["One.", "Two."]
+
+
 def test_more_than_max_new_is_not_sent_and_nothing_is_exported(api: FaultyAPI, artists: Path) -> None:
     result = pipeline(artists, "bios.csv", "--max-new=2")
     assert result.returncode == 1
     assert not api.batches
-    assert not Path("bios.csv").exists()
-
-
-def test_further_results_are_not_paid_for_again(api: FaultyAPI, artists: Path) -> None:
-    assert pipeline(artists, "one.csv", "--limit", "1", "--interval", "0.1").returncode == 0
-    artists.write_text(artists.read_text().replace("a1,", "a0,Cher,\na1,"))
-    assert pipeline(artists, "two.csv", "--limit", "1", "--interval", "0.1").returncode == 0
-    results = ("--results", "one.results.jsonl", "--results=two.results.jsonl")
-    result = pipeline(artists, "three.csv", *results, "--interval", "0.1")
-    assert result.returncode == 0, result.stderr
-    assert api.executions == Counter(["a0", "a1", "a2", "a3"])
-    assert all(row["bio"] for row in rows("three.csv"))
+    assert names(artists.parent) == {"artists.csv", "bios.requests.jsonl"}
 
 
 def test_without_a_key_nothing_is_exported(work: Path, artists: Path) -> None:
@@ -290,27 +286,17 @@ def test_the_first_time_it_shows_bios_and_asks(api: FaultyAPI, artists: Path) ->
     assert not api.batches
     assert names(artists.parent) == {"artists.csv", "bios.requests.jsonl"}
 
+
+def test_where_there_are_results_it_only_asks(api: FaultyAPI, artists: Path) -> None:
+    Path("bios.results.jsonl").write_bytes(jsonl(success("a1")))
     terminal = Terminal(artists, "bios.csv", "--interval", "0.1")
-    terminal.wait_for("Send 3 requests? [Y/n] ")
-    terminal.type("\n")
-    assert terminal.end() == 0, terminal.screen
-    assert len(rows("bios.csv")) == 3
-
-    with artists.open("a", encoding="utf-8") as file:
-        file.write("a4,Björk,Icelandic singer\n")
-    terminal = Terminal(artists, "bios.csv", "--interval", "0.1")
-    terminal.wait_for("Send 1 request? [Y/n] ")
-    assert "made-up" not in terminal.screen, "later it only asks"
-    terminal.type("\n")
-    assert terminal.end() == 0, terminal.screen
-    assert api.executions == Counter(["a1", "a2", "a3", "a4"])
-
-
-def test_with_yes_it_neither_shows_nor_asks(api: FaultyAPI, artists: Path) -> None:
-    terminal = Terminal("--yes", artists, "bios.csv", "--interval", "0.1")
-    assert terminal.end() == 0
-    assert "[Y/n]" not in terminal.screen
+    terminal.wait_for("Send 2 requests? [Y/n] ")
     assert "made-up" not in terminal.screen
+    assert not api.batches
+    terminal.type("\n")
+    assert terminal.end() == 0, terminal.screen
+    assert api.executions == Counter(["a2", "a3"])
+    assert all(row["bio"] for row in rows("bios.csv"))
 
 
 def test_where_the_first_bios_fail_nothing_is_asked(api: FaultyAPI, artists: Path) -> None:
@@ -320,29 +306,21 @@ def test_where_the_first_bios_fail_nothing_is_asked(api: FaultyAPI, artists: Pat
     assert names(artists.parent) == {"artists.csv", "bios.requests.jsonl"}
 
 
-def test_stopped_with_ctrl_c_it_goes_on_when_it_is_started_again(api: FaultyAPI, artists: Path) -> None:
+@pytest.mark.parametrize(("how", "exit_code"), [("Ctrl-C", 130), ("kill", 143)])
+def test_stopped_it_ends_its_run_too(api: FaultyAPI, artists: Path, how: str, exit_code: int) -> None:
+    """With --yes it has neither shown nor asked anything before."""
     api.step = 1000
     terminal = Terminal("--yes", artists, "bios.csv", "--interval", "0.1")
     terminal.wait_for("1 validating")
-    terminal.type("\x03")
-    assert terminal.end() == 130
-    assert "Traceback" not in terminal.screen
-    assert not Path("bios.csv").exists()
-    api.step = 0
-    assert pipeline(artists, "bios.csv", "--interval", "0.1").returncode == 0
-    assert api.executions == Counter(["a1", "a2", "a3"])
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_killed_by_itself_it_ends_its_run_too(
-    api: FaultyAPI, artists: Path, number: signal.Signals, exit_code: int
-) -> None:
-    api.step = 1000
-    terminal = Terminal("--yes", artists, "bios.csv", "--interval", "0.1")
-    terminal.wait_for("1 validating")
-    os.kill(terminal.process.pid, number)
+    assert "made-up" not in terminal.screen
+    assert "[Y/n]" not in terminal.screen
+    if how == "kill":
+        terminal.process.terminate()
+    else:
+        terminal.type("\x03")
     assert terminal.end() == exit_code  # the terminal is closed only once `run` has ended, too
     assert "batch_tool.py: stopped\n" in terminal.screen
+    assert not Path("bios.csv").exists()
 
 
 # ---- Python
