@@ -53,7 +53,7 @@ HOST = "127.0.0.1"
 CHUNK = 256 * 1024
 DAY = 24 * 60 * 60
 FILE_LIFE = 30 * DAY
-RESPONSES, CHAT = ENDPOINTS = ("/v1/responses", "/v1/chat/completions")
+RESPONSES, CHAT = ("/v1/responses", "/v1/chat/completions")
 NEXT_STATUS = {"validating": "in_progress", "in_progress": "finalizing", "finalizing": "completed",
                "cancelling": "cancelled"}
 BATCH_FIELDS = (
@@ -172,7 +172,7 @@ def counts(total: int, completed: int = 0, failed: int = 0) -> Json:
 class LocalBatch:
     """A batch with its state. ``born`` and ``since`` (when it entered its status) are on the service's clock."""
 
-    id: str = field(default_factory=lambda: new_id("batch_"))
+    id: str
     input_file: StoredFile
     endpoint: str
     metadata: dict[str, str] | None
@@ -206,15 +206,15 @@ class LocalBatch:
 # ---- validating a batch ----
 
 
-def check_creation(content: Any) -> None:
+def check_creation(content: Any, endpoints: Sequence[str]) -> None:
     """Refuse what ``POST /batches`` does not accept."""
     if not isinstance(content, dict):
         raise Refusal(400, "The body of the request is not a JSON object.")
     for name in ("input_file_id", "endpoint", "completion_window"):
         if not isinstance(content.get(name), str):
             raise Refusal(400, f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
-    if content["endpoint"] not in ENDPOINTS:
-        raise Refusal(400, f"Invalid value for 'endpoint': not one of {', '.join(ENDPOINTS)}.", "endpoint")
+    if content["endpoint"] not in endpoints:
+        raise Refusal(400, f"Invalid value for 'endpoint': not one of {', '.join(endpoints)}.", "endpoint")
     if content["completion_window"] != "24h":
         raise Refusal(400, "Invalid value for 'completion_window': only '24h' is supported.", "completion_window")
     metadata = {} if content.get("metadata") is None else content["metadata"]
@@ -351,6 +351,7 @@ class BatchService:
     }
 
     batch_class = LocalBatch
+    endpoints: tuple[str, ...] = (RESPONSES, CHAT)
 
     def __init__(self, step: float = 0.0) -> None:
         self.step = step  # seconds in each status
@@ -377,7 +378,8 @@ class BatchService:
             for method, pattern, action in ROUTES:
                 if method == request.method and (found := re.fullmatch(pattern, request.path)):
                     with self.lock:
-                        return getattr(self, action)(request, *found.groups())  # type: ignore[no-any-return]
+                        answer: Answer = getattr(self, action)(request, *map(unquote, found.groups()))
+                        return answer
             raise Refusal(404, f"Invalid URL ({request.method} {request.path})")
         except Refusal as refusal:
             return json_answer(refusal.content, refusal.status)
@@ -389,11 +391,14 @@ class BatchService:
     # Files
 
     def new_path(self) -> Path:
-        return self.folder / new_id("file-")
+        return self.folder / new_id("")
+
+    def new_id(self, prefix: str) -> str:
+        return new_id(prefix)
 
     def store(self, path: Path, purpose: str, filename: str) -> StoredFile:
-        now = self.now()
-        file = StoredFile(path.name, filename, purpose, path.stat().st_size, now, now + FILE_LIFE, path)
+        now, size = self.now(), path.stat().st_size
+        file = StoredFile(self.new_id("file-"), filename, purpose, size, now, now + FILE_LIFE, path)
         self.files[file.id] = file
         return file
 
@@ -429,8 +434,7 @@ class BatchService:
 
     # Models, and answers at once
 
-    def get_model(self, request: Request, quoted: str) -> Answer:
-        model = unquote(quoted)
+    def get_model(self, request: Request, model: str) -> Answer:
         self.check_model(model)
         shown = {"id": model, "object": "model", "created": self.now() - 100 * DAY, "owned_by": "local"}
         return json_answer(shown | {"shutdown_date": self.models.get(model)})
@@ -461,18 +465,19 @@ class BatchService:
         if outcome not in self.texts:
             return int(outcome), made_up_error(int(outcome))
         text = self.texts[outcome].format(artist=artist_name(body))
-        return 200, (chat_body if endpoint == CHAT else responses_body)(body, outcome, text, created_at, input_tokens)
+        answer = responses_body if endpoint.endswith("/responses") else chat_body
+        return 200, answer(body, outcome, text, created_at, input_tokens)
 
     # Batches
 
     def begin(self, input_file: StoredFile, content: Json) -> LocalBatch:
         """The batch that a POST asks for."""
-        return self.batch_class(input_file=input_file, endpoint=content["endpoint"], metadata=content.get("metadata"),
-                                created_at=self.now(), born=self.clock())
+        return self.batch_class(id=self.new_id("batch_"), input_file=input_file, endpoint=content["endpoint"],
+                                metadata=content.get("metadata"), created_at=self.now(), born=self.clock())
 
     def create_batch(self, request: Request) -> Answer:
         content = request.request_json
-        check_creation(content)
+        check_creation(content, self.endpoints)
         input_file = self.files.get(content["input_file_id"])
         if input_file is None or input_file.purpose != "batch":
             message = f"Invalid 'input_file_id': there is no file {content['input_file_id']} with purpose 'batch'."

@@ -4,14 +4,18 @@
         api.faults.append(Fault("POST", "/batches$", when="after", action="reset"))
         client = OpenAI(base_url=api.base_url, api_key="local")
 
-Further outcomes of requests are
+Batches may be of the endpoints /responses and /chat/completions, too, as at Azure. Further outcomes of requests are
     timeout                          an error line without a response
     missing                          no line at all
-    content_filter                   HTTP 200 with half an answer
+    cut, no_utf8                     a results line that is cut; one with bytes that are no UTF-8
+    content_filter, MAX_TOKENS       HTTP 200 with half an answer; the latter in chat completions only
+    commentary                       HTTP 200 with nothing but a commentary message
+    endless_thought                  HTTP 200 with a <think> block that never closes
     no_text, error_200               HTTP 200 without any text, with an error as its body
+    dry_run                          HTTP 200 with the request as the body
     failed                           HTTP 200 with a failed response (/v1/responses only, elsewhere a 500)
 
-Some services do some things differently. ``habits`` imitate them:
+Some services do some things differently. ``habits`` imitate them, and can be combined:
 
     no-final-newline                 the last line of a results file has no line end
     string-bodies                    response.body is a string that holds JSON
@@ -27,6 +31,29 @@ Some services do some things differently. ``habits`` imitate them:
     ignores-after                    the listing always starts with the newest batch
     no-has-more                      the listing has no "has_more"
     short-endpoint                   the listing says "/responses" instead of "/v1/responses"
+    copies-uploads                   a batch is made of a rewritten copy of its input file, and names that
+    rewrites-uploads                 uploads are rewritten, always in the same way, and larger than they were sent
+    no-input-id                      batches say "input_file_id": ""
+    empty-listing                    the listing is empty
+    odd-entries                      the listing has entries without an id, without a status, and a list
+    odd-ids                          ids have "=", ":", "%" and "/" in them
+    long-ids                         ids are longer than 255 characters
+    limits-after-post                the first POST of each input file makes its batch and is answered with a 429
+    text-statuses                    status_code is "200" instead of 200
+    status-201                       status_code is 201 instead of 200
+    no-status-code                   a success has no status_code
+    empty-errors                     "error" is {} where there is none, in the line and in the body
+    blank-errors                     "error" is "" where there is none, in the line and in the body
+    nested-errors                    the error of a refused request is nested twice
+    byte-order-mark                  results files begin with one
+    commentary                       a commentary message before each final answer
+    fragments                        a part of the answer, as a message of its own, before the whole
+    thinks                           chat completions begin with a <think> block
+    text-parts                       the content of chat completions is a list with a thinking part and a text part
+    reasoning                        usage tells how many tokens were reasoning
+    cancel-loses-output              a cancelled batch has counts, but no output file
+    cancel-500                       a cancellation after the end is answered with a 500
+    failed-error-file                a failed batch has an error file with a line for each request
 """
 
 from __future__ import annotations
@@ -47,7 +74,6 @@ from pathlib import Path
 from typing import Any
 
 from local_batch_api import (
-    CHAT,
     NEXT_STATUS,
     RESPONSES,
     SUCCESS,
@@ -69,6 +95,10 @@ from local_batch_api import (
 HABITS = (
     "no-final-newline", "string-bodies", "both-files", "upper-case", "no-bytes", "zero-bytes", "no-file-info",
     "late-output", "no-metadata", "no-delete", "no-models", "ignores-after", "no-has-more", "short-endpoint",
+    "copies-uploads", "rewrites-uploads", "no-input-id", "empty-listing", "odd-entries", "odd-ids",
+    "long-ids", "limits-after-post", "text-statuses", "status-201", "no-status-code", "empty-errors", "blank-errors",
+    "nested-errors", "byte-order-mark", "commentary", "fragments", "thinks", "text-parts", "reasoning",
+    "cancel-loses-output", "cancel-500", "failed-error-file",
 )
 
 
@@ -226,8 +256,15 @@ class FaultyAPI(LocalBatchAPI):
 
     handler = FaultyHandler
     batch_class = FaultyBatch
+    endpoints = (*LocalBatchAPI.endpoints, "/responses", "/chat/completions")
     texts = LocalBatchAPI.texts | {
         "content_filter": "{artist}: a made-up",
+        "MAX_TOKENS": "{artist}: a made-up",
+        "commentary": "I shall write about {artist}.",
+        "endless_thought": "<think>Who is {artist}?",
+        "cut": LocalBatchAPI.texts[SUCCESS],
+        "no_utf8": LocalBatchAPI.texts[SUCCESS],
+        "dry_run": "",
         "failed": "Failed, as the local mock server was told to.",
         "no_text": "",
         "error_200": "",
@@ -252,6 +289,8 @@ class FaultyAPI(LocalBatchAPI):
         self.cancel_done: float | None = None  # share that is run; None: by the clock
         self.empty_ids = False  # "" for a file that does not exist, instead of null
         self.list_delay: float = 0  # seconds until the listing shows a new batch
+        self.limited: set[str] = set()  # input files whose POST has been answered with a 429
+        self.originals: dict[bytes, bytes] = {}  # lines as they were sent, by those into which they were rewritten
         self.clock_offset: float = 0  # seconds by which the server's clock is ahead
         self.late_output = 2  # GETs of a completed batch without its output file, for the habit late-output
 
@@ -297,6 +336,25 @@ class FaultyAPI(LocalBatchAPI):
         path = self.new_path()
         path.write_bytes(content)
         return self.store(path, purpose, filename)
+
+    def new_id(self, prefix: str) -> str:
+        middle = "=:%2F/" if "odd-ids" in self.habits else ""
+        return super().new_id(prefix + middle + "x" * (300 if "long-ids" in self.habits else 0))
+
+    def create_file(self, request: Request) -> Answer:
+        if "rewrites-uploads" in self.habits and request.upload.exists():
+            self.rewrite(request.upload, request.upload, {"user": "a gateway"})
+        return super().create_file(request)
+
+    def rewrite(self, source: Path, target: Path, fields: Json) -> None:
+        """Write the requests as a gateway does that parses them: other bytes, further fields."""
+        lines = source.read_bytes().splitlines(keepends=True)
+        rewritten = []
+        for line in lines:
+            request = json.loads(line)
+            rewritten.append(json.dumps(request | {"body": request["body"] | fields}).encode() + b"\n")
+            self.originals[rewritten[-1]] = self.originals.get(line, line)
+        target.write_bytes(b"".join(rewritten))
 
     def read_file(self, file_id: str) -> bytes:
         return self.files[file_id].path.read_bytes()
@@ -349,22 +407,36 @@ class FaultyAPI(LocalBatchAPI):
     def response_to(
         self, endpoint: str, body: Json, outcome: str, created_at: int, input_tokens: int
     ) -> tuple[int, Json]:
+        is_chat = not endpoint.endswith("/responses")
         if outcome == "error_200":
             return 200, made_up_error(500)
-        if outcome == "failed" and endpoint == CHAT:
+        if outcome == "dry_run":
+            return 200, body
+        if outcome == "failed" and is_chat:
             return 500, made_up_error(500)
         status, answer = super().response_to(endpoint, body, outcome, created_at, input_tokens)
-        if endpoint == CHAT:
-            self.change_choice(answer, outcome)
-        else:
-            self.change_response(answer, outcome)
+        if outcome not in self.texts:
+            return status, {"error": answer} if "nested-errors" in self.habits else answer
+        (self.change_chat if is_chat else self.change_response)(answer, outcome)
+        if "reasoning" in self.habits and answer["usage"]:
+            answer["usage"][("completion" if is_chat else "output") + "_tokens_details"] = {"reasoning_tokens": 30}
+        for habit, nothing in (("empty-errors", {}), ("blank-errors", "")):
+            if habit in self.habits and not answer.get("error"):
+                answer["error"] = nothing
         return status, answer
 
-    def change_choice(self, answer: Json, outcome: str) -> None:
-        if outcome == "content_filter":
-            answer["choices"][0]["finish_reason"] = "content_filter"
+    def change_chat(self, answer: Json, outcome: str) -> None:
+        (choice,) = answer["choices"]
+        if outcome in ("content_filter", "MAX_TOKENS"):
+            choice["finish_reason"] = outcome
         if outcome == "no_text":
-            answer["choices"][0]["message"]["content"] = None
+            choice["message"]["content"] = None
+        text = choice["message"]["content"]
+        if text and "thinks" in self.habits:
+            text = choice["message"]["content"] = f"<think>\nA bio is wanted.\n</think>\n\n{text}"
+        if text and "text-parts" in self.habits:
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": "A bio is wanted."}]}
+            choice["message"]["content"] = [thought, {"type": "text", "text": text}]
 
     def change_response(self, answer: Json, outcome: str) -> None:
         if outcome == "content_filter":
@@ -374,21 +446,53 @@ class FaultyAPI(LocalBatchAPI):
         if outcome == "failed":
             error = {"code": "server_error", "message": self.texts["failed"]}
             answer |= {"status": "failed", "error": error, "output": [], "usage": None}
+        messages = [item for item in answer["output"] if item["type"] == "message"]
+        if outcome == "commentary":
+            messages[0]["phase"] = "commentary"
+        elif messages and "commentary" in self.habits:
+            messages[0]["phase"] = "final_answer"
+            self.put_before(answer, messages[0], "I shall write a short bio.", phase="commentary")
+        if messages and "fragments" in self.habits:
+            self.put_before(answer, messages[0], "A short")
+
+    def put_before(self, answer: Json, message: Json, text: str, **fields: str) -> None:
+        """Put a message with this text before another one."""
+        content = [{"type": "output_text", "text": text, "annotations": []}]
+        extra = {**message, "id": f"{message['id']}0", "content": content, **fields}
+        answer["output"].insert(answer["output"].index(message), extra)
 
     def results_line(self, batch: LocalBatch, request: Json, outcome: str) -> bytes:
         if outcome == "missing":
             return b""
         line = super().results_line(batch, request, outcome)
-        if "string-bodies" in self.habits and outcome not in self.no_response:
-            content = json.loads(line)
-            content["response"]["body"] = json.dumps(content["response"]["body"])
-            line = json.dumps(content).encode() + b"\n"
-        return line
+        if outcome == "cut":
+            return line[: len(line) // 2] + b"\n"
+        if outcome == "no_utf8":
+            return line.replace(b"made-up", b"made\xff-up")
+        return self.changed_line(line) if self.habits else line
+
+    def changed_line(self, line: bytes) -> bytes:
+        """The results line as the habits have it."""
+        content = json.loads(line)
+        response = content["response"]
+        if response and "string-bodies" in self.habits:
+            response["body"] = json.dumps(response["body"])
+        if response and response["status_code"] == 200 and "status-201" in self.habits:
+            response["status_code"] = 201
+        if response and "text-statuses" in self.habits:
+            response["status_code"] = str(response["status_code"])
+        if response and str(response["status_code"])[0] == "2" and "no-status-code" in self.habits:
+            del response["status_code"]
+        for habit, nothing in (("empty-errors", {}), ("blank-errors", "")):
+            if habit in self.habits and not content["error"]:
+                content["error"] = nothing
+        return json.dumps(content).encode() + b"\n"
 
     def count_execution(self, custom_id: str, line: bytes, outcome: str) -> None:
         super().count_execution(custom_id, line, outcome)
         if self.recording and self.is_paid(outcome):
-            self.paid[hashlib.sha256(line.removesuffix(b"\n")).hexdigest()] += 1
+            sent = self.originals.get(line, line)
+            self.paid[hashlib.sha256(sent.removesuffix(b"\n")).hexdigest()] += 1
 
     def store_results(self, path: Path, filename: str) -> str | None:
         size = path.stat().st_size
@@ -397,6 +501,8 @@ class FaultyAPI(LocalBatchAPI):
         if size and "no-final-newline" in self.habits:
             with path.open("r+b") as file:
                 file.truncate(size - 1)
+        if size and "byte-order-mark" in self.habits:
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
         return super().store_results(path, filename) or self.no_file()
 
     def no_file(self) -> str | None:
@@ -415,8 +521,8 @@ class FaultyAPI(LocalBatchAPI):
         """
         input_file = input_file or self.new_file(b"", "batch", "requests.jsonl")
         now = int(created_at or self.now())
-        batch = FaultyBatch(input_file=input_file, endpoint=endpoint, metadata=metadata, created_at=now,
-                            born=self.clock(), frozen=True)
+        batch = FaultyBatch(id=self.new_id("batch_"), input_file=input_file, endpoint=endpoint, metadata=metadata,
+                            created_at=now, born=self.clock(), frozen=True)
         batch.enter(status, batch.born)
         completed, failed = len((output or b"").splitlines()), len((errors or b"").splitlines())
         batch.request_counts = counts(batch.total or completed + failed, completed, failed)
@@ -429,7 +535,19 @@ class FaultyAPI(LocalBatchAPI):
         self.batches[batch.id] = batch
         return batch
 
+    def create_batch(self, request: Request) -> Answer:
+        answer = super().create_batch(request)
+        file_id = request.request_json["input_file_id"]
+        if "limits-after-post" in self.habits and file_id not in self.limited:
+            self.limited.add(file_id)
+            raise Refusal(429, "Too many requests.", code="rate_limit_exceeded")
+        return answer
+
     def begin(self, input_file: StoredFile, content: Json) -> LocalBatch:
+        if "copies-uploads" in self.habits:
+            copy = self.new_path()
+            self.rewrite(input_file.path, copy, {})
+            input_file = self.store(copy, "batch", input_file.filename)
         batch = super().begin(input_file, content)
         assert isinstance(batch, FaultyBatch)
         if self.queue_limit is not None:
@@ -447,12 +565,15 @@ class FaultyAPI(LocalBatchAPI):
 
     def listed(self) -> list[LocalBatch]:
         moment = self.clock() - self.list_delay
-        return [batch for batch in list(self.batches.values()) if batch.frozen or batch.born <= moment]
+        batches = [] if "empty-listing" in self.habits else list(self.batches.values())
+        return [batch for batch in batches if batch.frozen or batch.born <= moment]
 
     def listing(self, shown: list[Json], has_more: bool) -> Json:
         content = super().listing(shown, has_more)
         if "short-endpoint" in self.habits:
             content["data"] = [each | {"endpoint": each["endpoint"].removeprefix("/v1")} for each in shown]
+        if "odd-entries" in self.habits:
+            content["data"] = [{"object": "batch", "status": "completed"}, {"id": "batch_odd"}, [], *content["data"]]
         if "no-has-more" in self.habits:
             del content["has_more"]
         return content
@@ -475,7 +596,17 @@ class FaultyAPI(LocalBatchAPI):
             content["status"] = batch.status.upper()
         if "no-metadata" in self.habits:
             content["metadata"] = None
+        if "no-input-id" in self.habits:
+            content["input_file_id"] = ""
         return content
+
+    def cancel_batch(self, request: Request, batch_id: str) -> Answer:
+        try:
+            return super().cancel_batch(request, batch_id)
+        except Refusal as refusal:
+            if refusal.status == 409 and "cancel-500" in self.habits:
+                return json_answer(made_up_error(500), 500)
+            raise
 
     def cancel(self, batch: Any) -> None:
         super().cancel(batch)
@@ -493,7 +624,19 @@ class FaultyAPI(LocalBatchAPI):
         if batch.status == "in_progress" and batch.expire is not None:
             self.execute(batch, int(batch.total * batch.expire), rest="expired")
             return "expired"
-        return super().leave(batch)
+        status = super().leave(batch)
+        if status == "failed" and "failed-error-file" in self.habits:
+            batch.error_file_id = self.new_file(self.errors_of(batch), "batch_output", "errors.jsonl").id
+        if status == "cancelled" and "cancel-loses-output" in self.habits:
+            batch.output_file_id = batch.error_file_id = None
+        return status
+
+    def errors_of(self, batch: LocalBatch) -> bytes:
+        """A line for each request of a failed batch."""
+        error = {"code": "invalid_request", "message": "The batch was refused."}
+        requests = map(json.loads, batch.input_file.path.read_bytes().splitlines())
+        lines = [{"custom_id": each["custom_id"], "response": None, "error": error} for each in requests]
+        return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
     def input_errors(self, batch: Any) -> list[Json]:
         errors = super().input_errors(batch)

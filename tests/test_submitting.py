@@ -549,6 +549,23 @@ def test_each_of_three_posts_has_its_fence(api: FaultyAPI, capsys: pytest.Captur
     assert_paid_once(api, content)
 
 
+def test_a_batch_that_cannot_be_looked_for_is_picked_up_by_the_next_create(api: FaultyAPI, capsys: Capture) -> None:
+    api.faults = [Fault("POST", "/batches$", when="after"), Fault("GET", "/batches$", skip=2, times=99)]
+    content = write_requests("a1")
+    assert create() == 1
+    (batch,) = api.batches.values()
+    out, err = capsys.readouterr()
+    assert out == f"File ID: {batch.input_file_id}\n"
+    assert err.endswith(error(
+        f"cannot tell whether a batch was created for file {batch.input_file_id}; run the same command again later, "
+        "and it will pick up the batch if there is one (--force would pay again)"
+    ))
+    assert batch.input_file_id in api.files
+    api.faults.clear()
+    assert create() == 0
+    assert_paid_once(api, content)
+
+
 @pytest.mark.parametrize("moment", [3, 14, 40])
 def test_where_files_cannot_be_deleted_a_later_run_picks_up_the_batch(
     api: FaultyAPI, capsys: pytest.CaptureFixture[str], moment: float
@@ -929,6 +946,23 @@ def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: F
         assert create("--max-requests", "1", time=time) == 0
     assert begun == [0]
     assert posts(api) == 5
+    assert_paid_once(api, content)
+
+
+def test_create_ends_where_another_machine_submits_other_parts_meanwhile(api: FaultyAPI, capsys: Capture) -> None:
+    content = write_requests("a1", "a2")
+
+    def elsewhere() -> None:
+        with another_machine():
+            assert create("--max-requests", "1") == 0
+
+    api.faults = [Fault("POST", "/files$", status=429, headers={"retry-after": "60"})]
+    assert create(time=FakeTime(elsewhere)) == 1
+    err = capsys.readouterr().err
+    assert "other batches already have requests of this file: " in err
+    assert all(batch_id in err for batch_id in api.batches)
+    assert sorted(api.files) == sorted({each.input_file_id for each in api.batches.values()} |
+                                       {each.output_file_id for each in api.batches.values()} - {None})
     assert_paid_once(api, content)
 
 
