@@ -73,6 +73,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from local_batch_api import CHAT as CHAT
 from local_batch_api import (
     NEXT_STATUS,
     RESPONSES,
