@@ -557,6 +557,11 @@ def to_json(content: Any) -> str:
         return '"nested too deeply"'
 
 
+def as_text(value: Any) -> str:
+    """Text as it is, null empty, anything else as JSON."""
+    return value if isinstance(value, str) else "" if value is None else to_json(value)
+
+
 def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
@@ -592,7 +597,7 @@ def decode_json(line: bytes, strict: bool) -> Any:
             return from_json(line, allow_inf_nan=not strict)
         except ValueError:  # also a lone surrogate or deep nesting, which `json` may take
             pass
-    return (STRICT_JSON if strict else LENIENT_JSON).decode(line.decode())
+    return (STRICT_JSON if strict else LENIENT_JSON).decode(line.rstrip(b"\r\n").decode())
 
 
 def read_object(line: bytes, *, strict: bool = False) -> Json:
@@ -1103,7 +1108,7 @@ def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
         try:
             request = read_object(line)
         except ValueError as error:
-            request, problem = {}, guess_content(line) or str(error)
+            request, problem = {}, ("" if position else guess_content(line)) or str(error)
         custom_id, body = request.get("custom_id"), request.get("body")
         if not problem and looks_like_a_result(request):
             problem = A_RESULTS_FILE
@@ -1294,6 +1299,18 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return seconds if 0 < seconds < math.inf else None
 
 
+def in_words(message: Any) -> str:
+    """The message of an error. For a 422, many services send a list of objects: `loc`, what is wrong, and `msg`."""
+    if isinstance(message, dict):
+        message = message.get("detail") or message
+    texts = []
+    for problem in objects(message):
+        where = problem.get("loc")
+        place = ".".join(map(as_text, where if isinstance(where, list) else [where]))
+        texts.append(": ".join(filter(None, (place, as_text(problem.get("msg"))))))
+    return "; ".join(filter(None, texts)) or as_text(message)
+
+
 def error_fields(value: Any) -> tuple[str, str]:
     """Code and message of an error. It may be an object, nested objects as vLLM has them, or a plain string."""
     if isinstance(value, str):
@@ -1304,7 +1321,7 @@ def error_fields(value: Any) -> tuple[str, str]:
     if not message and value.get("error"):
         inner_code, message = error_fields(value["error"])
         code = inner_code or code
-    return str(code), message if isinstance(message, str) else to_json(message)
+    return str(code), in_words(message)
 
 
 def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError:
@@ -1324,6 +1341,9 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
         text = "this redirect is not followed"
     if no_endpoint or 300 <= status < 400:
         advice = f"; is {url} the base URL of the API?"
+    if no_endpoint and operation == "PREVIEW":
+        missing = f"the service at {url} has no endpoint {error.request.url.path}"
+        advice = f"; {missing}; choose another --endpoint in gen_batch_jsonl.py"
     kind: type[ApiError] = NotFound if status == 404 else Refused
     if status in (408, 409) or (status >= 500 and status != 501):
         kind = OutcomeUnknown
@@ -1750,7 +1770,7 @@ class Api(NamedTuple):
                 when = f"{'was' if shutdown < today else 'will be'} shut down on {shutdown}"
                 self.console.warn(f"the model {quoted(model)} {when}; choose a newer one")
 
-    def send_now(self, url: str, body: Json) -> Json:
+    def send_now(self, request: Json) -> Json:
         """Send one request to its endpoint, not as a batch, and return the `response` of its results line.
 
         It is repeated only if it was not carried out.
@@ -1761,9 +1781,9 @@ class Api(NamedTuple):
         def attempt() -> tuple[Json, Json]:
             try:
                 response = self.client.post(
-                    url.removeprefix("/v1"),
+                    request["url"].removeprefix("/v1"),
                     cast_to=httpx2.Response,
-                    content=json.dumps(body, separators=(",", ":")).encode(),
+                    content=json.dumps(request["body"], separators=(",", ":")).encode(),
                     options={"timeout": ANSWER_SECONDS, "headers": {"Content-Type": "application/json"}},
                 )
             except openai.APIStatusError as error:
@@ -1777,7 +1797,7 @@ class Api(NamedTuple):
             }
             return field, field
 
-        return self.call_with_retries("PREVIEW", {"url": url, "body": body}, attempt, Retry(repeat_lost=False))
+        return self.call_with_retries("PREVIEW", request, attempt, Retry(repeat_lost=False))
 
 
 def header_value(name: str) -> str:
@@ -1862,34 +1882,48 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
 # ---- results lines
 
 SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
+UNREADABLE = "unreadable"  # code of a results line that is no JSON or no UTF-8
 TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
 
 
 class Outcome(NamedTuple):
-    """How a request ended, according to its results line, and why."""
+    """How a request ended, according to its results line, and why.
+
+    `text` is the text of the answer, `values` the JSON object in it if the requests carry a schema.
+    """
 
     kind: str  # SUCCEEDED, REJECTED, RETRYABLE, MISSING or OUTDATED
     code: str = ""
     message: str = ""
+    text: str = ""
+    values: Json | None = None
 
     def error(self) -> str:
         return ": ".join(filter(None, (self.code, self.message)))
 
     @property
     def key(self) -> str:
+        """What counts as the same error: the code, and of an incomplete answer the reason, too."""
         return self.error() if self.code == "incomplete" else self.code
 
 
-UNREADABLE = "unreadable"
-results_object = read_object
+def results_object(line: bytes) -> Json:
+    """A results line decoded. One that is no JSON or no UTF-8 becomes what `run` writes in its place.
 
-
-def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
-    amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
-    return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
-
-
-SUCCESS = Outcome(SUCCEEDED)
+    Raises ValueError with the reason if such a line names no custom_id.
+    """
+    try:
+        return read_object(line)
+    except ValueError as error:
+        reason = str(error)
+        found = re.search(rb'"custom_id"\s*:\s*("([^"\\]|\\.)+")', line)
+    try:
+        custom_id = json.loads(found[1] if found else b"")
+    except ValueError:
+        raise ValueError(reason) from None
+    text = line.decode(errors="backslashreplace").rstrip()
+    problem = {"code": UNREADABLE, "message": reason, "line": text}
+    return {"id": None, "custom_id": custom_id, "response": None, "error": problem}
 
 
 def body_of(result: Json) -> Any:
@@ -1902,75 +1936,127 @@ def body_of(result: Json) -> Any:
     return body
 
 
-def chat_text(content: Any) -> str:
-    """The content of a chat message, which is a string or a list of parts."""
-    return content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in objects(content))
+class Answer(NamedTuple):
+    """What a Response or a chat completion says. `problem` is the code if it says nothing that could be a bio."""
+
+    text: str = ""
+    refusal: str = ""
+    problem: str = ""
 
 
-def response_text(body: Any) -> tuple[str, str]:
-    """The text and the refusal in the body of a Response or a chat completion. Each may be empty."""
-    if not isinstance(body, dict):
-        return "", ""
-    if "output" in body:
-        text = refusal = ""
-        for item in objects(body["output"]):
-            for part in objects(item.get("content")) if item.get("type") == "message" else ():
-                if part.get("type") == "output_text":
-                    text += str(part.get("text") or "")
-                elif part.get("type") == "refusal":
-                    refusal += str(part.get("refusal") or "")
-        return text, refusal
-    choice = next(iter(objects(body.get("choices"))), {})
+def joined(parts: Any, kind: str, key: str = "text") -> str:
+    """The texts of the parts of one type."""
+    return "".join(str(part.get(key) or "") for part in objects(parts) if part.get("type") == kind)
+
+
+def response_answer(output: Any) -> Answer:
+    """The last message of a Response that says anything. Those before it are drafts; commentary is never the answer."""
+    messages: dict[str, list[Json]] = {"final_answer": [], "": [], "unknown": [], "commentary": []}  # by phase
+    for item in objects(output):
+        if item.get("type") == "message":
+            phase = str(item.get("phase") or "")
+            messages[phase if phase in messages else "unknown"].append(item)
+    candidates = messages["final_answer"] or messages[""] or messages["unknown"]
+    for item in reversed(candidates):
+        parts = item.get("content")
+        answer = Answer(joined(parts, "output_text"), joined(parts, "refusal", "refusal"))
+        if answer.refusal or answer.text.strip():
+            return answer
+    return Answer(problem="commentary" if messages["commentary"] and not candidates else "no_text")
+
+
+def chat_answer(choice: Json) -> Answer:
+    """The message of a chat completion. Its content is a string, or parts, of which those that think are left out."""
     message = child_object(choice, "message")
-    return chat_text(message.get("content")), str(message.get("refusal") or "")
+    content = message.get("content")
+    refusal = str(message.get("refusal") or "") or joined(content, "refusal", "refusal")
+    return Answer(content if isinstance(content, str) else joined(content, "text"), refusal)
 
 
-def classify_text(body: Json) -> Outcome:
-    """The outcome of a complete Response or chat completion, judged by its text."""
-    text, refusal = response_text(body)
-    choice = next(iter(objects(body.get("choices"))), {})  # as in response_text
-    if (finish_reason := choice.get("finish_reason")) in ("length", "content_filter"):
-        return Outcome(REJECTED, "incomplete", finish_reason)
-    if refusal:
-        return Outcome(REJECTED, "refusal", refusal)
-    return SUCCESS if text.strip() else Outcome(REJECTED, "no_text")
+def without_thinking(text: str) -> str:
+    """Leave out `<think>…</think>` at the beginning, also without its opening, and all of a block that never closes."""
+    while "</think>" in text:
+        thought, _, rest = text.partition("</think>")
+        if "<think>" in thought and not thought.lstrip().startswith("<think>"):
+            return text
+        text = rest.lstrip()
+    return "" if text.lstrip().startswith("<think>") else text
 
 
-def classify_body(body: Any, top_error: Any) -> Outcome:
-    """The outcome of a response with HTTP 200.
+def json_answer(text: str) -> Json | None:
+    """The JSON object that a text is, with or without a code fence around it; None if it is none."""
+    fenced = re.fullmatch(r"\s*(```+|~~~+)[^\n{]*(.*)\1\s*", text, re.DOTALL)
+    try:
+        content = STRICT_JSON.decode((fenced[2] if fenced else text).strip(BLANKS))
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
-    A body that is not understood is rejected rather than sent again, as it may have been paid for.
+
+def says_something(error: Any) -> bool:
+    """Whether there is an error: null, {}, "" and an object of nulls and empty strings say nothing."""
+    return any(map(says_something, error.values())) if isinstance(error, dict) else bool(error)
+
+
+def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
+    """The outcome of a response that the service counts as answered, and charges for.
+
+    It is sent again only if its status is `failed` or `cancelled`. What is not understood is rejected.
     """
     if not isinstance(body, dict):
         return Outcome(REJECTED, "not_understood", error_fields(top_error)[1] or f"body is {quoted(body)}")
-    error = body.get("error") if body.get("error") is not None else top_error
-    status = body.get("status")
+    choice = next(iter(objects(body.get("choices"))), {})
+    answer = response_answer(body["output"]) if "output" in body else chat_answer(choice)
+    text = without_thinking(answer.text)
+    status = str(body.get("status") or "completed").lower()
+    error = next(filter(says_something, (body.get("error"), top_error)), None)
+    code, message = error_fields(error)
     if status in ("failed", "cancelled"):
-        code, message = error_fields(error)
-        return Outcome(RETRYABLE, code or status, message)
+        return Outcome(RETRYABLE, code or status, message, text)
     if status == "incomplete":
-        return Outcome(REJECTED, "incomplete", str(child_object(body, "incomplete_details").get("reason") or ""))
+        reason = str(child_object(body, "incomplete_details").get("reason") or "")
+        return Outcome(REJECTED, "incomplete", reason, text)
     if error is not None:
-        code, message = error_fields(error)
-        return Outcome(REJECTED, code or "error", message)
-    if status not in (None, "completed"):
-        return Outcome(REJECTED, "not_understood", f"status is {quoted(status)}")
-    return classify_text(body) if "output" in body or "choices" in body else SUCCESS
+        return Outcome(REJECTED, code or "error", message, text)
+    if status != "completed":
+        return Outcome(REJECTED, "not_understood", f"status is {quoted(body['status'])}", text)
+    finish_reason = str(choice.get("finish_reason")).lower()
+    if finish_reason in ("length", "max_tokens", "content_filter"):
+        return Outcome(REJECTED, "incomplete", finish_reason, text)
+    if answer.refusal:
+        return Outcome(REJECTED, "refusal", answer.refusal, text)
+    if not text.strip():
+        return Outcome(REJECTED, answer.problem or "no_text")
+    values = json_answer(text) if fields else None
+    if fields and values is None:
+        return Outcome(REJECTED, "invalid_json", text=text)
+    return Outcome(SUCCEEDED, text=text, values=values)
 
 
-def classify(result: Json) -> Outcome:
-    """How the request of a results line ended. `run`, `retry`, `export` and `preview` all use this."""
+def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
+    """How the request of a results line ended. `run`, `retry`, `export` and `preview` all use this.
+
+    `fields` are the properties of the schema that the requests carry, if any.
+    """
     response, top_error = result.get("response"), result.get("error")
     if not isinstance(response, dict):
         code, message = error_fields(top_error)
-        return Outcome(MISSING if code == MISSING else RETRYABLE, code or "no_response", message)
-    status, body = response.get("status_code"), body_of(result)
-    if status == 200:
-        return classify_body(body, top_error)
-    is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-    inner = (body.get("error") or body) if isinstance(body, dict) else body
-    code, message = error_fields(inner or top_error)
-    return Outcome(REJECTED if is_refusal else RETRYABLE, code or f"http_{status}", message)
+        kind = {MISSING: MISSING, UNREADABLE: REJECTED}.get(code, RETRYABLE)
+        return Outcome(kind, code or "no_response", message)
+    body = body_of(result)
+    status = response.get("status_code")
+    if status is None and isinstance(body, dict) and ("output" in body or "choices" in body):
+        status = 200
+    try:
+        number = int(float(status or 0))  # it may stand in quotes
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if 200 <= number < 300:
+        return classify_2xx(body, top_error, fields)
+    errors = (body.get("error"), body, top_error) if isinstance(body, dict) else (body, top_error)
+    code, message = next(filter(any, map(error_fields, errors)), ("", ""))
+    kind = REJECTED if 400 <= number < 500 and number not in (408, 409, 429) else RETRYABLE
+    return Outcome(kind, code or ("no_status" if status is None else f"http_{status}"), message)
 
 
 def token_count(usage: Json, name: str, chat_name: str) -> int | None:
@@ -2153,7 +2239,7 @@ class Results:
         if not ("response" in result or "error" in result):
             raise ValueError("not a results line (no response and no error)")
         sha256 = str_field(result, "request_sha256") or sha256
-        outcome = classify(result)
+        outcome = classify(result, self.requests.fields)
         line = ResultsLine(outcome.kind, sys.intern(outcome.key[:80]), *place)
         position = self.requests.position_of.get(custom_id)
         if position is not None and (not sha256 or sha256 == self.requests.digest(position).hex()):
@@ -2200,7 +2286,7 @@ class Results:
         examples = {line.code: line for line in reversed(self.best) if line and line.code}
 
         def shown_as(code: str) -> str:
-            outcome = classify(results_object(examples[code].read()))
+            outcome = classify(results_object(examples[code].read()), self.requests.fields)
             return ": ".join(filter(None, (outcome.code, shorten(outcome.message))))
 
         return ranked(Counter(line.code for line in self.best if line and line.code), shown_as)
@@ -2265,17 +2351,14 @@ def result_lines(results: Results) -> Iterator[bytes]:
 
 # ---- bios
 
-BIO_COLUMNS = ("artist_id", "artist_name", "bio", "error", "input_tokens", "output_tokens")
+
+def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
+    """What tokens cost. `prices` are dollars per million input and output tokens."""
+    amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+    return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
+
+
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel treats a cell that begins with one of these as a formula
-
-
-class Bio(NamedTuple):
-    """The exported fields of a request. Unknown token counts are empty."""
-
-    text: str = ""
-    error: str = ""
-    input_tokens: str = ""
-    output_tokens: str = ""
 
 
 def artist_name(request: Json) -> str:
@@ -2287,15 +2370,35 @@ def artist_name(request: Json) -> str:
     return ""
 
 
-def bio_of(line: ResultsLine | None, result: Json | None = None) -> Bio:
-    """The bio of a request from its results line. `result` is that line decoded, if the caller has it."""
+def artist_label(request: Json) -> str:
+    return f"{request['custom_id']} {artist_name(request)}".rstrip()
+
+
+def bio_columns(fields: Collection[str]) -> list[str]:
+    """The columns of an export. `fields` are the properties of the schema, if the requests carry one."""
+    return ["artist_id", "artist_name", *(fields or ["bio"]), "error", "input_tokens", "output_tokens"]
+
+
+def answer_texts(outcome: Outcome, fields: Iterable[str]) -> list[str]:
+    """The text of an answer, or of each of its fields."""
+    return [outcome.text] if outcome.values is None else [as_text(outcome.values.get(name)) for name in fields]
+
+
+def bio_cells(
+    line: ResultsLine | None, fields: Collection[str], result: Json | None = None, error: str = MISSING
+) -> list[str]:
+    """The cells of a request, from the bio on. `result` is the results line decoded, if the caller has it.
+
+    Where there is no line, all are empty but `error`. The answer is left out where there is an error.
+    """
     if line is None or line.outcome == OUTDATED:
-        return Bio(error=MISSING if line is None else OUTDATED)
-    result = result or read_object(line.read())
-    body = body_of(result)
-    error = "" if line.outcome == SUCCEEDED else classify(result).error()
-    tokens = ("" if count is None else str(count) for count in token_usage(body))
-    return Bio(response_text(body)[0], error, *tokens)
+        return [*[""] * max(1, len(fields)), OUTDATED if line else error, "", ""]
+    result = result or results_object(line.read())
+    outcome = classify(result, fields)
+    tokens = ["" if count is None else str(count) for count in token_usage(body_of(result))]
+    if outcome.kind != SUCCEEDED:
+        return [*[""] * max(1, len(fields)), outcome.error(), *tokens]
+    return [*answer_texts(outcome, fields), "", *tokens]
 
 
 def csv_field(field: str) -> str:
@@ -2932,6 +3035,7 @@ class Usage(NamedTuple):
     body_bytes: int
     input_tokens: int
     output_tokens: int
+    reasoning_tokens: int = 0  # of the output
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
@@ -2944,14 +3048,14 @@ def body_size(request: Json) -> int:
     return len(to_json(request["body"]).encode(errors="replace"))
 
 
-def read_samples(requests: Input, positions: set[int]) -> tuple[dict[int, Json], int]:
+def read_samples(requests: Input, positions: set[int]) -> tuple[list[Json], int]:
     """The requests at these positions, and the bytes of all bodies in the file."""
-    samples, body_bytes = {}, 0
+    samples, body_bytes = [], 0
     for position, line in enumerate(requests.lines()):
         request = read_object(line)
         body_bytes += body_size(request)
         if position in positions:
-            samples[position] = request
+            samples.append(request)
     return samples, body_bytes
 
 
@@ -2969,71 +3073,58 @@ def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple
     spread = f"{rounded(min(outputs) * total)} to {rounded(max(outputs) * total)}"
     text = (
         f"{with_commas(total, 'request')}: about {rounded(input_tokens)} input and "
-        f"{rounded(output_tokens)} ({spread}) output tokens, by {plural(len(usages), 'answer')}"
+        f"{rounded(output_tokens)} ({spread}) output tokens"
     )
+    if reasoning := sum(usage.reasoning_tokens for usage in usages):
+        text += f", {reasoning * 100 / max(1, sum(outputs)):.0f} % of them reasoning"
+    text += f", by {plural(len(usages), 'answer')}"
     if prices:
-        dollars = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
-        text += f"; about ${dollars:,.2f}" if dollars >= 0.01 else "; less than $0.01"
+        whole = dollars(input_tokens, output_tokens, prices)
+        share = dollars(input_tokens * 1000 / total, output_tokens * 1000 / total, prices).removeprefix("about ")
+        text += f"; {whole}, or {share} per 1,000 requests"
     return text
 
 
-def append_line(path: str, line: bytes) -> None:
-    """Append a line by replacing the file atomically."""
-    with open_output(path) as out:
-        if os.path.exists(path):
-            with open(path, "rb") as old:
-                out.writelines(chunks(old, path))
-                if old.tell() and os.pread(old.fileno(), 1, old.tell() - 1) != b"\n":
-                    out.write(b"\n")
-        out.write(line)
+def usage_of(request: Json, body: Any) -> Usage | None:
+    """The tokens of a response; None if it does not say."""
+    input_tokens, output_tokens = token_usage(body)
+    if input_tokens is None or output_tokens is None:
+        return None
+    details = child_object(body["usage"], "output_tokens_details") or child_object(
+        body["usage"], "completion_tokens_details"
+    )
+    return Usage(body_size(request), input_tokens, output_tokens, int_field(details, "reasoning_tokens") or 0)
 
 
-@contextlib.contextmanager
-def line_writer(path: str | None) -> Iterator[Callable[[bytes], object]]:
-    """A function that adds a line to the file, or to the stream, immediately. Without a path, it does nothing."""
-    if path is None:
-        yield lambda line: None
-    elif not is_stream(path):
-        yield functools.partial(append_line, path)
-    else:
-        with open_output(path) as out:
-            yield lambda line: (out.write(line), out.flush())
+def prompt_text(body: Json) -> str:
+    """The prompt of a request as the service gets it: a stored prompt with its variables, instructions, messages."""
+    entries = body.get("input") or body.get("messages")
+    messages = [entry.get("content") for entry in objects(entries)] or [entries]
+    contents = [body.get("prompt"), body.get("instructions"), *messages]
+    texts = ("".join(str_field(part, "text") for part in objects(content)) or as_text(content) for content in contents)
+    return "\n\n".join(filter(None, texts))
 
 
 def preview_result(api: Api, request: Json) -> Json:
     """Send a request right away, and return its results line. It has no response if the outcome is unknown."""
     result: Json = {"id": None, "custom_id": request["custom_id"], "response": None, "error": None}
     try:
-        return result | {"response": api.send_now(request["url"], request["body"])}
+        return result | {"response": api.send_now(request)}
     except NotSent:
         raise
     except OutcomeUnknown as failure:
         return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
 
-def preview_lines(request: Json, result: Json) -> Iterator[str]:
-    """The custom_id and the artist's name, then the text of the response, or its error."""
-    yield f"{request['custom_id']} {artist_name(request)}".rstrip()
-    yield from response_text(body_of(result))[0].strip().splitlines()
-    if (outcome := classify(result)).kind != SUCCEEDED:
+def preview_lines(request: Json, outcome: Outcome) -> Iterator[str]:
+    """The custom_id and the artist's name, then the text of the answer, or its fields by name, and its error."""
+    yield artist_label(request)
+    fields = schema_fields(request["body"])
+    names = [""] if outcome.values is None else [f"{name}: " for name in fields]
+    for name, text in zip(names, answer_texts(outcome, fields), strict=True):
+        yield from f"{name}{text.strip()}".splitlines()
+    if outcome.kind != SUCCEEDED:
         yield f"error: {outcome.error()}"
-
-
-def preview(args: argparse.Namespace, api: Api, results: Results, samples: Mapping[int, Json]) -> Iterator[Json]:
-    """Show the responses to the samples: those that --out has, and new ones. Yields their results lines."""
-    show = result_printer(api.console, to_stderr=args.output == STDOUT)
-    with line_writer(args.output) as write:
-        for number, (position, request) in enumerate(samples.items()):
-            line = results.best[position]
-            is_new = line is None or line.outcome in TO_SEND
-            result = preview_result(api, request) if line is None or is_new else read_object(line.read())
-            try:
-                if is_new and result["response"]:
-                    write(to_json(result).encode(errors="backslashreplace") + b"\n")
-            finally:  # what was paid for is shown in any case
-                for text in [*([""] if number else []), *preview_lines(request, result)]:
-                    show(text)
-            yield result
 
 
 def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3041,21 +3132,23 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
     succeeded = 0
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
-        if args.output:
-            refuse_unwritable(args.output)
-        check = check_input(requests, console, hashes_lines=True)
-        results = Results(check.requests, console)
-        total = len(results.best)
+        check = check_input(requests, console)
+        total = len(check.requests.position_of)
         samples, body_bytes = read_samples(requests, spread_evenly(args.requests, total))
         api = stack.enter_context(connect(args, console, clock))
-        if new := sum(results.outcome_at(position) in TO_SEND for position in samples):
-            api.check_model(check.model)
-            console.message(f"sending {plural(new, 'request')} right away, at the ordinary price, not as a batch")
-        for request, result in zip(samples.values(), preview(args, api, results, samples), strict=True):
-            succeeded += classify(result).kind == SUCCEEDED
-            input_tokens, output_tokens = token_usage(body_of(result))
-            if input_tokens is not None and output_tokens is not None:
-                usages.append(Usage(body_size(request), input_tokens, output_tokens))
+        api.check_model(check.model)
+        console.message(f"sending {plural(len(samples), 'request')} right away, at the ordinary price, not as a batch")
+        console.message(f"the prompt of {samples[0]['custom_id']}:")
+        for line in prompt_text(samples[0]["body"]).splitlines():
+            console.message(line)
+        for number, request in enumerate(samples):
+            result = preview_result(api, request)
+            outcome = classify(result, [*schema_fields(request["body"])])
+            succeeded += outcome.kind == SUCCEEDED
+            for text in [*([""] if number else []), *preview_lines(request, outcome)]:
+                print_result(text, console)
+            if usage := usage_of(request, body_of(result)):
+                usages.append(usage)
     if usages:
         console.message(estimate(usages, body_bytes, total, args.prices))
     else:
@@ -3329,8 +3422,8 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
                 out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
         else:
             refuse_changes(inputs)
-    result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
-    report_results("", results, console)
+        result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
+        report_results("", results, console)
     if not args.include_rejected and outcomes[REJECTED]:
         console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
@@ -3345,19 +3438,23 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
 
     Indexes requests and results on the way. Raises NotInOrder if anything about the results needs a second look.
     """
-    yield BIO_COLUMNS
+    fields = results.requests.fields
     answers = lines_with_offsets(lines.file, lines.name, 0)
-    end = 0  # of the line of the last request
+    end = width = 0
     try:
         for request in indexed_requests(requests, results.requests):
+            if not results.best:
+                width = len(fields)
+                yield bio_columns(fields)
             _, offset, line = next(answers)
             end = offset + len(line)
             result = read_object(line)
-            if result.get("custom_id") != request["custom_id"]:
+            if result.get("custom_id") != request["custom_id"] or len(fields) != width:
                 raise NotInOrder
             results.best.append(None)
-            results.add(result, (lines.file, offset, len(line)))
-            yield request["custom_id"], artist_name(request), *bio_of(results.best[-1], result)
+            match = results.add(result, (lines.file, offset, len(line)))
+            results.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
+            yield request["custom_id"], artist_name(request), *bio_cells(results.best[-1], fields, result)
         for _, offset, line in answers:  # results of other requests, or better ones of these
             result = read_object(line)
             match = results.add(result, (lines.file, offset, len(line)))
@@ -3366,15 +3463,16 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
             results.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
     except (StopIteration, ValueError):
         raise NotInOrder from None
-    if any(line and line.offset >= end for line in results.best):
+    if not results.best or any(line and line.offset >= end for line in results.best):
         raise NotInOrder
 
 
 def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
-    yield BIO_COLUMNS
+    fields = results.requests.fields
+    yield bio_columns(fields)
     for line, best in zip(requests.lines(), results.best, strict=True):
         request = read_object(line)
-        yield request["custom_id"], artist_name(request), *bio_of(best)
+        yield request["custom_id"], artist_name(request), *bio_cells(best, fields)
 
 
 def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
@@ -3446,16 +3544,21 @@ def spreadsheet_rows(
     rows = (row for _, row in records(spreadsheet, encoding, id_column))
     header = next(rows)
     id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
-    yield *header, *[""] * (width - len(header)), *BIO_COLUMNS[2:]
+    yield *header, *[""] * (width - len(header)), *bio_columns(results.requests.fields)[2:]
     position_of = results.requests.position_of
     exported: set[str] = set()
+    unsent = 0
     for row in rows:
         artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
-        bio = Bio(error="no request")
+        bio = bio_cells(None, results.requests.fields, error="no request")
         if artist_id in position_of and artist_id not in exported:
             exported.add(artist_id)
-            bio = bio_of(results.best[position_of[artist_id]])
+            bio = bio_cells(results.best[position_of[artist_id]], results.requests.fields)
+        else:
+            unsent += 1
         yield *row[:width], *[""] * (width - len(row)), *bio
+    if unsent:
+        console.message(f"{spreadsheet.name}: {with_commas(unsent, 'row')} without a request")
     if left := len(position_of) - len(exported):
         missing = f"{spreadsheet.name} has no row for {plural(left, 'request')}"
         console.warn(f"{missing}, whose results are left out; see --id-column")
@@ -3481,6 +3584,23 @@ def export_in_order(args: argparse.Namespace, inputs: Sequence[Input], console: 
     return results
 
 
+def report_bios(path: str, requests: Input, results: Results, console: Console) -> None:
+    """Name the first artists without a bio, and why. The last line says what can be done about all of them."""
+    without = results.positions(TO_SEND | {REJECTED})
+    lines = ((position, line) for position, line in enumerate(requests.lines()) if position in without)
+    for position, line in itertools.islice(lines, MAX_LISTED):
+        *_, error, _, _ = bio_cells(results.best[position], results.requests.fields)
+        console.message(f"no bio: {artist_label(read_object(line))}: {shorten(error)}")
+    if len(without) > MAX_LISTED:
+        console.message(f"… and {len(without) - MAX_LISTED:,} more")
+    total, rejected = len(results.best), results.outcomes()[REJECTED]
+    bios, again = total - len(without), len(without) - rejected
+    text = f"{shown(path)}: {bios:,} of {with_commas(total, 'artist')} {'has' if bios == 1 else 'have'} a bio"
+    ways = [f"{rejected:,} rejected (change the row, or --include-rejected)"] if rejected else []
+    ways += [f"{again:,} to try again (run again)"] if again else []
+    console.message("; ".join(filter(None, (text, ", ".join(ways)))))
+
+
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(args, stack)
@@ -3494,7 +3614,8 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             else:
                 rows = bio_rows(inputs[0], results)
             write_csv(args, inputs, rows)
-    report_results(wrote_prefix(args.output), results, console)
+        report_results(wrote_prefix(args.output), results, console)
+        report_bios(args.output, inputs[0], results, console)
     return 0
 
 
@@ -4153,9 +4274,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--log-file": {"type": log_path, "metavar": "PATH",
                    "help": "log to append to (default: logs/batch_YYYYMMDD_HHMMSS.log)"},
     "--verbose": {"action": "store_true", "help": "show each API response on stderr"},
-    "preview --out": {"dest": "output", "type": output_path, "metavar": "JSONL",
-                      "help": "results file to add the responses to, - for stdout; run keeps them if it writes the "
-                              "same file"},
     "retrieve --out": {"dest": "output", "type": output_path, "metavar": "PATH",
                        "help": "output file, with the error file beside it (default: results_ID.jsonl, "
                                "errors_ID.jsonl); with one --batch-id only"},
@@ -4187,7 +4305,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(cmd_validate, "check a request file, without uploading it", "--in", "--endpoint")
     add(cmd_preview, "send a few requests right away, show the answers, and estimate the whole",
-        "--in", "--requests", "--out", "--prices", *ONLINE)
+        "--in", "--requests", "--prices", *ONLINE)
     add(cmd_create, "upload a request file and create its batches",
         "--in", "--endpoint", "--completion-window", "--max-requests", "--force", "--json", *ONLINE)
     add(cmd_status, "show batches, and save their results once they have ended",

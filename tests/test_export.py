@@ -59,7 +59,31 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
     assert capsys.readouterr() == ("", (
         "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
         "most common errors: 1 × server_error: Sorry.\n"
+        "no bio: a,2 Artist a,2: server_error: Sorry.\n"
+        "bios.csv: 2 of 3 artists have a bio; 1 to try again (run again)\n"
     ))
+
+
+def test_the_first_twenty_artists_without_a_bio_are_named_and_why(tool: Tool, capsys: Capture) -> None:
+    requests_file(*(request(f"a{number}") for number in range(1200)))
+    Path("results.jsonl").write_bytes(jsonl(
+        *(refused(f"a{number}", 400, "bad") for number in range(2)),
+        result("a2", **ok({"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}})),
+        success("a3", request_sha256=OTHER),
+        *(success(f"a{number}") for number in range(24, 1200)),
+    ))
+    assert export(tool) == 0
+    assert capsys.readouterr().err.splitlines()[2:7] == [
+        "no bio: a0 Artist a0: bad: Sorry.", "no bio: a1 Artist a1: bad: Sorry.",
+        "no bio: a2 Artist a2: incomplete: max_output_tokens", "no bio: a3 Artist a3: outdated",
+        "no bio: a4 Artist a4: missing",
+    ]
+    assert export(tool, "--out", "-") == 0
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "no bio: a19 Artist a19: missing", "… and 4 more",
+        "stdout: 1,176 of 1,200 artists have a bio; "
+        "3 rejected (change the row, or --include-rejected), 21 to try again (run again)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +94,6 @@ def test_export_is_rfc_4180(tool: Tool, capsys: Capture) -> None:
         ({"prompt": "words", "metadata": None}, ""),
         ({"messages": []}, ""),
         ({"prompt": {"variables": {"artist_name": 7}}, "metadata": {"artist_name": "B"}}, "B"),
-        ("odd", ""),
     ],
     ids=in_short,
 )
@@ -115,7 +138,7 @@ def test_results_in_request_order_are_exported_as_any_others(tool: Tool, capsys:
         assert shown[0] == shown[1], seed
         with Path("requests.jsonl").open("rb") as requests, Path("results.jsonl").open("rb") as results_file:
             inputs = batch_tool.Input.of(requests, "requests"), batch_tool.Input.of(results_file, "results")
-            index = batch_tool.Results(batch_tool.RequestIndex({}, bytearray()), batch_tool.Console(None))
+            index = batch_tool.Results(batch_tool.RequestIndex({}, bytearray(), {}), batch_tool.Console(None))
             with contextlib.suppress(batch_tool.NotInOrder):
                 in_one_pass += len([*batch_tool.rows_in_order(*inputs, index)]) == len(lines) + 1
     assert 50 < in_one_pass < 130
@@ -233,8 +256,11 @@ def test_the_spreadsheet_comes_back_with_its_rows_and_columns_as_they_are(
         "FR,a3,x,,server_error: Sorry.,,\r\n"
     )
     assert capsys.readouterr() == ("", (
+        "artists.csv: 1 row without a request\n"
         "Wrote bios.csv: 2 succeeded, 0 rejected, 1 retryable, 0 missing of 3 requests; tokens: 24 input, 8 output\n"
         "most common errors: 1 × server_error: Sorry.\n"
+        "no bio: a3 Artist a3: server_error: Sorry.\n"
+        "bios.csv: 2 of 3 artists have a bio; 1 to try again (run again)\n"
     ))
 
 
@@ -339,7 +365,7 @@ def test_every_row_that_is_not_blank_is_accounted_for(
 
 def test_requests_without_a_row_draw_a_warning(exported: None, tool: Tool, capsys: Capture) -> None:
     assert spreadsheet(tool, "artist_id,Name\nx,a1\na2,a2\n").endswith("x,a1,,no request,,\r\na2,a2,Two.,,12,4\r\n")
-    assert capsys.readouterr().err.splitlines(keepends=True)[0] == warning(
+    assert capsys.readouterr().err.splitlines(keepends=True)[1] == warning(
         "artists.csv has no row for 2 requests, whose results are left out; see --id-column"
     )
 

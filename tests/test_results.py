@@ -27,7 +27,6 @@ from builders import (
     Tool,
     asked,
     chat,
-    custom_ids,
     error,
     expired,
     in_short,
@@ -61,64 +60,134 @@ SUCCEEDED, REJECTED, RETRYABLE, MISSING = (
 REASONING = {"type": "reasoning", "summary": []}
 SORRY = {"error": {"code": "server_error", "message": "Sorry."}}
 ENGINE = {"error": {"error": {"message": "Engine dead.", "type": "EngineError", "code": 500}}}  # as vLLM nests it
-BIO = {"status": "completed", "output": [message(text("Bio."))]}
+SILENT = ({}, "", {"code": None, "message": ""}, {"error": {"message": None}})  # errors that say nothing
+
+
+def words(phase: Any, *parts: str) -> Json:
+    """A message of a phase."""
+    return message(*map(text, parts)) | {"phase": phase}
+
+
+def refusal(reason: str) -> Json:
+    return message({"type": "refusal", "refusal": reason})
+
+
+def output(*items: Any, **fields: Any) -> Json:
+    """A results line with a Response of these output items."""
+    return ok({"status": "completed", "output": [*items]} | fields)
 
 
 def incomplete(reason: str) -> Json:
-    return {"status": "incomplete", "incomplete_details": {"reason": reason}, "output": [message(text("Bi"))]}
+    return output(message(text("Bi")), status="incomplete", incomplete_details={"reason": reason})
 
 
-def failed(status: Any, body: Any) -> Json:
-    return {"response": response(body, status)}
+def failed(status: Any, body: Any, **fields: Any) -> Json:
+    return {"response": response(body, status)} | fields
+
+
+BIO = {"status": "completed", "output": [message(text("Bio."))]}
+NO_STATUS: Json = {"response": {"body": BIO}}
 
 # what a results line holds; how its request has ended; the bio and the error in the CSV
 RESULTS: dict[str, tuple[Json, str, str, str]] = {
+    # the text of a Response
     "a success": (ok(BIO), SUCCEEDED, "Bio.", ""),
-    "reasoning first": (ok({"output": [REASONING, message(text("Bio."))]}), SUCCEEDED, "Bio.", ""),
-    "several parts": (ok({"output": [message(text("A"), text("B")), message(text("C"))]}), SUCCEEDED, "ABC", ""),
+    "reasoning first": (output(REASONING, message(text("Bio."))), SUCCEEDED, "Bio.", ""),
+    "several parts": (output(message(text("A "), text("bio."))), SUCCEEDED, "A bio.", ""),
+    "a draft, then the answer": (output(message(text("Bi")), message(text("Bio."))), SUCCEEDED, "Bio.", ""),
+    "an answer, then nothing": (output(message(text("Bio.")), message(text(" \n")), message()), SUCCEEDED, "Bio.", ""),
+    "an answer, then a refusal": (output(message(text("Bio.")), refusal("No.")), REJECTED, "", "refusal: No."),
+    "a refusal, then an answer": (output(refusal("No."), message(text("Bio."))), SUCCEEDED, "Bio.", ""),
+    "commentary first": (output(words("commentary", "I'll write."), words("final_answer", "Bio.")),
+                         SUCCEEDED, "Bio.", ""),
+    "commentary last": (output(words("final_answer", "Bio."), words("commentary", "Done.")), SUCCEEDED, "Bio.", ""),
+    "commentary and no phase": (output(words(None, "Bio."), words("commentary", "Done.")), SUCCEEDED, "Bio.", ""),
+    "no phase and an unknown one": (output(words("", "Bio."), words("draft", "Bi")), SUCCEEDED, "Bio.", ""),
+    "an unknown phase": (output(words("summary", "B"), words({"odd": 1}, "Bio."), words("commentary", "Done.")),
+                         SUCCEEDED, "Bio.", ""),
+    "a final answer and no phase": (output(words("final_answer", "Bi"), words("final_answer", "Bi", "o."),
+                                           message(text("x"))), SUCCEEDED, "Bio.", ""),
+    "only commentary": (output(REASONING, words("commentary", "I'll write.")), REJECTED, "", "commentary"),
+    "commentary and an empty answer": (output(words("commentary", "Hm."), words("final_answer", "")),
+                                       REJECTED, "", "no_text"),
+    # of a chat completion
     "chat": (ok(chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
-    "chat parts": (ok(chat(content=[{"type": "text", "text": "A b"}, {"text": "io."}])), SUCCEEDED, "A bio.", ""),
+    "chat parts": (ok(chat(content=[{"type": "text", "text": "A b"}, {"type": "text", "text": "io."}])),
+                   SUCCEEDED, "A bio.", ""),
+    "thinking parts": (ok(chat(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                                        {"type": "text", "text": "Bio."}])), SUCCEEDED, "Bio.", ""),
+    "only thinking parts": (ok(chat(content=[{"type": "thinking", "thinking": "Hm."}])), REJECTED, "", "no_text"),
+    "thoughts": (ok(chat(content="<think>\nHm.\n</think>\n\nBio.")), SUCCEEDED, "Bio.", ""),
+    "thoughts in a Response": (output(message(text(" <think></think> Bio."))), SUCCEEDED, "Bio.", ""),
+    "thoughts twice": (ok(chat(content="<think>A</think>\n<think>B</think> Bio.")), SUCCEEDED, "Bio.", ""),
+    "thoughts without a beginning": (ok(chat(content="Hm. </think>Bio.")), SUCCEEDED, "Bio.", ""),
+    "thoughts without an end": (ok(chat(content="<think>Hm. Bio.")), REJECTED, "", "no_text"),
+    "nothing but thoughts": (ok(chat(content="<think>Hm.</think>\n")), REJECTED, "", "no_text"),
+    "a tag inside the bio": (ok(chat(content="Of <think>it</think>.")), SUCCEEDED, "Of <think>it</think>.", ""),
+    # succeeded
     "a string": (ok(json.dumps(BIO)), SUCCEEDED, "Bio.", ""),
     "a string of a chat": (ok(json.dumps(chat(content="Bio."))), SUCCEEDED, "Bio.", ""),
     "null errors": (ok(BIO | {"error": None}, error=None), SUCCEEDED, "Bio.", ""),
-    "neither response nor chat": (ok({"object": "list", "data": []}), SUCCEEDED, "", ""),
-    "incomplete": (ok(incomplete("max_output_tokens")), REJECTED, "Bi", "incomplete: max_output_tokens"),
-    "filtered": (ok(incomplete("content_filter")), REJECTED, "Bi", "incomplete: content_filter"),
+    **{f"errors that say nothing: {error}": (ok(BIO | {"error": error}, error=error), SUCCEEDED, "Bio.", "")
+       for error in SILENT},
+    **{f"status {status!r}": (failed(status, BIO), SUCCEEDED, "Bio.", "") for status in (201, "200", " 201", 200.0)},
+    "no status beside a Response": (NO_STATUS, SUCCEEDED, "Bio.", ""),
+    "no status beside a chat": (failed(None, chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
+    "a status in capitals": (output(message(text("Bio.")), status="Completed"), SUCCEEDED, "Bio.", ""),
+    # rejected
+    "400": (failed(400, {"error": {"code": "bad", "message": "No."}}), REJECTED, "", "bad: No."),
+    "400 in quotes": (failed("400", {"error": {"code": "bad", "message": "No."}}), REJECTED, "", "bad: No."),
+    "404 by type": (failed(404, {"error": {"code": None, "type": "bad", "message": ""}}), REJECTED, "", "bad"),
+    "404 with a detail": (failed(404, {"detail": "Not Found"}), REJECTED, "", "http_404: Not Found"),
+    "422 with details": (failed(422, {"detail": [{"type": "missing", "loc": ["body", "model"], "msg": "Field required"},
+                                                 {"loc": ["body", "input", 0], "msg": "Too long"}]}),
+                         REJECTED, "", "http_422: body.model: Field required; body.input.0: Too long"),
+    "an error in words": (failed(400, {"error": "No."}), REJECTED, "", "http_400: No."),
+    "a nested error": (failed(400, ENGINE), REJECTED, "", "500: Engine dead."),
+    "a nested error above a 400": (failed(400, None, **ENGINE), REJECTED, "", "500: Engine dead."),
+    "an error above a 400 that says nothing": (failed(400, {"error": {}}, **SORRY),
+                                               REJECTED, "", "server_error: Sorry."),
+    "incomplete": (incomplete("max_output_tokens"), REJECTED, "", "incomplete: max_output_tokens"),
+    "filtered": (incomplete("content_filter"), REJECTED, "", "incomplete: content_filter"),
     "incomplete for no reason": (ok({"status": "incomplete"}), REJECTED, "", "incomplete"),
-    "chat cut off": (ok(chat("length", content="Bi")), REJECTED, "Bi", "incomplete: length"),
-    "chat filtered": (ok(chat("content_filter", content="Bi")), REJECTED, "Bi", "incomplete: content_filter"),
+    **{f"chat {reason}": (ok(chat(reason, content="Bi")), REJECTED, "", f"incomplete: {reason.lower()}")
+       for reason in ("length", "max_tokens", "content_filter", "MAX_TOKENS", "Length")},
     "chat refusal": (ok(chat(content=None, refusal="No.")), REJECTED, "", "refusal: No."),
-    "refusal": (ok({"output": [message({"type": "refusal", "refusal": "No."})]}), REJECTED, "", "refusal: No."),
-    "only reasoning": (ok({"status": "completed", "output": [REASONING]}), REJECTED, "", "no_text"),
-    "only blanks": (ok({"output": [message(text(" \n"))]}), REJECTED, " \n", "no_text"),
+    "chat refusal as a part": (ok(chat(content=[{"type": "refusal", "refusal": "No."}])), REJECTED, "", "refusal: No."),
+    "refusal": (output(refusal("No.")), REJECTED, "", "refusal: No."),
+    "only reasoning": (output(REASONING), REJECTED, "", "no_text"),
+    "only blanks": (output(message(text(" \n"))), REJECTED, "", "no_text"),
     "no choices": (ok({"choices": []}), REJECTED, "", "no_text"),
     "no content": (ok(chat(content=None)), REJECTED, "", "no_text"),
-    "odd items": (ok({"output": [7, {"type": "message", "content": [None, {"type": "output_text"}]}]}),
-                  REJECTED, "", "no_text"),
+    "odd items": (output(7, {"type": "message", "content": [None, {"type": "output_text"}]}), REJECTED, "", "no_text"),
     "odd output": (ok({"output": "Bio.", "choices": {}}), REJECTED, "", "no_text"),
+    "neither a Response nor a chat": (ok({"object": "list", "data": []}), REJECTED, "", "no_text"),
+    "the request itself": (ok(request()["body"]), REJECTED, "", "no_text"),
     "an error in a 200": (ok(SORRY), REJECTED, "", "server_error: Sorry."),
-    "an error beside a bio": (ok(BIO | SORRY), REJECTED, "Bio.", "server_error: Sorry."),
-    "an error above a 200": (ok(BIO, **SORRY), REJECTED, "Bio.", "server_error: Sorry."),
+    "an error beside a bio": (ok(BIO | SORRY), REJECTED, "", "server_error: Sorry."),
+    "an error above a 200": (ok(BIO, **SORRY), REJECTED, "", "server_error: Sorry."),
+    "an error above one that says nothing": (ok(BIO | {"error": {}}, **SORRY), REJECTED, "", "server_error: Sorry."),
+    "an error of another shape": (ok(BIO | {"error": {"code": None, "reason": "x"}}), REJECTED, "", "error"),
     "an error in words in a 200": (ok({"error": "Overloaded"}), REJECTED, "", "error: Overloaded"),
+    "an error in a 204": (failed("204", SORRY), REJECTED, "", "server_error: Sorry."),
     "unknown status": (ok({"status": "queued"}), REJECTED, "", 'not_understood: status is "queued"'),
     "no body": (ok(None), REJECTED, "", "not_understood: body is null"),
     "words": (ok("Bad gateway"), REJECTED, "", 'not_understood: body is "Bad gateway"'),
     "a string of a list": (ok("[1]"), REJECTED, "", "not_understood: body is [1]"),
     "no body but an error": (ok(None, error={"code": "x", "message": "Why."}), REJECTED, "", "not_understood: Why."),
-    "400": (failed(400, {"error": {"code": "bad", "message": "No."}}), REJECTED, "", "bad: No."),
-    "404 by type": (failed(404, {"error": {"code": None, "type": "bad", "message": ""}}), REJECTED, "", "bad"),
-    "404 with a detail": (failed(404, {"detail": "Not Found"}), REJECTED, "", "http_404: Not Found"),
-    "an error in words": (failed(400, {"error": "No."}), REJECTED, "", "http_400: No."),
-    "a nested error": (failed(400, ENGINE), REJECTED, "", "500: Engine dead."),
+    "unreadable, as run writes it": ({"error": {"code": "unreadable", "message": "Cut.", "line": '{"id'}},
+                                     REJECTED, "", "unreadable: Cut."),
+    # retryable
     "failed": (ok({"status": "failed"} | SORRY), RETRYABLE, "", "server_error: Sorry."),
     "failed for no reason": (ok({"status": "failed", "error": None}), RETRYABLE, "", "failed"),
-    "cancelled": (ok({"status": "cancelled", "output": []}), RETRYABLE, "", "cancelled"),
+    "failed with a text": (ok(BIO | {"status": "failed"}), RETRYABLE, "", "failed"),
+    "cancelled": (output(status="cancelled"), RETRYABLE, "", "cancelled"),
     "failed as a string": (ok(json.dumps({"status": "failed"} | SORRY)), RETRYABLE, "", "server_error: Sorry."),
     "no status": (failed(None, SORRY), RETRYABLE, "", "server_error: Sorry."),
+    "no status and nothing else": ({"response": {}}, RETRYABLE, "", "no_status"),
+    "an odd status": (failed([200], BIO), RETRYABLE, "", "http_[200]"),
     "status 0": (failed(0, {}), RETRYABLE, "", "http_0"),
-    "408": (failed(408, {}), RETRYABLE, "", "http_408"),
-    "409": (failed(409, {}), RETRYABLE, "", "http_409"),
-    "429": (failed(429, {}), RETRYABLE, "", "http_429"),
+    **{str(status): (failed(status, {}), RETRYABLE, "", f"http_{status}") for status in (408, 409, 429, "429", 302)},
     "500": (failed(500, SORRY), RETRYABLE, "", "server_error: Sorry."),
     "500 as a string": (failed(500, json.dumps(SORRY)), RETRYABLE, "", "server_error: Sorry."),
     "502 in words": (failed(502, "Bad gateway"), RETRYABLE, "", "http_502: Bad gateway"),
@@ -137,6 +206,7 @@ LINES = pytest.mark.parametrize("fields, kind, bio, reason", list(RESULTS.values
 def test_a_results_line_is_classified(fields: Json, kind: str, bio: str, reason: str) -> None:
     outcome = batch_tool.classify(result(**fields))
     assert (outcome.kind, outcome.error() if kind != MISSING else outcome.code) == (kind, reason)
+    assert outcome.text == bio or kind != SUCCEEDED
 
 
 @LINES
@@ -157,11 +227,66 @@ def test_retry_and_export_decide_and_count_alike(
     assert err.splitlines()[0] == f"{counted} of 1 request"
     assert capsys.readouterr().err.splitlines()[0] == f"Wrote bios.csv: {counted} of 1 request"
 
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (jsonl(success())[:80], "not valid JSON: Unterminated string starting at (character 75 of the line)"),
+        (jsonl(success()).rstrip().replace(b"A bio.", b"A\xff bio."), "not valid UTF-8 (byte 207 of the line)"),
+    ],
+    ids=["cut", "no UTF-8"],
+)
+def test_a_line_that_cannot_be_read_is_not_paid_for_again(
+    line: bytes, reason: str, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request("a1"), request("a2"))
+    Path("results.jsonl").write_bytes(jsonl(line + b"\n", success("a2")))
+    assert retry(tool, "results.jsonl") == 0
+    out, err = capsys.readouterr()
+    assert out == "Requests to retry: 0\n"
+    assert err.splitlines()[:2] == [
+        "1 succeeded, 1 rejected, 0 retryable, 0 missing of 2 requests; tokens: 12 input, 4 output",
+        f"most common errors: 1 × unreadable: {reason}",
+    ]
+    assert rows(tool, "results.jsonl")[0] == ["a1", "Artist a1", "", f"unreadable: {reason}", "", ""]
+
+
+@pytest.mark.parametrize("custom_id", ["a1", 'a"1\\', "뉴진스 \ud800"])
+def test_what_run_writes_for_an_unreadable_line_is_rejected_again(custom_id: str) -> None:
+    line = jsonl(success(custom_id))[:-9] + b"\xff\n"
+    written = batch_tool.results_object(line)
+    assert written == {
+        "id": None, "custom_id": custom_id, "response": None,
+        "error": {"code": "unreadable", "message": written["error"]["message"],
+                  "line": line[:-2].decode() + "\\xff"},
+    }
+    assert batch_tool.classify(json.loads(json.dumps(written))).kind == REJECTED
+
+
+@pytest.mark.parametrize("command", ["retry", "export"])
+def test_a_byte_order_mark_before_the_results_is_passed_over(command: str, tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(success()))
+    assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "/dev/null", "--out", "out") == 0
+    err = capsys.readouterr().err
+    assert ("1 succeeded" in err, "warning" in err) == (True, False)
+    assert command == "retry" or b"A bio." in Path("out").read_bytes()
+
+
+def test_answers_that_were_cut_off_and_that_were_filtered_are_counted_apart(tool: Tool, capsys: Capture) -> None:
+    requests_file(*map(request, "abc"))
+    reasons = {"a": "max_output_tokens", "b": "content_filter", "c": "max_output_tokens"}
+    Path("results.jsonl").write_bytes(jsonl(*(result(name, **incomplete(reasons[name])) for name in reasons)))
+    assert retry(tool, "results.jsonl") == 0
+    errors = "2 × incomplete: max_output_tokens; 1 × incomplete: content_filter"
+    assert capsys.readouterr().err.splitlines()[1] == f"most common errors: {errors}"
+
+
 UNUSABLE = pytest.mark.parametrize(
     "line, reason",
     [
         (b"x\n", "not valid JSON: Expecting value (character 1 of the line)"),
-        (jsonl(success())[:44], "not valid JSON: Unterminated string starting at (character 42 of the line)"),
+        (jsonl(success())[:30], "not valid JSON: Unterminated string starting at (character 23 of the line)"),
         (b'{"custom_id": "\xff"}\n', "not valid UTF-8 (byte 16 of the line)"),
         (b"[" * 100_000 + b"\n", ""),
         (b"[]\n", "not a JSON object"),
@@ -196,9 +321,10 @@ def test_twenty_unusable_lines_are_named_and_all_counted(
     requests_file(request())
     Path("results.jsonl").write_bytes(jsonl(success()) + b"x\n" * unusable)
     assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
-    *warnings, totals = capsys.readouterr().err.splitlines()
-    assert len(warnings) == min(unusable, 20)
-    assert totals.endswith(f"tokens: 12 input, 4 output{counted}")
+    lines = capsys.readouterr().err.splitlines()
+    warnings = sum(line.startswith("batch_tool.py: warning: ") for line in lines)
+    assert warnings == min(unusable, 20)
+    assert lines[warnings].endswith(f"tokens: 12 input, 4 output{counted}")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +379,7 @@ def test_results_that_run_keeps_of_other_requests_are_only_counted(tool: Tool, c
     assert rows(tool, "results.jsonl") == [["a1", "Artist a1", "A bio.", "", "12", "4"]]
     assert capsys.readouterr().err == (
         "Wrote bios.csv: 1 succeeded, 0 rejected, 0 retryable, 0 missing of 1 request; tokens: 12 input, 4 output; "
-        "1 result of other requests\n"
+        "1 result of other requests\nbios.csv: 1 of 1 artist has a bio\n"
     )
 
 
@@ -291,9 +417,9 @@ def test_include_rejected_writes_those_too(tool: Tool, capsys: Capture) -> None:
     assert Path("again.jsonl").read_bytes() == jsonl(*map(request, "ab"))
 
 
-def test_the_example_of_an_error_is_the_first_one_with_a_message_and_short(tool: Tool, capsys: Capture) -> None:
+def test_the_example_of_an_error_is_the_first_one_and_short(tool: Tool, capsys: Capture) -> None:
     requests_file(*map(request, "abc"))
-    messages = ["", "Very\nlong. " * 100_000, "Other."]
+    messages = ["Very\nlong. " * 100_000, "Other.", ""]
     Path("err.jsonl").write_bytes(jsonl(
         *(result(name, error={"code": "x", "message": words}) for name, words in zip("abc", messages, strict=True))
     ))
@@ -336,11 +462,13 @@ def test_retry_to_stdout_reports_on_stderr(tool: Tool, capfdbinary: pytest.Captu
 @pytest.mark.parametrize(
     "lines, reason",
     [
-        ([b"x\n"], "requests.jsonl line 1: not valid JSON: Expecting value (character 1 of the line)"),
+        ([b"x\n"], "requests.jsonl line 1: not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
         ([b"[" * 100_000 + b"\n"], "requests.jsonl line 1: "),
         ([request(), b"\xff\n"], "requests.jsonl line 2: not valid UTF-8 (byte 1 of the line)"),
-        ([b"{}\n"], "requests.jsonl line 1: no custom_id"),
-        ([request(7)], "requests.jsonl line 1: no custom_id"),
+        ([b"a,b\n", b"1,2\n"], "requests.jsonl line 1: not JSONL; it looks like a CSV: convert it with"),
+        ([success()], "requests.jsonl line 1: "),
+        ([b"{}\n"], "requests.jsonl line 1: no request; --in must be the request file"),
+        ([request(7)], "requests.jsonl line 1: no request; --in must be the request file"),
         ([request(), request()], 'requests.jsonl line 2: custom_id "a1" was used before; see validate'),
     ],
     ids=in_short,
@@ -412,7 +540,7 @@ def test_an_impossible_number_of_tokens_is_left_out(tool: Tool, capsys: Capture)
         line = jsonl(success()).decode().replace('"input_tokens": 12', f'"input_tokens": {tokens}')
         Path("results.jsonl").write_text(line)
         assert tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 0
-        assert capsys.readouterr().err.endswith("; tokens: 0 input, 4 output\n")
+        assert "; tokens: 0 input, 4 output\n" in capsys.readouterr().err
         assert Path("out").read_bytes().endswith(b",,4\r\n")
 
 
@@ -434,6 +562,13 @@ def nine_requests(**changes: Any) -> list[Json]:
 def sending(number: int) -> str:
     return f"sending {number} request{'' if number == 1 else 's'} right away, at the ordinary price, not as a batch\n"
 
+def answering(api: FaultyAPI, *bodies: Json, status: int = 200) -> None:
+    """Let the service answer the next requests so."""
+    for body in bodies:
+        api.faults.append(Fault("POST", "(responses|completions)$", status=status, body=json.dumps(body).encode()))
+
+
+PROMPT = "the prompt of a1:\nBio of a1\n"
 NO_ESTIMATE = "no response says how many tokens it used, so there is no estimate\n"
 
 
@@ -443,7 +578,8 @@ def test_preview_shows_the_answers_and_estimates_the_whole(api: FaultyAPI, tool:
     input_tokens = 9 * (api.exchanges[-1].size // 4)
     assert capsys.readouterr() == (
         f"a2 Artist a2\n{bio_of('a2')}\n\na5 Artist a5\n{bio_of('a5')}\n\na8 Artist a8\n{bio_of('a8')}\n",
-        f"{sending(3)}9 requests: about {input_tokens} input and 405 (405 to 405) output tokens, by 3 answers\n",
+        f"{sending(3)}the prompt of a2:\nBio of a2\n"
+        f"9 requests: about {input_tokens} input and 405 (405 to 405) output tokens, by 3 answers\n",
     )
     assert api.answered == [requests[number]["body"] for number in (1, 4, 7)]
     assert (posts(api, "/v1/responses"), api.files, api.batches) == (3, {}, {})
@@ -470,9 +606,9 @@ USAGES = [batch_tool.Usage(100, 40, 100), batch_tool.Usage(300, 120, 149), batch
     "prices, cost",
     [
         (None, ""),
-        ((0.05, 0.25), "; about $0.17"),
-        ((500.0, 2500.0), "; about $1,749.28"),
-        ((0.0, 0.0), "; less than $0.01"),
+        ((0.05, 0.25), "; about $0.17, or $0.05 per 1,000 requests"),
+        ((500.0, 2500.0), "; about $1,749.28, or $495.27 per 1,000 requests"),
+        ((0.0, 0.0), "; less than $0.01, or less than $0.01 per 1,000 requests"),
     ],
 )
 def test_the_estimate_is_in_proportion_to_bytes_and_by_the_mean(prices: Any, cost: str) -> None:
@@ -483,7 +619,8 @@ def test_the_estimate_is_in_proportion_to_bytes_and_by_the_mean(prices: Any, cos
 def test_the_prices_are_dollars_for_a_million_tokens(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     nine_requests()
     assert tool("preview", "--in", "requests.jsonl", "--prices", "0,10000") == 0
-    assert capsys.readouterr().err.endswith("(405 to 405) output tokens, by 3 answers; about $4.05\n")
+    cost = "about $4.05, or $450.00 per 1,000 requests"
+    assert capsys.readouterr().err.endswith(f"(405 to 405) output tokens, by 3 answers; {cost}\n")
 
 
 @pytest.mark.parametrize(
@@ -535,7 +672,7 @@ def test_an_answer_is_shown_on_lines_of_its_own_without_control_characters(
     api.faults.append(Fault("POST", "/responses$", status=200, body=body))
     assert tool("preview", "--in", "requests.jsonl") == 0
     assert capsys.readouterr() == (
-        "a\\n1 \\u001b[31m\n뉴진스\nand \\u001b[0m[secret]\n", f"{sending(1)}{NO_ESTIMATE}"
+        "a\\n1 \\u001b[31m\n뉴진스\nand \\u001b[0m[secret]\n", f"{sending(1)}the prompt of a\\n1:\n{NO_ESTIMATE}"
     )
 
 
@@ -559,12 +696,11 @@ def test_an_answer_that_is_lost_is_not_asked_for_again(
 ) -> None:
     requests_file()
     api.faults.append(Fault("POST", "/responses$", when="after", **lost))
-    assert tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl") == 0
+    assert tool("preview", "--in", "requests.jsonl") == 0
     first, second = capsys.readouterr().out.split("\n\n")
     assert re.fullmatch(r"a1 Artist a1\nerror: outcome_unknown: .*", first)
     assert second == f"a2 Artist a2\n{bio_of('a2')}\n"
     assert (posts(api, "/v1/responses"), clock.naps) == (2, [])
-    assert custom_ids(Path("results.jsonl").read_bytes()) == ["a2"]
 
 
 @pytest.mark.parametrize("status", [400, 422])
@@ -574,7 +710,7 @@ def test_a_refusal_that_is_a_page_ends_the_command(
     requests_file()
     api.faults.append(Fault("POST", "/responses$", status=status, body=b"<html>Bad request</html>"))
     assert tool("preview", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr() == ("", sending(2) + error(f"PREVIEW: HTTP {status}: <html>Bad request</html>"))
+    assert capsys.readouterr() == ("", sending(2) + PROMPT + error(f"PREVIEW: HTTP {status}: <html>Bad request</html>"))
 
 
 def test_a_server_that_cannot_be_reached_ends_the_preview(
@@ -586,7 +722,7 @@ def test_a_server_that_cannot_be_reached_ends_the_preview(
     assert tool("preview", "--in", "requests.jsonl") == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"{sending(2)}batch_tool.py: error: cannot reach http://127.0.0.1:9/v1/: ")
+    assert err.startswith(f"{sending(2)}{PROMPT}batch_tool.py: error: cannot reach http://127.0.0.1:9/v1/: ")
 
 
 def test_a_lone_surrogate_is_sent_as_it_stands_in_the_file(api: FaultyAPI, tool: Tool) -> None:
@@ -613,19 +749,8 @@ def test_a_refusal_that_is_not_of_one_request_ends_the_command(
     requests_file()
     api.faults.append(Fault("POST", "/responses$", status=status, message="No", code="no"))
     assert tool("preview", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr() == ("", sending(2) + error(reason))
+    assert capsys.readouterr() == ("", sending(2) + PROMPT + error(reason))
     assert posts(api, "/v1/responses") == 1
-
-
-def test_a_base_url_without_its_version_is_named(
-    api: FaultyAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
-) -> None:
-    url = f"http://127.0.0.1:{api.port}"
-    monkeypatch.setenv("OPENAI_BASE_URL", url)
-    requests_file()
-    assert tool("preview", "--in", "requests.jsonl") == 1
-    reason = f"PREVIEW: HTTP 404: Invalid URL (POST /responses); is {url} the base URL of the API?"
-    assert capsys.readouterr() == ("", sending(2) + error(reason))
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -656,6 +781,72 @@ def test_a_dying_model_draws_a_warning(api: FaultyAPI, tool: Tool, capsys: Captu
     assert tool("preview", "--in", "requests.jsonl") == 0
     reason = f'the model "local-dying" will be shut down on {api.models["local-dying"]}; choose a newer one'
     assert capsys.readouterr().err.startswith(warning(reason) + sending(3))
+
+
+@pytest.mark.parametrize(
+    "body, prompt",
+    [
+        ({"instructions": "Be brief.", "input": "Bio of\n뉴진스"}, "Be brief.\n\nBio of\n뉴진스"),
+        ({"input": [{"role": "user", "content": "Bio"}, {"content": [{"type": "input_text", "text": "of B."}]}]},
+         "Bio\n\nof B."),
+        ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Bio"}]},
+         "Be brief.\n\nBio"),
+        ({"prompt": {"id": "p", "version": "1", "variables": {"artist_name": "뉴진스"}}},
+         '{"id": "p", "version": "1", "variables": {"artist_name": "뉴진스"}}'),
+        ({"input": "sk-0123456789abcdefghi \x1b[0m"}, "sk-[secret] \\u001b[0m"),
+        ({}, ""),
+    ],
+    ids=["instructions", "messages of a Response", "chat", "stored prompt", "secret", "nothing"],
+)
+def test_the_first_prompt_is_shown_as_the_service_gets_it(
+    body: Json, prompt: str, api: FaultyAPI, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request(body={"model": MODEL} | body))
+    tool("preview", "--in", "requests.jsonl")
+    err = capsys.readouterr().err
+    assert err.startswith(f"{sending(1)}the prompt of a1:\n{prompt}\n1 request: about " if prompt else sending(1))
+
+
+def test_nothing_is_written_but_the_log_which_names_the_requests(api: FaultyAPI, tool: Tool) -> None:
+    requests_file(*map(request, ("a1", "a2")))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["logs", "requests.jsonl"]
+    (log,) = Path("logs").glob("*.log")
+    sent = [json.loads(line.partition(" PREVIEW request ")[2]) for line in log.read_text().splitlines()
+            if " PREVIEW request " in line]
+    assert [line["custom_id"] for line in sent] == ["a1", "a2"]
+    with pytest.raises(SystemExit, match="2"):
+        tool("preview", "--in", "requests.jsonl", "--out", "results.jsonl")
+
+
+def test_reasoning_is_shown_as_a_share_of_the_output(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(*map(request, ("a1", "a2")))
+    answering(api, BIO | {"usage": {"input_tokens": 9, "output_tokens": 300,
+                                    "output_tokens_details": {"reasoning_tokens": 200}}},
+              chat("Bio.") | {"usage": {"prompt_tokens": 9, "completion_tokens": 100,
+                                        "completion_tokens_details": {"reasoning_tokens": 48}}})
+    assert tool("preview", "--in", "requests.jsonl", "--prices", "1000,5000") == 0
+    assert capsys.readouterr().err.endswith(
+        "\n2 requests: about 18 input and 400 (200 to 600) output tokens, 62 % of them reasoning, by 2 answers; "
+        "about $2.02, or $1,009.00 per 1,000 requests\n"
+    )
+
+
+def test_an_endpoint_that_the_service_does_not_have_is_named(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    answering(api, {"detail": "Not Found"}, status=404)
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"batch_tool.py: error: PREVIEW: HTTP 404: Not Found; the service at {api.base_url}/ has no endpoint "
+        "/v1/responses; choose another --endpoint in gen_batch_jsonl.py"
+    )
+
+
+def test_a_422_is_shown_in_words(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(request())
+    answering(api, RESULTS["422 with details"][0]["response"]["body"], status=422)
+    assert tool("preview", "--in", "requests.jsonl") == 1
+    assert capsys.readouterr().out == f"a1 Artist a1\nerror: {RESULTS['422 with details'][3]}\n"
 
 
 def test_an_invalid_file_is_not_previewed(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:

@@ -919,7 +919,7 @@ def test_a_last_line_without_its_end(api: FaultyAPI, rounds: int) -> None:
 
 
 def test_rewriting_out_again_and_again_changes_nothing(api: FaultyAPI) -> None:
-    rest = b'"custom_id": "z", "response": {"status_code": 200, "body": {}}'
+    rest = jsonl(success("z")).strip().removeprefix(b"{").removesuffix(b"}")
     edit(*bios(1))
     first, second = b"{" + rest + b', "request_sha256": "odd"}\n', b'{"request_sha256":"0", ' + rest + b"}\r\n"
     OUT.write_bytes(first + second)
