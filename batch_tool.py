@@ -3122,7 +3122,7 @@ def preview_lines(request: Json, outcome: Outcome) -> Iterator[str]:
     fields = schema_fields(request["body"])
     names = [""] if outcome.values is None else [f"{name}: " for name in fields]
     for name, text in zip(names, answer_texts(outcome, fields), strict=True):
-        yield from f"{name}{text.strip()}".splitlines()
+        yield from f"{name}{text}".strip().splitlines()
     if outcome.kind != SUCCEEDED:
         yield f"error: {outcome.error()}"
 

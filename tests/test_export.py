@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import random
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from builders import (
     success,
     warning,
 )
+from faulty_api import Fault, FaultyAPI
 
 import batch_tool
 
@@ -395,3 +397,77 @@ def test_a_spreadsheet_can_be_written_for_excel_and_come_from_stdin(
 def test_a_field_of_any_length_comes_back(exported: None, tool: Tool) -> None:
     field = "x" * 300_000
     assert spreadsheet(tool, f"artist_id,x\na2,{field}\n").endswith(f"\na2,{field},Two.,,12,4\r\n")
+
+
+# ---- answers with fields ----
+
+PROPERTIES = {"bio": {"type": "string"}, "bio_short": {"type": ["string", "null"]}, "uncertain": {"type": "array"}}
+SCHEMA = {"name": "bio", "strict": True, "schema": {"type": "object", "properties": PROPERTIES}}
+FIELDS = ["artist_id", "artist_name", "bio", "bio_short", "uncertain", "error", "input_tokens", "output_tokens"]
+AS_RESPONSE = {"text": {"format": {"type": "json_schema", **SCHEMA}}}
+AS_CHAT = {"response_format": {"type": "json_schema", "json_schema": SCHEMA}}
+
+# the text of an answer, and its cells; none are those of no JSON object
+ANSWERS: dict[str, tuple[str, list[str] | None]] = {
+    "all": ('{"uncertain": ["born in 1994"], "bio": "Bio.", "bio_short": "B."}', ["Bio.", "B.", '["born in 1994"]']),
+    "null and numbers": ('{"bio": "뉴진스", "bio_short": null, "uncertain": 0.5}', ["뉴진스", "", "0.5"]),
+    "other properties": ('{"bio": true, "more": 1}', ["true", "", ""]),
+    "no properties": ("{}", ["", "", ""]),
+    "an object in it": ('\n {"bio": {"de": "é"}}\n', ['{"de": "é"}', "", ""]),
+    "a code fence": ('```json\n{"bio": "```"}\n```\n', ["```", "", ""]),
+    "a code fence on one line": ('``` {"bio": "Bio."}```', ["Bio.", "", ""]),
+    "another code fence": ('\n~~~\n{"bio": "Bio."}\n~~~', ["Bio.", "", ""]),
+    "thoughts before it": ('<think>{}</think>\n{"bio": "Bio."}', ["Bio.", "", ""]),
+    "words": ("Bio.", None),
+    "words before it": ('Here it is: {"bio": "Bio."}', None),
+    "a list": ('["Bio."]', None),
+    "cut": ('{"bio": "Bi', None),
+    "no JSON": ('{"bio": NaN}', None),
+    "deep": ("[" * 100_000, None),
+}
+
+
+@pytest.mark.parametrize("words, cells", list(ANSWERS.values()), ids=list(ANSWERS))
+@pytest.mark.parametrize("is_chat", [False, True], ids=["Response", "chat"])
+def test_the_properties_of_the_schema_are_columns(
+    is_chat: bool, words: str, cells: list[str] | None, tool: Tool, capsys: Capture
+) -> None:
+    body = request()["body"] | (AS_CHAT if is_chat else AS_RESPONSE)
+    requests_file(request(body=body), request("a2", body=body))
+    lines = jsonl(result(**ok(chat(content=words))) if is_chat else success(bio=words), refused("a2"))
+    Path("results.jsonl").write_bytes(lines)
+    Path("empty.jsonl").touch()
+    for results in (["results.jsonl"], ["results.jsonl", "empty.jsonl"]):  # in one pass, and by the index
+        (_, *answer, error, _, _), second = rows(tool, *results)
+        assert (answer[1:], error) == (cells or ["", "", ""], "" if cells else "invalid_json")
+        assert second == ["a2", "Artist a1", "", "", "", "server_error: Sorry.", "", ""]
+    assert Path("bios.csv").read_text().partition("\n")[0] == ",".join(FIELDS)
+    retry = ["retry", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "again.jsonl"]
+    assert tool(*retry) == tool(*retry, "--include-rejected") == 0
+    assert capsys.readouterr().out == f"Requests to retry: 1\nRequests to retry: {1 if cells else 2}\n"
+
+
+def test_fields_that_only_a_later_request_wants_are_columns_too(tool: Tool) -> None:
+    requests_file(request(), request("a2", body=request()["body"] | AS_RESPONSE))
+    Path("results.jsonl").write_bytes(jsonl(success(bio='{"bio": 1}'), success("a2", bio='{"bio": 2}')))
+    assert [row[2] for row in rows(tool, "results.jsonl")] == ["1", "2"]
+    assert Path("bios.csv").read_text().partition("\n")[0] == ",".join(FIELDS)
+
+
+def test_run_does_not_send_again_what_is_no_json(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(request(body=request()["body"] | AS_RESPONSE))
+    Path("results.jsonl").write_bytes(jsonl(success(bio="Words.")))
+    assert tool("run", "--in", "requests.jsonl", "--out", "results.jsonl") == 1
+    assert "\nmost common errors: 1 × invalid_json\n" in capsys.readouterr().err
+    assert not api.batches
+
+
+def test_preview_prints_the_fields_by_name(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    requests_file(*(request(name, body=request()["body"] | AS_RESPONSE) for name in ("a1", "a2")))
+    for words in ('{"uncertain": [], "bio": "One.\\nTwo.", "bio_short": null}', "Sorry."):
+        body = json.dumps(success(bio=words)["response"]["body"]).encode()
+        api.faults.append(Fault("POST", "/responses$", status=200, body=body))
+    assert tool("preview", "--in", "requests.jsonl") == 0
+    assert capsys.readouterr().out == (
+        "a1 Artist a1\nbio: One.\nTwo.\nbio_short:\nuncertain: []\n\na2 Artist a1\nSorry.\nerror: invalid_json\n"
+    )
