@@ -122,7 +122,7 @@ say "prompt: $prompt; model: $model; body: ${body:-none}; prices: ${prices:-none
 "$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" --model "$model" ${convert[@]+"${convert[@]}"}
 "$python" "$project/batch_tool.py" validate --in "$requests"
 if [[ $ask == yes && ! -s $results ]]; then
-    say "three bios to read first; they are paid for at the ordinary price, and again in the batch"
+    say "first a few bios to read; the batch pays for them again"
     "$python" "$project/batch_tool.py" preview --in "$requests" "${preview[@]}" >&2
 fi
 # in the background, so that a signal to this script ends it at once; <&0 lets it read the answer from the terminal

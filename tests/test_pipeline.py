@@ -198,7 +198,7 @@ def test_on_this_machine_it_needs_nothing_and_keeps_its_files_apart(work: Path, 
 def test_the_first_time_it_shows_bios_and_asks(api: FaultyAPI, artists: Path) -> None:
     terminal = Terminal(artists, "bios.csv", "--interval", "0.1")
     terminal.wait_for("Send 3 requests? [Y/n] ")
-    assert "they are paid for at the ordinary price, and again in the batch" in terminal.screen
+    assert "first a few bios to read; the batch pays for them again\nsending 3 requests" in terminal.screen
     assert "a1 NewJeans\nNewJeans: a made-up bio" in terminal.screen
     assert not api.batches
     terminal.type("n\n")
