@@ -1154,7 +1154,7 @@ def is_id(value: Any) -> bool:
 def file_id_field(content: Json, name: str) -> str:
     """A file id of a Batch; empty if null or missing. An odd one is refused where it is used, by `Api.size_of`."""
     value = content.get(name) or ""
-    return value if isinstance(value, str) else to_json(value)
+    return value if isinstance(value, str) else f"{to_json(value)} (not text)"
 
 
 class Batch(NamedTuple):
@@ -1690,7 +1690,7 @@ class Api(NamedTuple):
         Raises NotFound if the file is gone, and UnusableId.
         """
         if not is_id(file_id):
-            raise UnusableId(f"{quoted(file_id)} is not the id of a file")
+            raise UnusableId(f"not the id of a file: {quoted(file_id)}")
         send = self.client.files.with_raw_response.retrieve
         size = None
         try:
@@ -2869,7 +2869,6 @@ class Poller:
         self.latest: dict[str, Batch] = {}
         self._api = api
         self._patient_api = api._replace(outage_budget=api.outage_budget or math.inf)
-        self._started = time.time()
         self._lacks_output_since: dict[str, float] = {}
         self._last_report = ""
 
@@ -2902,8 +2901,11 @@ class Poller:
             )
         return False
 
-    def report(self) -> None:
-        """Print the progress of all batches: on a terminal every time, otherwise only after a change."""
+    def report(self, seconds: float) -> None:
+        """Print the progress of all batches: on a terminal every time, otherwise only after a change.
+
+        `seconds` have elapsed so far.
+        """
         batches = self.latest.values()
         if not batches:
             return
@@ -2917,8 +2919,7 @@ class Poller:
         if failed:
             text += f", {failed} failed"
         if text != self._last_report or self._api.console.is_terminal:
-            oldest = min(batch.created_at or self._started for batch in batches)
-            elapsed = datetime.timedelta(seconds=max(0, int(time.time() - oldest)))
+            elapsed = datetime.timedelta(seconds=int(seconds))
             self._api.console.progress(f"{text}; {elapsed} elapsed")
         self._last_report = text
 
@@ -3239,11 +3240,11 @@ def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
 def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
     """Poll until every batch has ended or cannot be polled."""
-    poller, found = Poller(api), Polled({}, {})
+    poller, found, started = Poller(api), Polled({}, {}), api.clock.now()
     while True:
         polled = poller.poll(each for each in dict.fromkeys(args.batch_ids) if each not in found.ended | found.lost)
         found = Polled(found.ended | polled.ended, found.lost | polled.lost)
-        poller.report()
+        poller.report(api.clock.now() - started)
         if len(found.ended) + len(found.lost) == len({*args.batch_ids}):
             return found
         api.clock.sleep(args.interval)
@@ -3843,7 +3844,8 @@ class Run:
             if self.active and not queue and not is_told:
                 is_told = True
                 self._console.message(until_when([each.batch for each in self.active.values()]))
-            self._poller.report()
+            oldest = min((each.batch.created_at or math.inf for each in self.active.values()), default=math.inf)
+            self._poller.report(max(0.0, time.time() - oldest))
             if not self.active and not queue:
                 return is_submitted and not is_cut_short
             self._clock.sleep(self._args.interval)

@@ -117,7 +117,7 @@ INVALID = pytest.mark.parametrize(
 
 @INVALID
 def test_an_invalid_line_is_a_problem_with_its_number(line: Any, problem: str) -> None:
-    check = batch_tool.InputCheck()
+    check = batch_tool.InputCheck(None)
     (found,) = check.problems([jsonl(request("a1")), jsonl(line)])
     assert str(found).startswith(f"line 2: {problem}")
 
@@ -140,7 +140,7 @@ def test_an_empty_file_is_an_error(tool: Tool, capsys: Capture) -> None:
 
 def test_a_line_longer_than_a_batch_may_be_is_an_error() -> None:
     line = jsonl(request())
-    (problem,) = batch_tool.InputCheck(max_bytes=len(line) - 1).problems([line])
+    (problem,) = batch_tool.InputCheck(None, max_bytes=len(line) - 1).problems([line])
     assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; the limit of a batch is {len(line) - 1}"
 
 
@@ -221,9 +221,10 @@ def test_an_input_that_cannot_be_read_is_one_line(path: str, reason: str, tool: 
 
 def test_parts_are_consecutive_lines_within_the_most_requests() -> None:
     lines = [jsonl(request(str(number))) for number in range(5)]
-    check = batch_tool.InputCheck(max_requests=2)
-    assert list(check.problems(lines)) == []
-    first, second, third = check.divider.parts()
+    divider = batch_tool.PartDivider(max_requests=2)
+    for line in lines:
+        divider.add(line)
+    first, second, third = divider.parts()
     assert (first.label, second.label, third.label) == ("1/3", "2/3", "3/3")
     assert (second.offset, second.size, second.first, second.requests) == (first.size, len(lines[2] + lines[3]), 2, 2)
     assert second.sha256 == hashlib.sha256(lines[2] + lines[3]).hexdigest()
@@ -231,11 +232,10 @@ def test_parts_are_consecutive_lines_within_the_most_requests() -> None:
 
 def test_parts_stay_within_the_most_bytes() -> None:
     lines = [jsonl(request(custom_id)) for custom_id in ("a1", "a2", "a3")]
-    check = batch_tool.InputCheck(max_bytes=2 * len(lines[0]))
-    assert list(check.problems(lines)) == []
-    assert [(part.requests, part.size) for part in check.divider.parts()] == [
-        (2, 2 * len(lines[0])), (1, len(lines[2]))
-    ]
+    divider = batch_tool.PartDivider(max_bytes=2 * len(lines[0]))
+    for line in lines:
+        divider.add(line)
+    assert [(part.requests, part.size) for part in divider.parts()] == [(2, 2 * len(lines[0])), (1, len(lines[2]))]
 
 
 # ---- create ----
@@ -328,7 +328,7 @@ def test_a_model_that_does_not_exist_is_an_error_before_the_upload(
 ) -> None:
     path = requests_file(request(body={"model": "local-dead", "input": "Who?"}))
     assert tool("create", "--in", path) == 1
-    advice = "choose another --model in gen_batch_jsonl.py; nothing was sent"
+    advice = "choose another model; nothing was sent"
     reason = f'the model "local-dead" does not exist at {api.base_url}/; {advice}'
     assert capsys.readouterr() == ("", error(reason))
     assert (asked(api, "POST"), asked(api, "GET", "/v1/models/local-dead$")) == (0, 1)
@@ -400,7 +400,7 @@ def test_an_upload_is_made_three_times_at_most(api: FaultyAPI, tool: Tool, capsy
     path = requests_file()
     assert tool("create", "--in", path) == 1
     size = path.stat().st_size
-    assert capsys.readouterr() == ("", error(f"file {last} has 10 bytes, but {size} were uploaded"))
+    assert capsys.readouterr() == ("", error(f"file {last} has 10 bytes, but {size} were uploaded; it was deleted"))
     assert (len(api.files), posts(api, "/v1/files"), api.batches) == (1, 3, {})
 
 
@@ -686,8 +686,9 @@ def test_the_note_names_the_file_before_the_post_and_the_batch_after_it(
     assert tool("create", "--in", path) == 0
     batch = only_batch(api)
     before = {"file": batch.input_file_id, "sha256": sha256(path.read_bytes()), "name": path.name}
-    assert notes == [jsonl(before)]
-    assert note_path().read_bytes() == jsonl(before, before, {"file": batch.input_file_id, "batch": batch.id})
+    after = {"file": batch.input_file_id, "batch": batch.id}
+    assert [json.loads(line) for line in notes[0].splitlines() if line] == [before]
+    assert [json.loads(line) for line in note_path().read_bytes().splitlines() if line] == [before, before, after]
     assert stat.S_IMODE(note_path().stat().st_mode) == 0o600
     assert stat.S_IMODE(note_path().parent.stat().st_mode) == 0o700
 
@@ -797,9 +798,10 @@ def test_create_of_other_parts_names_the_batches_and_the_ways_on(
     assert create() == 1
     first, second = sorted(api.batches)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (
-        f"batch_tool.py: error: other batches already have requests of this file: {first}, {second}; nothing more was "
-        "submitted; use their --max-requests, or use run, which takes their results and sends only the rest"
+    assert re.fullmatch(
+        rf"batch_tool.py: error: these batches already have requests of this file: ({first}|{second}) \(completed\), "
+        rf"({first}|{second}) \(completed\); nothing more was submitted; use run, which takes what they finish and sends "
+        "only the rest", error
     )
     assert posts(api) == 2
 
@@ -928,8 +930,7 @@ def test_another_machine_submits_before_a_later_round(api: FaultyAPI) -> None:
     assert_out(api)
 
 
-@pytest.mark.parametrize("command", ["create", "run"])
-def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: FaultyAPI, command: str) -> None:
+def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: FaultyAPI) -> None:
     content = write_requests(*numbered(4))
     begun: list[int] = []
 
@@ -940,10 +941,7 @@ def test_all_parts_that_another_machine_has_submitted_meanwhile_are_taken(api: F
 
     api.faults = [Fault("POST", "/batches$", status=429, headers={"retry-after": "60"})]
     time = FakeTime(elsewhere)
-    if command == "run":
-        assert run("--max-requests", "1", "--attempts", "1", time=time) == 0
-    else:
-        assert create("--max-requests", "1", time=time) == 0
+    assert run("--max-requests", "1", "--attempts", "1", time=time) == 0
     assert begun == [0]
     assert posts(api) == 5
     assert_paid_once(api, content)
@@ -959,7 +957,7 @@ def test_create_ends_where_another_machine_submits_other_parts_meanwhile(api: Fa
     api.faults = [Fault("POST", "/files$", status=429, headers={"retry-after": "60"})]
     assert create(time=FakeTime(elsewhere)) == 1
     err = capsys.readouterr().err
-    assert "other batches already have requests of this file: " in err
+    assert "these batches already have requests of this file: " in err
     assert all(batch_id in err for batch_id in api.batches)
     assert sorted(api.files) == sorted({each.input_file_id for each in api.batches.values()} |
                                        {each.output_file_id for each in api.batches.values()} - {None})
@@ -1030,35 +1028,23 @@ def test_nothing_is_paid_for_twice(
         assert capsys.readouterr() == (ids(batch), said)
         assert asked(api, "GET", "/models/") == 0
     elif fate == "left out":
-        done = f"{1 if output and not fields else 0} of its 2 requests"
-        when = " once the batch has ended" if status == "cancelling" else ""
-        assert capsys.readouterr() == ("", warning(
-            f"part 1/1 not submitted: batch batch_1 ({name}) has finished {done}; to get those and send only "
-            f"the rest, use run on the same file{when}"
+        assert capsys.readouterr() == ("", error(
+            f"these batches already have requests of this file: batch_1 ({name}); nothing more was submitted; "
+            "use run, which takes what they finish and sends only the rest"
         ))
     else:
         assert capsys.readouterr() == (ids(last_batch(api)), "")
 
 
 @LATE
-def test_create_waits_for_an_output_file_that_is_late(
+def test_a_batch_whose_output_file_is_late_counts_as_submitted(
     late: Json, api: FaultyAPI, tool: Tool, clock: FakeTime, capsys: Capture
 ) -> None:
     batch = late_batch(api, late)
-    clock.events = [nothing, nothing, lambda: bring_output(api, batch)]
     assert tool("create", "--in", "requests.jsonl") == 0
     said = "part 1/1 was already submitted as batch batch_1 (completed); skipping\n"
     assert capsys.readouterr() == (ids(batch), said)
-    assert (clock.naps, len(api.batches)) == ([5, 5, 5], 1)
-
-
-def test_create_gives_up_after_ten_minutes_without_an_output_file(
-    api: FaultyAPI, tool: Tool, clock: FakeTime, capsys: Capture
-) -> None:
-    late_batch(api, {})
-    assert tool("create", "--in", "requests.jsonl") == 1
-    assert capsys.readouterr().err.endswith(error(output_missing()))
-    assert (clock.now, posts(api)) == (600, 0)
+    assert (clock.naps, len(api.batches)) == ([], 1)
 
 
 def test_a_reused_batch_is_printed_as_json(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
@@ -1099,11 +1085,11 @@ def test_a_listing_without_an_end_is_an_error() -> None:
         def page(self, query: Json) -> batch_tool.Page:
             number = query.get("after", "b0")[1:]
             batch = batch_tool.Batch.parse(listed(f"b{int(number) + 1}"))
-            return batch_tool.Page([batch], True, time.time())
+            return batch_tool.Page([batch], 0, True, time.time())
 
     nobody: Any = None
     with pytest.raises(batch_tool.IncompleteListing, match=r"has more than 500 pages$"):
-        Endless(nobody, "", nobody, nobody, nobody, False).recent_batches()
+        Endless(nobody, "", nobody, nobody, nobody, False, set()).recent_batches()
 
 
 def listing(*batches: LocalBatch, **fields: Any) -> bytes:
@@ -1116,7 +1102,7 @@ def listing(*batches: LocalBatch, **fields: Any) -> bytes:
     "body",
     [
         b"{}",
-        b'{"object": "list", "data": [{}], "has_more": false}',
+        b'{"object": "list", "data": [{}], "has_more": true}',
         b'{"object": "list", "data": [], "has_more": true}',
         b'{"object": "list", "data": [{"id": "batch_1", "status": "completed"}], "has_more": true}',
     ],
