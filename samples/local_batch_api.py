@@ -6,8 +6,9 @@
 
 The server prints its base URL on stdout and answers on loopback until it is terminated; it then deletes what was
 uploaded. A batch spends --step seconds in each of validating, in_progress and finalizing. Results come in another
-order than the requests, and every bio is made up and says so. /v1/responses and /v1/chat/completions answer at once,
-too. Every model exists, except "local-dead"; "local-dying" is to be shut down in ten days.
+order than the requests, and every bio is made up and says so; where a request has a JSON schema, the answer is an
+object of made-up values. /v1/responses and /v1/chat/completions answer at once, too. Every model exists, except
+"local-dead"; "local-dying" is to be shut down in ten days.
 
 You can ask for failures:
 
@@ -289,6 +290,30 @@ def input_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
+def schema_of(body: Json) -> Any:
+    """The JSON Schema of the answer, where the request asks for one."""
+    asked: Any = body.get("text") or body.get("response_format")
+    for name in ("format", "json_schema", "schema"):  # chat completions have no "format", Responses no "json_schema"
+        asked = asked.get(name, asked) if isinstance(asked, dict) else None
+    return asked if isinstance(asked, dict) and "properties" in asked else None
+
+
+def made_up_value(schema: Any, artist: str, name: str = "answer") -> Any:
+    """A value of the schema's type; of several types the first that is not null."""
+    if "anyOf" in schema:
+        return made_up_value(schema["anyOf"][0], artist, name)
+    if "enum" in schema:
+        return schema["enum"][0]
+    kinds = [schema.get("type")] if isinstance(schema.get("type"), str) else schema.get("type", [])
+    kind = next((each for each in kinds if each != "null"), "null")
+    if kind == "object":
+        return {each: made_up_value(value, artist, each) for each, value in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [made_up_value(schema.get("items", {}), artist, name)]
+    text = f"{artist}: made-up text for {name}; no model was asked."
+    return {"string": text, "integer": 1, "number": 0.5, "boolean": True, "null": None}[kind]
+
+
 def responses_body(body: Json, outcome: str, text: str, created_at: int, input_tokens: int) -> Json:
     content: Json = {"type": "output_text", "text": text, "annotations": []}
     if outcome == "refusal":
@@ -464,7 +489,11 @@ class BatchService:
         """The status and the body of the answer to a request."""
         if outcome not in self.texts:
             return int(outcome), made_up_error(int(outcome))
-        text = self.texts[outcome].format(artist=artist_name(body))
+        artist, schema = artist_name(body), schema_of(body)
+        text = self.texts[outcome].format(artist=artist)
+        if schema and outcome in (SUCCESS, "incomplete"):
+            text = json.dumps(made_up_value(schema, artist), ensure_ascii=False)
+            text = text[: len(text) // 2] if outcome == "incomplete" else text
         answer = responses_body if endpoint.endswith("/responses") else chat_body
         return 200, answer(body, outcome, text, created_at, input_tokens)
 

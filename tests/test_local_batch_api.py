@@ -272,6 +272,34 @@ def test_an_answer_at_once_is_like_one_of_a_batch(api: FaultyAPI, url: str, outc
         assert usage.get("input_tokens", usage.get("prompt_tokens")) == len(json.dumps(body)) // 4
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "bio": {"type": "string"}, "born": {"type": ["null", "integer"]}, "share": {"type": "number"},
+        "alive": {"type": "boolean"}, "genre": {"enum": ["pop", "rock"]}, "albums": {"type": "array", "items": {
+            "type": "object", "properties": {"title": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}},
+        "none": {"type": "null"},
+    },
+}
+MADE_UP = {
+    "bio": "Björk: made-up text for bio; no model was asked.", "born": 1, "share": 0.5, "alive": True, "genre": "pop",
+    "albums": [{"title": "Björk: made-up text for title; no model was asked."}], "none": None,
+}
+
+
+def test_a_schema_is_answered_with_values_of_its_types(api: FaultyAPI) -> None:
+    form = {"name": "bio", "strict": True, "schema": SCHEMA}
+    body = {"model": "m", "input": "x", "metadata": {"artist_name": "Björk"}}
+    answer = ask(api, "POST", "/responses", body | {"text": {"format": {"type": "json_schema", **form}}})[1]
+    assert json.loads(answer["output"][1]["content"][0]["text"]) == MADE_UP
+    body = {"model": "m", "messages": [{"role": "user", "content": "Björk"}]}
+    answer = ask(api, "POST", "/chat/completions",
+                 body | {"response_format": {"type": "json_schema", "json_schema": form}})[1]
+    assert json.loads(answer["choices"][0]["message"]["content"]) == MADE_UP
+    answer = ask(api, "POST", "/chat/completions", body | {"response_format": {"type": "text"}})[1]
+    assert answer["choices"][0]["message"]["content"].startswith("Björk: a made-up bio")
+
+
 # ---- the program ----
 
 
