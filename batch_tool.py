@@ -3999,9 +3999,10 @@ class Run:
                 self._api.download(file_id, size, spool, name)
             except (NotFound, WrongSize, UnusableId) as failure:
                 problem = "is no longer on the server" if isinstance(failure, NotFound) else f"cannot be had: {failure}"
-                self._console.warn(f"the {kind} file of batch {batch.id} {problem}")
                 if kind == "results":
                     reasons.append(f"the output file of batch {batch.id} {problem}")
+                else:
+                    self._console.warn(f"the error file of batch {batch.id} {problem}")
                 continue
             lines = self._results.read_batch(spool, name, start, watched.sent_digests, is_earlier=watched.is_earlier)
             outcomes |= lines.outcomes
@@ -4013,6 +4014,8 @@ class Run:
                 has = "has a custom_id" if unknown == 1 else "have custom_ids"
                 reasons.append(f"{plural(unknown, 'result')} of batch {batch.id} {has} that its "
                                "input file does not have")
+        for reason in reasons:
+            self._console.warn(reason)
         if reasons:
             self._withhold(watched, "; ".join(reasons), outcomes)
         if batch.status != "completed" and batch.counts.completed and not batch.output_file_id:
