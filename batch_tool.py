@@ -823,7 +823,7 @@ def ends_with_an_object(file: BinaryIO, start: int) -> bool:
         end = len(content)
         while end > start and content[end - 1 : end].isspace():
             end -= 1
-        line = content[max(start, content.rfind(b"\n", start, end) + 1) : end]
+        line = content[max(start, content.rfind(b"\n", start, end) + 1) : end].removeprefix(codecs.BOM_UTF8)
     with contextlib.suppress(ValueError):
         read_object(line)
         return True
@@ -3941,7 +3941,7 @@ class Run:
         if part:
             positions = positions_of(part)
             queued = QueuedPart(self._requests, part, positions)
-        elif (digests := self._input_digests(batch)) is not None:
+        elif (digests := self._input_digests(batch, is_of_file=is_of_file)) is not None:
             positions = self._same_requests(digests)
         elif not is_of_file:
             self._console.warn(f"batch {batch.id} was made from an earlier version of {self._requests.name}, but its "
@@ -3961,16 +3961,25 @@ class Run:
             self.active[batch.id] = watched
         return True
 
-    def _input_digests(self, batch: Batch) -> dict[str, bytes] | None:
-        """The digests of a batch's requests by custom_id, from its input file. None if that is gone or unusable."""
+    def _input_digests(self, batch: Batch, *, is_of_file: bool) -> dict[str, bytes] | None:
+        """The digests of a batch's requests by custom_id, from its input file. None if that is gone or not as it was sent.
+
+        In a batch of this request file, a custom_id alone tells the request, also where a gateway has rewritten the
+        file.
+        """
+        index, file_id = self._results.requests, self._submitter.input_file_of(batch)
         digests: dict[str, bytes] = {}
-        file_id = self._submitter.input_file_of(batch)
         try:
             with temporary_file() as copy:
                 name = f"the input file of {batch.id}"
                 self._api.download(file_id, self._api.size_of(file_id), copy, name)
-                for line in Input.of(copy, name).lines():
-                    digests[str_field(read_object(line), "custom_id")] = digest_of(line)
+                sent = Input.of(copy, name)
+                if not is_of_file and sent.sha256() != batch.metadata.get("input_sha256", sent.sha256()):
+                    return None
+                for line in sent.lines():
+                    custom_id = str_field(read_object(line), "custom_id")
+                    position = index.position_of.get(custom_id) if is_of_file else None
+                    digests[custom_id] = digest_of(line) if position is None else index.digest(position)
         except (Refused, UnusableId, ValueError) as failure:  # ValueError: a line that is not a request
             if isinstance(failure, ApiError) and failure.status in (401, 429):
                 raise

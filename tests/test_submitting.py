@@ -798,8 +798,8 @@ def test_create_of_other_parts_names_the_batches_and_the_ways_on(
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         rf"batch_tool.py: error: these batches already have requests of this file: ({first}|{second}) \(completed\), "
-        rf"({first}|{second}) \(completed\); nothing more was submitted; use run, which takes what they finish and sends "
-        "only the rest", error
+        rf"({first}|{second}) \(completed\); nothing more was submitted; use run, which takes what they finish and "
+        "sends only the rest", error
     )
     assert posts(api) == 2
 
