@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -165,6 +166,17 @@ def custom_ids(lines: bytes) -> list[str]:
 def sent(api: FaultyAPI) -> list[list[str]]:
     """The custom_ids of every batch, in the order of their creation."""
     return [custom_ids(batch.input_file.path.read_bytes()) for batch in api.batches.values()]
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process can grow further than this, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_script(script: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:

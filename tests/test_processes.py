@@ -514,14 +514,15 @@ def test_a_signal_during_a_download_leaves_the_old_file(api: FaultyAPI) -> None:
     assert (Path("results_batch_1.jsonl").read_text(), leftovers()) == ("old", [])
 
 
-def test_a_create_whose_reader_is_gone_is_run_again(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
-    requests_file()
+def test_a_create_whose_reader_is_gone_is_run_again(
+    api: FaultyAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
-    done = run_script("batch_tool.py", "create", "--in", "requests.jsonl", capture_output=False, stdout=theirs,
-               stderr=subprocess.PIPE)
-    os.close(theirs)
-    assert (done.returncode, done.stderr) == (1, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(theirs, "w"))
+        assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr().err == ""
     assert tool("create", "--in", "requests.jsonl") == 0
     assert capsys.readouterr().out == ids(only_batch(api))
 

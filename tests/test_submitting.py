@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import time
 import time as real_time
@@ -22,7 +21,6 @@ from builders import (
     LATE,
     MODEL,
     REQUESTS,
-    ROOT,
     Capture,
     Environment,
     FakeTime,
@@ -46,7 +44,6 @@ from builders import (
     nothing,
     numbered,
     only_batch,
-    popen,
     posts,
     release,
     replace,
@@ -85,7 +82,8 @@ def test_a_valid_file_is_counted(tool: Tool, capsys: Capture) -> None:
 
 def test_the_number_of_batches_is_shown(tool: Tool, capsys: Capture) -> None:
     path = Path("many.jsonl")
-    path.write_bytes(b"".join(jsonl(request(str(number))) for number in range(50_001)))
+    line = jsonl(request("ID"))
+    path.write_bytes(b"".join(line.replace(b"ID", b"%d" % number) for number in range(50_001)))
     assert tool("validate", "--in", path) == 0
     assert capsys.readouterr().out == f"OK: 50001 requests, {path.stat().st_size} bytes, 2 batches\n"
 
@@ -273,12 +271,12 @@ def test_a_completion_window_that_the_api_refuses_is_an_error_and_the_file_is_de
     assert (api.files, api.batches) == ({}, {})
 
 
-def test_a_file_whose_id_cannot_be_printed_is_deleted(api: FaultyAPI, work: Path) -> None:
-    requests_file()
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, str(ROOT / "batch_tool.py"), "create", "--in", "requests.jsonl"],
-                              stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (1, error("cannot write stdout: No space left on device"))
+def test_a_file_whose_id_cannot_be_printed_is_deleted(
+    api: FaultyAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr().err == error("cannot write stdout: No space left on device")
     assert (asked(api, "POST", "/files"), asked(api, "DELETE", "/files/"), api.files) == (1, 1, {})
 
 
@@ -689,14 +687,6 @@ def test_the_note_names_the_file_before_the_post_and_the_batch_after_it(
     assert [json.loads(line) for line in note_path().read_bytes().splitlines() if line] == [before, before, after]
     assert stat.S_IMODE(note_path().stat().st_mode) == 0o600
     assert stat.S_IMODE(note_path().parent.stat().st_mode) == 0o700
-
-
-def test_two_creates_at_the_same_time_make_one_batch(api: FaultyAPI) -> None:
-    requests_file()
-    both = [popen("create", "--in", "requests.jsonl") for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in both]
-    assert ids(only_batch(api)) in outputs
-    assert {process.returncode for process in both} <= {0, 1}
 
 
 def test_another_service_has_a_note_of_its_own(api: FaultyAPI, tool: Tool, monkeypatch: Environment) -> None:

@@ -6,10 +6,7 @@ import itertools
 import json
 import os
 import re
-import resource
 import stat
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -38,6 +35,7 @@ from builders import (
     done_batch,
     error,
     exchanges_of,
+    file_size_limit,
     fresh_api,
     in_short,
     jsonl,
@@ -808,19 +806,16 @@ def test_an_error_is_logged_with_its_stack_on_one_line(api: FaultyAPI, tool: Too
 
 
 @pytest.mark.parametrize("limit", [400, 900, 1400, 2200])
-def test_an_answer_is_shown_although_the_log_cannot_grow(limit: int, api: FaultyAPI, work: Path) -> None:
+def test_an_answer_is_shown_although_the_log_cannot_grow(
+    limit: int, api: FaultyAPI, tool: Tool, capsys: Capture
+) -> None:
     """The disk is full after so many bytes of the log. What was paid for is shown, and nothing more is sent."""
     requests_file()
-
-    def fill_the_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run([sys.executable, str(ROOT / "batch_tool.py"), "preview", "--in", "requests.jsonl"],
-                          capture_output=True, text=True, preexec_fn=fill_the_disk)
-    assert done.returncode == 1
-    reason = r"error: cannot write the log logs/\S+: File too large; choose another with --log-file\n$"
-    assert re.search(reason, done.stderr)
-    assert done.stdout.count("a made-up bio") == len(api.answered)
+    with file_size_limit(limit):
+        assert tool("preview", "--in", "requests.jsonl", "--log-file", "log") == 1
+    out, err = capsys.readouterr()
+    assert err.endswith(error("cannot write the log log: File too large; choose another with --log-file"))
+    assert out.count("a made-up bio") == len(api.answered)
 
 
 @pytest.mark.parametrize(
