@@ -904,7 +904,7 @@ def test_a_signal_at_any_moment_leaves_a_whole_file_or_the_old_one() -> None:
     write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(20_000)))
     rng = random.Random(1)
     codes: Counter[int] = Counter()
-    for _ in range(12):
+    for _ in range(6):
         write("out.jsonl", "old")
         with subprocess.Popen([sys.executable, ROOT / SCRIPT, *FILES, *STORED], stderr=subprocess.DEVNULL) as process:
             time.sleep(rng.uniform(0.03, 0.2))

@@ -120,7 +120,7 @@ def written_as_csv(value: str, rng: random.Random) -> str:
 
 
 def test_random_well_formed_files_are_read_as_csv_reads_them() -> None:
-    for seed in range(100):
+    for seed in range(40):
         rng = random.Random(seed)
         names = [*gen.COLUMNS, *"xyz"[: rng.randrange(4)]]
         rng.shuffle(names)
@@ -358,7 +358,7 @@ def test_a_quote_never_closed_is_noticed_at_the_longest_field(capsys: pytest.Cap
 def test_a_stray_quote_costs_only_its_own_row() -> None:
     """One fault at a random place of a file whose quoted fields begin with a letter, as names and prose do."""
     words = ["plain", '"quoted"', '"with, comma"', '"say ""so"" twice"', '"two\nlines"', '"three\n\n, lines"']
-    for seed in range(120):
+    for seed in range(60):
         rng = random.Random(seed)
         rows = [f"{number},{rng.choice(words)},{rng.choice(words)}\n" for number in range(12)]
         expected = [tuple(row) for row in csv.reader(io.StringIO("".join(rows), newline=""))]
@@ -461,7 +461,7 @@ def convert_in_blocks(content: str, block_bytes: int, limit: int = sys.maxsize) 
 @pytest.mark.parametrize("delimiter", gen.DELIMITERS)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_blocks_of_any_size_are_read_as_csv_reads_them(delimiter: str, newline: str) -> None:
-    for seed in range(20):
+    for seed in range(7):
         rng = random.Random(f"{seed}{delimiter}{newline}")
         rows = [[f"{n}", random_value(rng) + "n", random_value(rng)] for n in range(rng.randrange(1, 25))]
         lines = [[*gen.COLUMNS], *rows]
@@ -588,7 +588,7 @@ def outcome_of(content: bytes, most: int, block_bytes: int) -> tuple[Any, ...]:
 def test_random_bytes_give_the_same_however_they_arrive() -> None:
     odd = ['""', "\n", "\n", "\r\n", "\r", "\t", "é", "\xa0", "\u2028", "\\", "\x01", HEADER, "x,y,z\n"]
     facts = ["x", "", "y z", '"q, r"']
-    for seed in range(250):
+    for seed in range(80):
         rng = random.Random(seed)
         sound = "".join(f"a{number},B,{rng.choice(facts)}\n" for number in range(seed % 9))
         noise = "".join(rng.choices([*'ab1,,,,"" ;|', *odd], k=rng.randrange(1, 100)))
@@ -676,7 +676,7 @@ def test_stray_quotes_cost_work_in_proportion(row: str) -> None:
             sys.setprofile(None)
         return calls
 
-    assert count_calls(1200) < 5 * count_calls(300)
+    assert count_calls(600) < 5 * count_calls(150)
 
 
 def test_a_row_with_very_many_fields_costs_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -776,7 +776,7 @@ def test_many_swallowed_rows_are_summed_up(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_row_of_random_garbage_is_accounted_for(capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in range(120):
+    for seed in range(50):
         rng = random.Random(seed)
         body = random_garbage(rng, 3)
         code = convert(HEADER + body)
