@@ -19,8 +19,8 @@
 set -euo pipefail
 say() { echo "pipeline.sh: $1" >&2; }
 fail() { say "error: $1"; exit "${2:-1}"; }
-samples=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-project=$(dirname "$samples")
+samples=$(dirname "${BASH_SOURCE[0]}")
+project=$(CDPATH='' cd "$samples/.." && pwd)
 usage=$(sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}")
 [[ $# -gt 0 ]] || { echo "$usage" >&2; exit 2; }
 
