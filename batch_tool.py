@@ -2265,6 +2265,8 @@ class Results:
             return
         if known and known.outcome == SUCCEEDED and (line.outcome != SUCCEEDED or (yields and known.file != line.file)):
             return
+        if known and yields and known.outcome == REJECTED and known.read().startswith(line.read()[:-1].rstrip()):
+            return  # the same answer
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
             self.input_tokens += tokens[0] or 0
             self.output_tokens += tokens[1] or 0
@@ -3799,8 +3801,10 @@ class Run:
             return False
         if self._requests.is_changed():
             self._stop(f"{self._requests.name} was changed, so nothing more is sent; start run again")
-        elif is_too_many(self._args, len(pending), self._console):
-            self.is_stopped = True
+        elif problem := too_many(self._args, len(pending)):
+            if not self.active and not any(spool.seek(0, os.SEEK_END) for spool in self._spools):
+                raise CommandError(problem)  # there is nothing to write
+            self._stop(problem)
         elif attempt == 1:
             confirm(self._args, self._requests, self._results, pending, self._console)
         else:
@@ -3950,19 +3954,21 @@ class Run:
         needed = self._pending() if positions is None else self._pending().intersection(positions)
         if not needed:
             return False
-        origin = "" if is_of_file else f", made from an earlier version of {self._requests.name},"
-        have = "some" if positions is None else f"{len(needed):,}"
-        self._console.message(f"batch {batch.id} ({batch.status}){origin} already has {have} of the requests")
+        is_done = batch.has_ended and not lacks_output(self._api, batch)
+        if not (is_done and needed <= self._again):  # else its answers may be those that are known already
+            origin = "" if is_of_file else f", made from an earlier version of {self._requests.name},"
+            have = "some" if positions is None else f"{len(needed):,}"
+            self._console.message(f"batch {batch.id} ({batch.status}){origin} already has {have} of the requests")
         self._poller.latest[batch.id] = batch
         watched = ActiveBatch(batch, positions, True, queued=queued, sent_digests=digests)
-        if batch.has_ended and not lacks_output(self._api, batch):
+        if is_done:
             self._download_results(batch, watched)
         else:
             self.active[batch.id] = watched
         return True
 
     def _input_digests(self, batch: Batch, *, is_of_file: bool) -> dict[str, bytes] | None:
-        """The digests of a batch's requests by custom_id, from its input file. None if that is gone or not as it was sent.
+        """The digests of a batch's requests by custom_id, from its input file. None if that is gone or rewritten.
 
         In a batch of this request file, a custom_id alone tells the request, also where a gateway has rewritten the
         file.
@@ -4030,7 +4036,10 @@ class Run:
         if batch.status != "completed" and batch.counts.completed and not batch.output_file_id:
             self._console.warn(f"batch {batch.id} ({batch.status}) counts {batch.counts.completed} completed requests, "
                                "but names no output file; they are sent, and perhaps paid for, again")
-        self._again -= {position for position, outcome in outcomes.items() if outcome in (SUCCEEDED, REJECTED)}
+        answered = {position for position, outcome in outcomes.items() if outcome in (SUCCEEDED, REJECTED)}
+        if watched.is_earlier:  # an answer that was known before is no reason not to send the request again
+            answered = {each for each in answered if (line := self._results.best[each]) and line.file == spool}
+        self._again -= answered
 
     def _withhold(self, watched: ActiveBatch, reason: str, outcomes: Container[int]) -> None:
         """Leave those requests of a batch out for which it has no line; all that are pending, if they are unknown."""
@@ -4079,12 +4088,11 @@ def what_to_send(
     return text
 
 
-def is_too_many(args: argparse.Namespace, number: int, console: Console) -> bool:
-    """Whether more would be sent than --max-new allows. Says so."""
+def too_many(args: argparse.Namespace, number: int) -> str:
+    """The error if more would be sent than --max-new allows. Empty if not."""
     if args.max_new is None or number <= args.max_new:
-        return False
-    console.error(f"{plural(number, 'request')} to send are more than --max-new {args.max_new:,}, so nothing was sent")
-    return True
+        return ""
+    return f"{plural(number, 'request')} to send, more than --max-new {args.max_new:,}, so nothing is sent"
 
 
 def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, sending: Container[int]) -> str:
@@ -4184,7 +4192,9 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             if sending:
                 takes = what_it_takes(args, requests, results, sending)
                 console.message(takes or "no answer says how many tokens it took; preview estimates")
-            return int(is_too_many(args, len(sending), console))
+            if problem := too_many(args, len(sending)):
+                raise CommandError(problem)
+            return 0
         run = None
         if sending:
             spools = stack.enter_context(temporary_file()), stack.enter_context(temporary_file())
@@ -4254,8 +4264,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                                "token limit is small"},
     "--force": {"action": "store_true", "help": "submit everything, even what was submitted before, and pay again"},
     "--json": {"action": "store_true", "help": "print each batch as one line of JSON, as the API gave it"},
-    "--batch-id": {"dest": "batch_ids", "nargs": "+", "required": True, "type": id_argument, "metavar": "ID",
-                   "help": "ids of batches, as create, run and list print them"},
+    "--batch-id": {"dest": "batch_ids", "action": "extend", "nargs": "+", "required": True, "type": id_argument,
+                   "metavar": "ID", "help": "ids of batches, as create, run and list print them"},
     "--auto-save": {"action": argparse.BooleanOptionalAction, "default": True,
                     "help": "save the results of a batch that has ended (default: yes)"},
     "--interval": {"type": positive_seconds, "default": 30.0, "metavar": "S",
@@ -4266,7 +4276,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--attempts": {"type": positive_int, "default": 3, "metavar": "N",
                    "help": "maximum number of rounds; each later one sends the retryable requests again "
                            "(default: %(default)s)"},
-    "--results": {"nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
+    "--results": {"action": "extend", "nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
                   "help": "results: output and error files, or files that run wrote"},
     "--include-rejected": {"action": "store_true",
                            "help": "also send requests again that the API would probably refuse again"},
@@ -4297,7 +4307,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                      "help": "CSV to write, - for stdout"},
     "run --out": {"dest": "output", "required": True, "type": output_path, "metavar": "JSONL",
                   "help": "results file to bring up to date, - for stdout"},
-    "run --results": {"nargs": "+", "default": [], "type": input_path, "metavar": "JSONL",
+    "run --results": {"action": "extend", "nargs": "+", "default": [], "type": input_path, "metavar": "JSONL",
                       "help": "more files with results that you already have"},
 }
 ONLINE = ("--log-file", "--verbose")
