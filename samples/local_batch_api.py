@@ -444,6 +444,8 @@ class BatchService:
             raise Refusal(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
         if form.get("purpose") != "batch":
             raise Refusal(400, "Invalid value for 'purpose': the local mock server takes 'batch'.", "purpose")
+        if not form["filename"].endswith(".jsonl"):
+            raise Refusal(400, "Invalid file format for Batch API. Must be .jsonl", "file")
         return json_answer(self.shown_file(self.store(request.upload, "batch", form["filename"])))
 
     def get_file(self, request: Request, file_id: str) -> Answer:

@@ -79,6 +79,16 @@ def test_an_upload_is_stored_byte_for_byte(api: FaultyAPI, last: bytes, file_fir
     assert api.read_file(file["id"]) == content
 
 
+@pytest.mark.parametrize("name", ["requests.txt", "stdin", "requests.jsonl.gz", "JSONL"])
+def test_an_upload_of_another_name_is_refused(api: FaultyAPI, name: str) -> None:
+    parts = [f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n\r\nx\r\n',
+             'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n']
+    body = "".join(f"--b0\r\n{part}" for part in parts) + "--b0--\r\n"
+    status, answer, _ = ask(api, "POST", "/files", body.encode(), {"content-type": "multipart/form-data; boundary=b0"})
+    message = "Invalid file format for Batch API. Must be .jsonl"
+    assert (status, answer["error"]["message"], api.files) == (400, message, {})
+
+
 def test_a_form_that_breaks_off_is_refused(api: FaultyAPI) -> None:
     body = b'--b0\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\nx'
     status, _, _ = ask(api, "POST", "/files", body, {"content-type": "multipart/form-data; boundary=b0"})
