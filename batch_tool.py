@@ -4322,7 +4322,7 @@ def build_parser() -> argparse.ArgumentParser:
     def add(command: Command, text: str, *flags: str) -> None:
         name = command.__name__.removeprefix("cmd_")
         subparser = commands.add_parser(name, help=text, description=text)
-        subparser.set_defaults(command=command, input=None, csv=None, results=(), batch_ids=())
+        subparser.set_defaults(command=command, input=None, csv=None, results=[], batch_ids=[])
         subparser.set_defaults(output=None, log_file=None)
         for flag in flags:
             subparser.add_argument(flag, **OPTIONS.get(f"{name} {flag}") or OPTIONS[flag])

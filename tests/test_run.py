@@ -498,7 +498,8 @@ def test_timeout_writes_nothing_and_the_next_run_goes_on(
     (batch_id,) = api.batches
     assert capsys.readouterr().err.splitlines()[-1] == (
         "batch_tool.py: error: --timeout passed; no output was written; the same command goes on where this one "
-        f"stopped; the batches go on at the server and will be charged; to stop them: batch_tool.py cancel --batch-id {batch_id}"
+        "stopped; the batches go on at the server and will be charged; to stop them: batch_tool.py cancel --batch-id "
+        + batch_id
     )
     api.hold = None
     assert run("--timeout", "25") == 0
