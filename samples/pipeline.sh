@@ -67,7 +67,7 @@ if [[ $model == gpt-6-luna ]]; then
     [[ -n $body || $endpoint != */responses ]] || { body=$samples/bio_body.json; convert+=(--body-file "$body"); }
 fi
 [[ -z $prices ]] || { run+=(--prices "$prices"); preview+=(--prices "$prices"); }
-[[ $ask == no ]] || run+=(--ask)
+if [[ $ask == yes ]]; then run+=(--ask); else exec < /dev/null; fi
 run+=(--interval "${interval:-30}")
 
 # ---- files: requests, results and the checksum of OUT stand beside OUT
@@ -88,7 +88,7 @@ has_packages() {
     "$1" -c 'import importlib.metadata as packages, sys
 sys.exit(sys.version_info < (3, 11) or not packages.version("openai").startswith("3."))' 2> /dev/null
 }
-python=${VIRTUAL_ENV:-}/bin/python
+python=${VIRTUAL_ENV:-$project/.venv}/bin/python
 has_packages "$python" || python=$project/.venv/bin/python
 if ! has_packages "$python"; then
     newest=''
@@ -125,7 +125,7 @@ if [[ $ask == yes && ! -s $results ]]; then
     say "first a few bios to read; the batch pays for them again"
     "$python" "$project/batch_tool.py" preview --in "$requests" "${preview[@]}" >&2
 fi
-# in the background, so that a signal to this script ends it at once; <&0 lets it read the answer from the terminal
+# run is in the background, so that a signal to this script ends it at once; <&0 lets it read the answer all the same
 before=$(ls -iL "$results" 2> /dev/null || true)
 status=0
 "$python" "$project/batch_tool.py" run --in "$requests" --out "$results" "${run[@]}" <&0 &

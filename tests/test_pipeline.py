@@ -177,6 +177,40 @@ def test_an_unknown_option_ends_it_with_the_error_of_the_converter(artists: Path
 # ---- the job
 
 
+def test_run_again_it_pays_for_the_changes_and_keeps_what_a_person_has_written(
+    api: FaultyAPI, artists: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request without a bio does not keep the others from being exported."""
+    api.outcomes["a2"] = "400"
+    first = pipeline(artists, "bios.csv", "--interval", "0.1")
+    assert first.returncode == 1, first.stderr
+    assert [row["artist_id"] for row in rows("bios.csv") if row["bio"]] == ["a1", "a3"]
+
+    api.outcomes["a2"] = "200"
+    with artists.open("a", encoding="utf-8") as file:
+        file.write("a4,Björk,Icelandic singer\n")
+    Path("bios.csv").write_text("all of it\nchecked by Eva\n")
+    second = pipeline(artists, "bios.csv", "--include-rejected", "--interval", "0.1")
+    assert second.returncode == 0, second.stderr
+    assert [row["artist_id"] for row in rows("bios.csv") if row["bio"]] == ["a1", "a2", "a3", "a4"]
+    (copy,) = artists.parent.glob("bios.edited-????????-??????.csv")
+    assert copy.read_text() == "all of it\nchecked by Eva\n"
+    told = f"pipeline.sh: bios.csv was edited, so it was copied to {copy.name} before it is written again\n"
+    assert told in second.stderr
+
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert pipeline(artists, "bios.csv").returncode == 0, "no key is needed where nothing is to be sent"
+    assert len(list(artists.parent.glob("bios.edited-*"))) == 1
+    assert api.executions == Counter(["a1", "a2", "a2", "a3", "a4"])
+
+
+def test_more_than_max_new_is_not_sent_and_nothing_is_exported(api: FaultyAPI, artists: Path) -> None:
+    result = pipeline(artists, "bios.csv", "--max-new=2")
+    assert result.returncode == 1
+    assert not api.batches
+    assert names(artists.parent) == {"artists.csv", "bios.requests.jsonl"}
+
+
 def test_without_a_key_nothing_is_exported(work: Path, artists: Path) -> None:
     result = pipeline(artists, "bios.csv")
     assert result.returncode == 1
@@ -185,8 +219,9 @@ def test_without_a_key_nothing_is_exported(work: Path, artists: Path) -> None:
 
 
 def test_on_this_machine_it_needs_nothing_and_keeps_its_files_apart(work: Path, artists: Path) -> None:
-    result = pipeline("--local", HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="")
-    assert result.returncode == 0, result.stderr
+    with_stdin_closed = ["bash", "-c", 'exec bash "$0" --local <&-', str(PIPELINE)]
+    changed = environment(HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="")
+    subprocess.run(with_stdin_closed, env=changed, check=True, timeout=60)
     assert all("made-up" in row["bio"] for row in rows("bios.csv"))
     local = {"bios.local.requests.jsonl", "bios.local.results.jsonl", "bios.csv", "bios.written"}
     assert names(work) == {"artists.csv", *local}
