@@ -25,7 +25,7 @@ usage=$(sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}")
 [[ $# -gt 0 ]] || { echo "$usage" >&2; exit 2; }
 
 # ---- options: the pipeline's own, and those that it hands on
-files=() convert=() run=() preview=(--requests 3) export=(--excel)
+files=() convert_with=() run_with=() preview_with=(--requests 3) export_with=(--excel)
 local_api=no ask=no interval='' prices='' body='' endpoint=/v1/responses model=${MODEL:-gpt-6-luna}
 [[ ! -t 0 || ! -t 2 ]] || ask=yes
 prompt=${PROMPT_ID:+"$PROMPT_ID (from PROMPT_ID)"}${PROMPT_FILE:+"$PROMPT_FILE (from PROMPT_FILE)"}
@@ -44,14 +44,14 @@ while [[ $# -gt 0 ]]; do
         --yes) ask=no ;;
         --prices) prices=$value ;;
         --interval) interval=$value ;;
-        --include-rejected | --max-new | --results) run+=("$both") ;;
+        --include-rejected | --max-new | --results) run_with+=("$both") ;;
         --model) model=$value ;;
-        --prompt-id | --prompt-file) prompt=$value convert+=("$both") ;;
-        --endpoint) endpoint=$value convert+=("$both") ;;
-        --body-file) body=$value convert+=("$both") ;;
-        --id-column | --name-column | --encoding | --skip-header) convert+=("$both") export+=("$both") ;;
+        --prompt-id | --prompt-file) prompt=$value convert_with+=("$both") ;;
+        --endpoint) endpoint=$value convert_with+=("$both") ;;
+        --body-file) body=$value convert_with+=("$both") ;;
+        --id-column | --name-column | --encoding | --skip-header) convert_with+=("$both") export_with+=("$both") ;;
         --in | --out) fail "CSV and OUT are named without $option; see --help" 2 ;;
-        *) convert+=("$both") ;;
+        *) convert_with+=("$both") ;;
     esac
 done
 if [[ $local_api == yes ]]; then
@@ -61,14 +61,15 @@ if [[ $local_api == yes ]]; then
 fi
 [[ ${#files[@]} -eq 2 ]] || fail "name one CSV and one OUT; see --help" 2
 csv=${files[0]} out=${files[1]}
-[[ -n $prompt ]] || { prompt=$samples/bio_prompt.md; convert+=(--prompt-file "$prompt"); }
+convert_with+=(--model "$model")
+[[ -n $prompt ]] || { prompt=$samples/bio_prompt.md; convert_with+=(--prompt-file "$prompt"); }
 if [[ $model == gpt-6-luna ]]; then
     prices=${prices:-0.05,0.25}
-    [[ -n $body || $endpoint != */responses ]] || { body=$samples/bio_body.json; convert+=(--body-file "$body"); }
+    [[ -n $body || $endpoint != */responses ]] || { body=$samples/bio_body.json; convert_with+=(--body-file "$body"); }
 fi
-[[ -z $prices ]] || { run+=(--prices "$prices"); preview+=(--prices "$prices"); }
-if [[ $ask == yes ]]; then run+=(--ask); else exec < /dev/null; fi
-run+=(--interval "${interval:-30}")
+[[ -z $prices ]] || { run_with+=(--prices "$prices"); preview_with+=(--prices "$prices"); }
+if [[ $ask == yes ]]; then run_with+=(--ask); else exec < /dev/null; fi
+run_with+=(--interval "${interval:-30}")
 
 # ---- files: requests, results and the checksum of OUT stand beside OUT
 [[ ! -e $csv || -f $csv ]] || fail "CSV must be a file, as it is read twice: $csv" 2
@@ -76,11 +77,10 @@ run+=(--interval "${interval:-30}")
 [[ ! $csv -ef $out ]] || fail "$csv is both CSV and OUT; choose another OUT" 2
 stem=${out%.*}
 [[ ! -e $out || -e $stem.written ]] || fail "$out was not written by this script; choose another OUT" 2
+[[ $local_api == no || ! -e $stem.results.jsonl ]] ||
+    fail "$out has bios that were paid for; choose another OUT for --local" 2
 kept=$stem
-if [[ $local_api == yes ]]; then
-    [[ ! -e $stem.results.jsonl ]] || fail "$out has bios that were paid for; choose another OUT for --local" 2
-    kept=$stem.local
-fi
+[[ $local_api == no ]] || kept=$stem.local
 requests=$kept.requests.jsonl results=$kept.results.jsonl
 
 # ---- Python: the active virtual environment if it has the packages, else .venv
@@ -119,16 +119,16 @@ fi
 
 # ---- the chain
 say "prompt: $prompt; model: $model; body: ${body:-none}; prices: ${prices:-none}"
-"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" --model "$model" ${convert[@]+"${convert[@]}"}
+"$python" "$project/gen_batch_jsonl.py" --in "$csv" --out "$requests" "${convert_with[@]}"
 "$python" "$project/batch_tool.py" validate --in "$requests"
 if [[ $ask == yes && ! -s $results ]]; then
     say "first a few bios to read; the batch pays for them again"
-    "$python" "$project/batch_tool.py" preview --in "$requests" "${preview[@]}" >&2
+    "$python" "$project/batch_tool.py" preview --in "$requests" "${preview_with[@]}" >&2
 fi
 # run is in the background, so that a signal to this script ends it at once; <&0 lets it read the answer all the same
 before=$(ls -iL "$results" 2> /dev/null || true)
 status=0
-"$python" "$project/batch_tool.py" run --in "$requests" --out "$results" "${run[@]}" <&0 &
+"$python" "$project/batch_tool.py" run --in "$requests" --out "$results" "${run_with[@]}" <&0 &
 wait "$!" || status=$?
 # 1 with new results means that some artists have no bio: the others are worth having
 [[ $status -eq 0 || ( $status -eq 1 && $(ls -iL "$results" 2> /dev/null) != "$before" ) ]] || exit "$status"
@@ -139,6 +139,7 @@ if [[ -s $out && $(cksum < "$out") != $(cat "$stem.written" 2> /dev/null) ]]; th
     : > "$out"
 fi
 : >> "$stem.written"
-"$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --csv "$csv" --out "$out" "${export[@]}"
+"$python" "$project/batch_tool.py" export --in "$requests" --results "$results" --csv "$csv" \
+    --out "$out" "${export_with[@]}"
 cksum < "$out" > "$stem.written"
 exit "$status"
