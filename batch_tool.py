@@ -1882,6 +1882,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
 # ---- results lines
 
 SUCCEEDED, REJECTED, RETRYABLE, MISSING, OUTDATED = "succeeded", "rejected", "retryable", "missing", "outdated"
+PHASE_RANKS = {"final_answer": 3, "": 2, "commentary": 0}  # of the messages of a Response; others have 1
 UNREADABLE = "unreadable"  # code of a results line that is no JSON or no UTF-8
 TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
 
@@ -1897,6 +1898,8 @@ class Outcome(NamedTuple):
     message: str = ""
     text: str = ""
     values: Json | None = None
+    input_tokens: int | None = None  # None if the response does not say
+    output_tokens: int | None = None
 
     def error(self) -> str:
         return ": ".join(filter(None, (self.code, self.message)))
@@ -1936,41 +1939,38 @@ def body_of(result: Json) -> Any:
     return body
 
 
-class Answer(NamedTuple):
-    """What a Response or a chat completion says. `problem` is the code if it says nothing that could be a bio."""
-
-    text: str = ""
-    refusal: str = ""
-    problem: str = ""
-
-
-def joined(parts: Any, kind: str, key: str = "text") -> str:
-    """The texts of the parts of one type."""
-    return "".join(str(part.get(key) or "") for part in objects(parts) if part.get("type") == kind)
+def text_and_refusal(parts: Any, kind: str) -> tuple[str, str]:
+    """The texts in the parts of a message that are of this type, joined, and its refusal."""
+    text = refusal = ""
+    for part in objects(parts):
+        if part.get("type") == kind:
+            text += str(part.get("text") or "")
+        elif part.get("type") == "refusal":
+            refusal += str(part.get("refusal") or "")
+    return text, refusal
 
 
-def response_answer(output: Any) -> Answer:
-    """The last message of a Response that says anything. Those before it are drafts; commentary is never the answer."""
-    messages: dict[str, list[Json]] = {"final_answer": [], "": [], "unknown": [], "commentary": []}  # by phase
-    for item in objects(output):
-        if item.get("type") == "message":
-            phase = str(item.get("phase") or "")
-            messages[phase if phase in messages else "unknown"].append(item)
-    candidates = messages["final_answer"] or messages[""] or messages["unknown"]
-    for item in reversed(candidates):
-        parts = item.get("content")
-        answer = Answer(joined(parts, "output_text"), joined(parts, "refusal", "refusal"))
-        if answer.refusal or answer.text.strip():
-            return answer
-    return Answer(problem="commentary" if messages["commentary"] and not candidates else "no_text")
+def response_words(output: Any) -> tuple[str, str, str]:
+    """The text and the refusal of a Response, and the code that says why there is neither.
+
+    They are those of the last message that has one: those before it are drafts. Commentary is no answer.
+    """
+    messages = [(PHASE_RANKS.get(str(item.get("phase") or ""), 1), item.get("content"))
+                for item in objects(output) if item.get("type") == "message"]
+    best = max([rank for rank, _ in messages], default=1)
+    for rank, parts in reversed(messages):
+        text, refusal = text_and_refusal(parts, "output_text")
+        if rank == best > 0 and (refusal or text.strip()):
+            return text, refusal, ""
+    return "", "", "no_text" if best else "commentary"
 
 
-def chat_answer(choice: Json) -> Answer:
-    """The message of a chat completion. Its content is a string, or parts, of which those that think are left out."""
+def chat_words(choice: Json) -> tuple[str, str, str]:
+    """The same of a chat completion. Its content is a string, or parts, of which those that think are left out."""
     message = child_object(choice, "message")
     content = message.get("content")
-    refusal = str(message.get("refusal") or "") or joined(content, "refusal", "refusal")
-    return Answer(content if isinstance(content, str) else joined(content, "text"), refusal)
+    text, refusal = text_and_refusal(content, "text")
+    return content if isinstance(content, str) else text, str(message.get("refusal") or refusal), "no_text"
 
 
 def without_thinking(text: str) -> str:
@@ -2005,32 +2005,35 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     """
     if not isinstance(body, dict):
         return Outcome(REJECTED, "not_understood", error_fields(top_error)[1] or f"body is {quoted(body)}")
-    choice = next(iter(objects(body.get("choices"))), {})
-    answer = response_answer(body["output"]) if "output" in body else chat_answer(choice)
-    text = without_thinking(answer.text)
-    status = str(body.get("status") or "completed").lower()
-    error = next(filter(says_something, (body.get("error"), top_error)), None)
-    code, message = error_fields(error)
-    if status in ("failed", "cancelled"):
-        return Outcome(RETRYABLE, code or status, message, text)
-    if status == "incomplete":
-        reason = str(child_object(body, "incomplete_details").get("reason") or "")
-        return Outcome(REJECTED, "incomplete", reason, text)
-    if error is not None:
-        return Outcome(REJECTED, code or "error", message, text)
-    if status != "completed":
-        return Outcome(REJECTED, "not_understood", f"status is {quoted(body['status'])}", text)
-    finish_reason = str(choice.get("finish_reason")).lower()
-    if finish_reason in ("length", "max_tokens", "content_filter"):
-        return Outcome(REJECTED, "incomplete", finish_reason, text)
-    if answer.refusal:
-        return Outcome(REJECTED, "refusal", answer.refusal, text)
-    if not text.strip():
-        return Outcome(REJECTED, answer.problem or "no_text")
+    choice = {} if "output" in body else next(iter(objects(body.get("choices"))), {})
+    text, refusal, nothing = response_words(body["output"]) if "output" in body else chat_words(choice)
+    text = without_thinking(text)
     values = json_answer(text) if fields else None
+    tokens = token_usage(body)
+
+    def outcome(kind: str, code: str = "", message: str = "") -> Outcome:
+        return Outcome(kind, code, message, text, values, *tokens)
+
+    status = str(body.get("status") or "completed").lower()
+    errors = [error for error in (body.get("error"), top_error) if error and says_something(error)]
+    code, message = error_fields(errors[0]) if errors else ("", "")
+    if status in ("failed", "cancelled"):
+        return outcome(RETRYABLE, code or status, message)
+    if status == "incomplete":
+        return outcome(REJECTED, "incomplete", str(child_object(body, "incomplete_details").get("reason") or ""))
+    if (finish_reason := str(choice.get("finish_reason")).lower()) in ("length", "max_tokens", "content_filter"):
+        return outcome(REJECTED, "incomplete", finish_reason)
+    if errors:
+        return outcome(REJECTED, code or "error", message)
+    if status != "completed":
+        return outcome(REJECTED, "not_understood", f"status is {quoted(body['status'])}")
+    if refusal:
+        return outcome(REJECTED, "refusal", refusal)
+    if not text.strip():
+        return outcome(REJECTED, nothing or "no_text")
     if fields and values is None:
-        return Outcome(REJECTED, "invalid_json", text=text)
-    return Outcome(SUCCEEDED, text=text, values=values)
+        return outcome(REJECTED, "invalid_json")
+    return outcome(SUCCEEDED)
 
 
 def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
@@ -2110,7 +2113,7 @@ class Match(NamedTuple):
 
     position: int | None
     is_current: bool
-    outcome: str
+    outcome: Outcome
     other: OtherLine | None
 
 
@@ -2178,7 +2181,7 @@ class Results:
             if match.position is None and not str_field(result, "request_sha256"):
                 problems.append(f"line {number}: custom_id {quoted(result['custom_id'])} is not in the request file")
             else:
-                self.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
+                self.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
         if problems and not found:
             raise CommandError(f"{name} has no results line ({seems}); name a file that run, status, wait or retrieve "
                                "wrote")
@@ -2195,7 +2198,7 @@ class Results:
                 raise CommandError(f"{name} holds something other than results (line {number}: {error}), so it was "
                                    "left as it is; choose another --out") from None
             self.keep(match)
-            self.gone += match.position is None and match.outcome == SUCCEEDED
+            self.gone += match.position is None and match.outcome.kind == SUCCEEDED
 
     def read_batch(
         self, file: BinaryIO, name: str, start: int, sent_digests: Mapping[str, bytes] | None, *, is_earlier: bool
@@ -2217,12 +2220,11 @@ class Results:
             except ValueError:
                 unreadable += 1
                 continue
-            tokens = token_usage(body_of(result))
-            input_tokens += tokens[0] or 0
-            output_tokens += tokens[1] or 0
+            input_tokens += match.outcome.input_tokens or 0
+            output_tokens += match.outcome.output_tokens or 0
             self.keep(match)
             if match.position is not None and match.is_current:
-                outcomes[match.position] = match.outcome
+                outcomes[match.position] = match.outcome.kind
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
         return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
@@ -2243,23 +2245,21 @@ class Results:
         line = ResultsLine(outcome.kind, sys.intern(outcome.key[:80]), *place)
         position = self.requests.position_of.get(custom_id)
         if position is not None and (not sha256 or sha256 == self.requests.digest(position).hex()):
-            self._add_current(position, line, token_usage(body_of(result)), yields=yields)
-            return Match(position, True, outcome.kind, None)
+            self._add_current(position, line, outcome, yields=yields)
+            return Match(position, True, outcome, None)
         if position is not None and self.best[position] is None:
             self.best[position] = line._replace(outcome=OUTDATED, code="")
         if outcome.kind not in (SUCCEEDED, REJECTED):
-            return Match(position, False, outcome.kind, None)
-        return Match(position, False, outcome.kind, OtherLine(line, sha256))
+            return Match(position, False, outcome, None)
+        return Match(position, False, outcome, OtherLine(line, sha256))
 
     def keep(self, match: Match) -> None:
         """Keep an answer to another request for the output."""
         if match.other:
             self.others.append(match.other)
-            self.of_other_requests += match.outcome == SUCCEEDED
+            self.of_other_requests += match.outcome.kind == SUCCEEDED
 
-    def _add_current(
-        self, position: int, line: ResultsLine, tokens: tuple[int | None, int | None], *, yields: bool
-    ) -> None:
+    def _add_current(self, position: int, line: ResultsLine, outcome: Outcome, *, yields: bool) -> None:
         known = self.best[position]
         if line.outcome == MISSING:
             return
@@ -2268,8 +2268,8 @@ class Results:
         if known and yields and known.outcome == REJECTED and known.read().startswith(line.read()[:-1].rstrip()):
             return  # the same answer
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
-            self.input_tokens += tokens[0] or 0
-            self.output_tokens += tokens[1] or 0
+            self.input_tokens += outcome.input_tokens or 0
+            self.output_tokens += outcome.output_tokens or 0
         self.best[position] = line
 
     def outcome_at(self, position: int) -> str:
@@ -2386,18 +2386,16 @@ def answer_texts(outcome: Outcome, fields: Iterable[str]) -> list[str]:
     return [outcome.text] if outcome.values is None else [as_text(outcome.values.get(name)) for name in fields]
 
 
-def bio_cells(
-    line: ResultsLine | None, fields: Collection[str], result: Json | None = None, error: str = MISSING
-) -> list[str]:
-    """The cells of a request, from the bio on. `result` is the results line decoded, if the caller has it.
-
-    Where there is no line, all are empty but `error`. The answer is left out where there is an error.
-    """
+def outcome_of(line: ResultsLine | None, fields: Collection[str]) -> Outcome:
+    """The outcome of a request, by its best results line."""
     if line is None or line.outcome == OUTDATED:
-        return [*[""] * max(1, len(fields)), OUTDATED if line else error, "", ""]
-    result = result or results_object(line.read())
-    outcome = classify(result, fields)
-    tokens = ["" if count is None else str(count) for count in token_usage(body_of(result))]
+        return Outcome(OUTDATED, OUTDATED) if line else Outcome(MISSING, MISSING)
+    return classify(results_object(line.read()), fields)
+
+
+def bio_cells(outcome: Outcome, fields: Collection[str]) -> list[str]:
+    """The cells of a request, from the bio on. The bio is left out where there is an error."""
+    tokens = ["" if count is None else str(count) for count in (outcome.input_tokens, outcome.output_tokens)]
     if outcome.kind != SUCCEEDED:
         return [*[""] * max(1, len(fields)), outcome.error(), *tokens]
     return [*answer_texts(outcome, fields), "", *tokens]
@@ -3456,14 +3454,15 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
                 raise NotInOrder
             results.best.append(None)
             match = results.add(result, (lines.file, offset, len(line)))
-            results.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
-            yield request["custom_id"], artist_name(request), *bio_cells(results.best[-1], fields, result)
+            results.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
+            outcome = match.outcome if match.is_current and results.best[-1] else outcome_of(results.best[-1], fields)
+            yield request["custom_id"], artist_name(request), *bio_cells(outcome, fields)
         for _, offset, line in answers:  # results of other requests, or better ones of these
             result = read_object(line)
             match = results.add(result, (lines.file, offset, len(line)))
             if match.position is None and not str_field(result, "request_sha256"):
                 raise NotInOrder
-            results.of_other_requests += match.other is not None and match.outcome == SUCCEEDED
+            results.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
     except (StopIteration, ValueError):
         raise NotInOrder from None
     if not results.best or any(line and line.offset >= end for line in results.best):
@@ -3475,7 +3474,7 @@ def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
     yield bio_columns(fields)
     for line, best in zip(requests.lines(), results.best, strict=True):
         request = read_object(line)
-        yield request["custom_id"], artist_name(request), *bio_cells(best, fields)
+        yield request["custom_id"], artist_name(request), *bio_cells(outcome_of(best, fields), fields)
 
 
 def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
@@ -3547,19 +3546,19 @@ def spreadsheet_rows(
     rows = (row for _, row in records(spreadsheet, encoding, id_column))
     header = next(rows)
     id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
-    yield *header, *[""] * (width - len(header)), *bio_columns(results.requests.fields)[2:]
-    position_of = results.requests.position_of
+    position_of, fields = results.requests.position_of, results.requests.fields
+    yield *header, *[""] * (width - len(header)), *bio_columns(fields)[2:]
     exported: set[str] = set()
     unsent = 0
     for row in rows:
         artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
-        bio = bio_cells(None, results.requests.fields, error="no request")
+        outcome = Outcome(MISSING, "no request")
         if artist_id in position_of and artist_id not in exported:
             exported.add(artist_id)
-            bio = bio_cells(results.best[position_of[artist_id]], results.requests.fields)
+            outcome = outcome_of(results.best[position_of[artist_id]], fields)
         else:
             unsent += 1
-        yield *row[:width], *[""] * (width - len(row)), *bio
+        yield *row[:width], *[""] * (width - len(row)), *bio_cells(outcome, fields)
     if unsent:
         console.message(f"{spreadsheet.name}: {with_commas(unsent, 'row')} without a request")
     if left := len(position_of) - len(exported):
@@ -3592,7 +3591,7 @@ def report_bios(path: str, requests: Input, results: Results, console: Console) 
     without = results.positions(TO_SEND | {REJECTED})
     lines = ((position, line) for position, line in enumerate(requests.lines()) if position in without)
     for position, line in itertools.islice(lines, MAX_LISTED):
-        *_, error, _, _ = bio_cells(results.best[position], results.requests.fields)
+        error = outcome_of(results.best[position], results.requests.fields).error()
         console.message(f"no bio: {artist_label(read_object(line))}: {shorten(error)}")
     if len(without) > MAX_LISTED:
         console.message(f"… and {len(without) - MAX_LISTED:,} more")
