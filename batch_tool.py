@@ -1887,6 +1887,14 @@ UNREADABLE = "unreadable"  # code of a results line that is no JSON or no UTF-8
 TO_SEND = frozenset({RETRYABLE, MISSING, OUTDATED})
 
 
+class Tokens(NamedTuple):
+    """The tokens of a response, of which those for reasoning are output; each None if the response does not say."""
+
+    input: int | None = None
+    output: int | None = None
+    reasoning: int | None = None
+
+
 class Outcome(NamedTuple):
     """How a request ended, according to its results line, and why.
 
@@ -1898,8 +1906,7 @@ class Outcome(NamedTuple):
     message: str = ""
     text: str = ""
     values: Json | None = None
-    input_tokens: int | None = None  # None if the response does not say
-    output_tokens: int | None = None
+    tokens: Tokens = Tokens()
 
     def error(self) -> str:
         return ": ".join(filter(None, (self.code, self.message)))
@@ -1918,15 +1925,13 @@ def results_object(line: bytes) -> Json:
     try:
         return read_object(line)
     except ValueError as error:
-        reason = str(error)
         found = re.search(rb'"custom_id"\s*:\s*("([^"\\]|\\.)+")', line)
-    try:
-        custom_id = json.loads(found[1] if found else b"")
-    except ValueError:
-        raise ValueError(reason) from None
-    text = line.decode(errors="backslashreplace").rstrip()
-    problem = {"code": UNREADABLE, "message": reason, "line": text}
-    return {"id": None, "custom_id": custom_id, "response": None, "error": problem}
+        with contextlib.suppress(ValueError):  # the custom_id may be the part that cannot be read
+            custom_id = json.loads(found[1] if found else b"")
+            text = line.decode(errors="backslashreplace").rstrip()
+            problem = {"code": UNREADABLE, "message": str(error), "line": text}
+            return {"id": None, "custom_id": custom_id, "response": None, "error": problem}
+        raise
 
 
 def body_of(result: Json) -> Any:
@@ -1961,7 +1966,7 @@ def response_words(output: Any) -> tuple[str, str, str]:
     for rank, parts in reversed(messages):
         text, refusal = text_and_refusal(parts, "output_text")
         if rank == best > 0 and (refusal or text.strip()):
-            return text, refusal, ""
+            return text, refusal, "no_text"
     return "", "", "no_text" if best else "commentary"
 
 
@@ -1998,6 +2003,14 @@ def says_something(error: Any) -> bool:
     return any(map(says_something, error.values())) if isinstance(error, dict) else bool(error)
 
 
+def token_usage(body: Json) -> Tokens:
+    usage = child_object(body, "usage")
+    details = child_object(usage, "output_tokens_details") or child_object(usage, "completion_tokens_details")
+    counts = (usage.get("input_tokens", usage.get("prompt_tokens")),
+              usage.get("output_tokens", usage.get("completion_tokens")), details.get("reasoning_tokens"))
+    return Tokens(*[count if type(count) is int and 0 <= count < 10**15 else None for count in counts])
+
+
 def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     """The outcome of a response that the service counts as answered, and charges for.
 
@@ -2012,7 +2025,7 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     tokens = token_usage(body)
 
     def outcome(kind: str, code: str = "", message: str = "") -> Outcome:
-        return Outcome(kind, code, message, text, values, *tokens)
+        return Outcome(kind, code, message, text, values, tokens)
 
     status = str(body.get("status") or "completed").lower()
     errors = [error for error in (body.get("error"), top_error) if error and says_something(error)]
@@ -2030,7 +2043,7 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     if refusal:
         return outcome(REJECTED, "refusal", refusal)
     if not text.strip():
-        return outcome(REJECTED, nothing or "no_text")
+        return outcome(REJECTED, nothing)
     if fields and values is None:
         return outcome(REJECTED, "invalid_json")
     return outcome(SUCCEEDED)
@@ -2050,29 +2063,14 @@ def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
     status = response.get("status_code")
     if status is None and isinstance(body, dict) and ("output" in body or "choices" in body):
         status = 200
-    try:
-        number = int(float(status or 0))  # it may stand in quotes
-    except (TypeError, ValueError, OverflowError):
-        number = 0
+    digits = re.fullmatch(r"\s*([0-9]{3})(\.0)?\s*", str(status))  # it may stand in quotes
+    number = int(digits[1]) if digits else 0
     if 200 <= number < 300:
         return classify_2xx(body, top_error, fields)
     errors = (body.get("error"), body, top_error) if isinstance(body, dict) else (body, top_error)
     code, message = next(filter(any, map(error_fields, errors)), ("", ""))
     kind = REJECTED if 400 <= number < 500 and number not in (408, 409, 429) else RETRYABLE
     return Outcome(kind, code or ("no_status" if status is None else f"http_{status}"), message)
-
-
-def token_count(usage: Json, name: str, chat_name: str) -> int | None:
-    value = usage[name] if name in usage else usage.get(chat_name)
-    return value if type(value) is int and 0 <= value < 10**15 else None
-
-
-def token_usage(body: Any) -> tuple[int | None, int | None]:
-    """Input and output tokens of a response; None if it does not say."""
-    usage = body.get("usage") if isinstance(body, dict) else None
-    if not isinstance(usage, dict):
-        return None, None
-    return token_count(usage, "input_tokens", "prompt_tokens"), token_count(usage, "output_tokens", "completion_tokens")
 
 
 def ranked(counts: Counter[str], shown_as: Callable[[str], str] = str) -> str:
@@ -2220,8 +2218,8 @@ class Results:
             except ValueError:
                 unreadable += 1
                 continue
-            input_tokens += match.outcome.input_tokens or 0
-            output_tokens += match.outcome.output_tokens or 0
+            input_tokens += match.outcome.tokens.input or 0
+            output_tokens += match.outcome.tokens.output or 0
             self.keep(match)
             if match.position is not None and match.is_current:
                 outcomes[match.position] = match.outcome.kind
@@ -2268,8 +2266,8 @@ class Results:
         if known and yields and known.outcome == REJECTED and known.read().startswith(line.read()[:-1].rstrip()):
             return  # the same answer
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
-            self.input_tokens += outcome.input_tokens or 0
-            self.output_tokens += outcome.output_tokens or 0
+            self.input_tokens += outcome.tokens.input or 0
+            self.output_tokens += outcome.tokens.output or 0
         self.best[position] = line
 
     def outcome_at(self, position: int) -> str:
@@ -2353,14 +2351,13 @@ def result_lines(results: Results) -> Iterator[bytes]:
 
 # ---- bios
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel treats a cell that begins with one of these as a formula
+
 
 def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
     """What tokens cost. `prices` are dollars per million input and output tokens."""
     amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
     return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
-
-
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel treats a cell that begins with one of these as a formula
 
 
 def artist_name(request: Json) -> str:
@@ -2395,7 +2392,7 @@ def outcome_of(line: ResultsLine | None, fields: Collection[str]) -> Outcome:
 
 def bio_cells(outcome: Outcome, fields: Collection[str]) -> list[str]:
     """The cells of a request, from the bio on. The bio is left out where there is an error."""
-    tokens = ["" if count is None else str(count) for count in (outcome.input_tokens, outcome.output_tokens)]
+    tokens = ["" if count is None else str(count) for count in outcome.tokens[:2]]
     if outcome.kind != SUCCEEDED:
         return [*[""] * max(1, len(fields)), outcome.error(), *tokens]
     return [*answer_texts(outcome, fields), "", *tokens]
@@ -3031,12 +3028,10 @@ def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> in
 
 
 class Usage(NamedTuple):
-    """The tokens of one response. `body_bytes` is the size of its request's body."""
+    """The tokens of one response, and the size of its request's body."""
 
     body_bytes: int
-    input_tokens: int
-    output_tokens: int
-    reasoning_tokens: int = 0  # of the output
+    tokens: Tokens
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
@@ -3066,35 +3061,26 @@ def rounded(number: float) -> str:
     return f"{round(number, -digits):,.0f}"
 
 
-def estimate(usages: Sequence[Usage], body_bytes: int, total: int, prices: tuple[float, float] | None) -> str:
-    """Estimate the tokens of all requests from a few. `prices` are dollars per million input and output tokens."""
-    outputs = [usage.output_tokens for usage in usages]
-    input_tokens = sum(usage.input_tokens for usage in usages) * body_bytes / sum(usage.body_bytes for usage in usages)
+def estimate(usages: Iterable[Usage], body_bytes: int, total: int, prices: tuple[float, float] | None) -> str:
+    """Estimate the tokens of all requests from those of a few; empty if none says them."""
+    known = [usage for usage in usages if None not in usage.tokens[:2]]
+    if not known:
+        return ""
+    outputs = [usage.tokens.output or 0 for usage in known]
+    inputs = sum(usage.tokens.input or 0 for usage in known)
+    input_tokens = inputs * body_bytes / sum(usage.body_bytes for usage in known)
     output_tokens = sum(outputs) / len(outputs) * total
     spread = f"{rounded(min(outputs) * total)} to {rounded(max(outputs) * total)}"
-    text = (
-        f"{with_commas(total, 'request')}: about {rounded(input_tokens)} input and "
-        f"{rounded(output_tokens)} ({spread}) output tokens"
-    )
-    if reasoning := sum(usage.reasoning_tokens for usage in usages):
+    text = f"{with_commas(total, 'request')}: about {rounded(input_tokens)} input and "
+    text += f"{rounded(output_tokens)} ({spread}) output tokens"
+    if reasoning := sum(usage.tokens.reasoning or 0 for usage in known):
         text += f", {reasoning * 100 / max(1, sum(outputs)):.0f} % of them reasoning"
-    text += f", by {plural(len(usages), 'answer')}"
+    text += f", by {plural(len(known), 'answer')}"
     if prices:
         whole = dollars(input_tokens, output_tokens, prices)
         share = dollars(input_tokens * 1000 / total, output_tokens * 1000 / total, prices).removeprefix("about ")
         text += f"; {whole}, or {share} per 1,000 requests"
     return text
-
-
-def usage_of(request: Json, body: Any) -> Usage | None:
-    """The tokens of a response; None if it does not say."""
-    input_tokens, output_tokens = token_usage(body)
-    if input_tokens is None or output_tokens is None:
-        return None
-    details = child_object(body["usage"], "output_tokens_details") or child_object(
-        body["usage"], "completion_tokens_details"
-    )
-    return Usage(body_size(request), input_tokens, output_tokens, int_field(details, "reasoning_tokens") or 0)
 
 
 def prompt_text(body: Json) -> str:
@@ -3111,8 +3097,6 @@ def preview_result(api: Api, request: Json) -> Json:
     result: Json = {"id": None, "custom_id": request["custom_id"], "response": None, "error": None}
     try:
         return result | {"response": api.send_now(request)}
-    except NotSent:
-        raise
     except OutcomeUnknown as failure:
         return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
 
@@ -3143,17 +3127,13 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
         for line in prompt_text(samples[0]["body"]).splitlines():
             console.message(line)
         for number, request in enumerate(samples):
-            result = preview_result(api, request)
-            outcome = classify(result, [*schema_fields(request["body"])])
+            outcome = classify(preview_result(api, request), [*schema_fields(request["body"])])
             succeeded += outcome.kind == SUCCEEDED
             for text in [*([""] if number else []), *preview_lines(request, outcome)]:
                 print_result(text, console)
-            if usage := usage_of(request, body_of(result)):
-                usages.append(usage)
-    if usages:
-        console.message(estimate(usages, body_bytes, total, args.prices))
-    else:
-        console.message("no response says how many tokens it used, so there is no estimate")
+            usages.append(Usage(body_size(request), outcome.tokens))
+    no_estimate = "no response says how many tokens it used, so there is no estimate"
+    console.message(estimate(usages, body_bytes, total, args.prices) or no_estimate)
     return 0 if succeeded else 1
 
 
@@ -4105,9 +4085,8 @@ def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, s
     known = zip(sizes, results.best, strict=True)
     answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
     answers = answers or [(sum(to_send) // len(to_send), other.line) for other in results.others]
-    tokens = ((size, *token_usage(body_of(results_object(line.read())))) for size, line in answers)
-    usages = [Usage(size, i, o) for size, i, o in tokens if i is not None and o is not None]
-    return estimate(usages, sum(to_send), len(to_send), args.prices) if usages else ""
+    usages = (Usage(size, classify(results_object(line.read())).tokens) for size, line in answers)
+    return estimate(usages, sum(to_send), len(to_send), args.prices)
 
 
 def confirm(args: argparse.Namespace, requests: Input, results: Results, sending: set[int], console: Console) -> None:

@@ -599,7 +599,8 @@ def test_more_requests_than_there_are_are_all(api: FaultyAPI, tool: Tool, capsys
     assert capsys.readouterr().err.startswith(sending(2))
     assert len(api.answered) == 2
 
-USAGES = [batch_tool.Usage(100, 40, 100), batch_tool.Usage(300, 120, 149), batch_tool.Usage(200, 80, 99)]
+USAGES = [batch_tool.Usage(size, batch_tool.Tokens(*tokens))
+          for size, *tokens in ((100, 40, 100), (300, 120, 149), (200, 80, 99), (999, None, 7))]
 
 
 @pytest.mark.parametrize(
