@@ -2218,11 +2218,12 @@ class Results:
             except ValueError:
                 unreadable += 1
                 continue
-            input_tokens += match.outcome.tokens.input or 0
-            output_tokens += match.outcome.tokens.output or 0
             self.keep(match)
             if match.position is not None and match.is_current:
                 outcomes[match.position] = match.outcome.kind
+                if (best := self.best[match.position]) and (best.file, best.offset) == (file, offset):
+                    input_tokens += match.outcome.tokens.input or 0
+                    output_tokens += match.outcome.tokens.output or 0
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
         return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
@@ -2261,10 +2262,11 @@ class Results:
         known = self.best[position]
         if line.outcome == MISSING:
             return
-        if known and known.outcome == SUCCEEDED and (line.outcome != SUCCEEDED or (yields and known.file != line.file)):
+        is_older = yields and known is not None and known.file != line.file
+        if known and known.outcome == SUCCEEDED and (is_older or line.outcome != SUCCEEDED):
             return
-        if known and yields and known.outcome == REJECTED and known.read().startswith(line.read()[:-1].rstrip()):
-            return  # the same answer
+        if known and known.outcome == REJECTED and is_older and line.outcome != SUCCEEDED:
+            return
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
             self.input_tokens += outcome.tokens.input or 0
             self.output_tokens += outcome.tokens.output or 0
@@ -3075,7 +3077,7 @@ def estimate(usages: Iterable[Usage], body_bytes: int, total: int, prices: tuple
     text += f"{rounded(output_tokens)} ({spread}) output tokens"
     if reasoning := sum(usage.tokens.reasoning or 0 for usage in known):
         text += f", {reasoning * 100 / max(1, sum(outputs)):.0f} % of them reasoning"
-    text += f", by {plural(len(known), 'answer')}"
+    text += f", by {with_commas(len(known), 'answer')}"
     if prices:
         whole = dollars(input_tokens, output_tokens, prices)
         share = dollars(input_tokens * 1000 / total, output_tokens * 1000 / total, prices).removeprefix("about ")
@@ -3714,7 +3716,7 @@ class Run:
         self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
         self.withheld: list[Withheld] = []  # requests that are left out of this run
         self.is_stopped = False  # whether nothing more is sent, because of the user or of somebody else
-        self.tokens = (0, 0)  # input and output tokens of all results lines that were downloaded
+        self.tokens = (0, 0)  # input and output tokens of the results that were downloaded and that count
         self._args = args
         self._submitter = submitter
         self._api = submitter.api
@@ -3787,7 +3789,7 @@ class Run:
         elif attempt == 1:
             confirm(self._args, self._requests, self._results, pending, self._console)
         else:
-            self._console.message(f"round {attempt}: {plural(len(pending), 'request')} to send again")
+            self._console.message(f"round {attempt}: {with_commas(len(pending), 'request')} to send again")
             self._poller.latest.clear()
         return not self.is_stopped
 
@@ -4015,10 +4017,10 @@ class Run:
         if batch.status != "completed" and batch.counts.completed and not batch.output_file_id:
             self._console.warn(f"batch {batch.id} ({batch.status}) counts {batch.counts.completed} completed requests, "
                                "but names no output file; they are sent, and perhaps paid for, again")
-        answered = {position for position, outcome in outcomes.items() if outcome in (SUCCEEDED, REJECTED)}
-        if watched.is_earlier:  # an answer that was known before is no reason not to send the request again
-            answered = {each for each in answered if (line := self._results.best[each]) and line.file == spool}
-        self._again -= answered
+        # a rejection that was there before the run is no reason not to send the request again
+        is_new = not (watched.is_earlier and watched.batch.has_ended)
+        answers = (SUCCEEDED, REJECTED) if is_new else (SUCCEEDED,)
+        self._again -= {position for position, outcome in outcomes.items() if outcome in answers}
 
     def _withhold(self, watched: ActiveBatch, reason: str, outcomes: Container[int]) -> None:
         """Leave those requests of a batch out for which it has no line; all that are pending, if they are unknown."""
@@ -4059,11 +4061,11 @@ def what_to_send(
         if (number := counts[kind])
     ]
     total = sum(counts[f"send {kind}"] for kind in to_send)
-    text = f"{total:,} of {plural(len(results.best), 'request')} to send"
+    text = f"{total:,} of {with_commas(len(results.best), 'request')} to send"
     text += f": {', '.join(sent)}" if sent else ""
     text += f"; {', '.join(kept)}" if kept else ""
     if results.gone:
-        text += f"; {plural(results.gone, 'result')} of requests that are no longer in the file"
+        text += f"; {with_commas(results.gone, 'result')} of requests that are no longer in the file"
     return text
 
 
@@ -4071,7 +4073,7 @@ def too_many(args: argparse.Namespace, number: int) -> str:
     """The error if more would be sent than --max-new allows. Empty if not."""
     if args.max_new is None or number <= args.max_new:
         return ""
-    return f"{plural(number, 'request')} to send, more than --max-new {args.max_new:,}, so nothing is sent"
+    return f"{with_commas(number, 'request')} to send, more than --max-new {args.max_new:,}, so nothing is sent"
 
 
 def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, sending: Container[int]) -> str:
@@ -4095,7 +4097,7 @@ def confirm(args: argparse.Namespace, requests: Input, results: Results, sending
         return
     if takes := what_it_takes(args, requests, results, sending):
         console.message(takes)
-    console.progress(f"Send {plural(len(sending), 'request')}? [Y/n] ")
+    console.progress(f"Send {with_commas(len(sending), 'request')}? [Y/n] ")
     answer = sys.stdin.readline()
     console.clear_progress()
     if answer.strip().casefold() not in ("", "y", "yes") or not answer:
@@ -4132,7 +4134,7 @@ def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: 
     own, earlier = (new[spool] for spool in spools)
     if not own + earlier:
         return ""
-    text = f"new in this run: {plural(own + earlier, 'result')}"
+    text = f"new in this run: {with_commas(own + earlier, 'result')}"
     if earlier:
         text += f", {earlier:,} of them from earlier batches"
     if any(run.tokens):
