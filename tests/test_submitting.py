@@ -310,7 +310,9 @@ def test_stdin_is_submitted(api: FaultyAPI, tool: Tool, monkeypatch: Environment
     assert api.read_file(batch.input_file_id) == Path("requests.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("name", [b"\xff.jsonl", b"a\nb.jsonl", b"requests.txt", b".jsonl", '뉴진스 "x".jsonl'.encode()], ids=in_short)
+@pytest.mark.parametrize(
+    "name", [b"\xff.jsonl", b"a\nb.jsonl", b"requests.txt", b".jsonl", '뉴진스 "x".jsonl'.encode()], ids=in_short
+)
 def test_a_file_of_any_name_is_submitted(name: bytes, api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     assert tool("create", "--in", requests_file(path=os.fsdecode(name))) == 0
     assert capsys.readouterr().out == ids(only_batch(api))
