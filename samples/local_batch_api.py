@@ -10,16 +10,7 @@ order than the requests, and every bio is made up and says so; where a request h
 object of made-up values. /v1/responses and /v1/chat/completions answer at once, too. Every model exists, except
 "local-dead"; "local-dying" is to be shut down in ten days.
 
-You can ask for failures:
-
-    --outcome a2=429                 request a2 fails with this HTTP status whenever a batch runs it
-    --outcome a2=500,expired,200     one outcome each time a batch runs it, then success
-    --fail-every 10                  every 10th request of a batch answers 500 the first time it is run
-
-Outcomes are 200, any status from 400 to 599, and
-    incomplete       HTTP 200 with half an answer: max_output_tokens
-    refusal          HTTP 200 with a refusal
-    expired          not run before the completion window ended
+With --fail-every 10, every 10th request of a batch fails with a 500 the first time that it is run.
 
 Exit codes: 0 terminated (SIGTERM, SIGINT, SIGHUP); 1 the port is not available; 2 invalid arguments.
 """
@@ -314,27 +305,21 @@ def made_up_value(schema: Any, artist: str, name: str = "answer") -> Any:
     return {"string": text, "integer": 1, "number": 0.5, "boolean": True, "null": None}[kind]
 
 
-def responses_body(body: Json, outcome: str, text: str, created_at: int, input_tokens: int) -> Json:
-    content: Json = {"type": "output_text", "text": text, "annotations": []}
-    if outcome == "refusal":
-        content = {"type": "refusal", "refusal": text}
-    status = "incomplete" if outcome == "incomplete" else "completed"
+def responses_body(body: Json, text: str, created_at: int, input_tokens: int) -> Json:
+    content = [{"type": "output_text", "text": text, "annotations": []}]
     reasoning = {"id": new_id("rs_"), "type": "reasoning", "summary": []}
-    message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": status, "content": [content]}
+    message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "status": "completed", "content": content}
     return {
-        "id": new_id("resp_"), "object": "response", "created_at": created_at, "model": body["model"], "status": status,
-        "error": None, "incomplete_details": {"reason": "max_output_tokens"} if outcome == "incomplete" else None,
-        "output": [reasoning, message], "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "id": new_id("resp_"), "object": "response", "created_at": created_at, "model": body["model"],
+        "status": "completed", "error": None, "incomplete_details": None, "output": [reasoning, message],
+        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
         "usage": usage(RESPONSES, input_tokens, OUTPUT_TOKENS),
     }
 
 
-def chat_body(body: Json, outcome: str, text: str, created_at: int, input_tokens: int) -> Json:
-    message: Json = {"role": "assistant", "content": text, "refusal": None}
-    if outcome == "refusal":
-        message |= {"content": None, "refusal": text}
-    finish_reason = "length" if outcome == "incomplete" else "stop"
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+def chat_body(body: Json, text: str, created_at: int, input_tokens: int) -> Json:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     return {
         "id": new_id("chatcmpl-"), "object": "chat.completion", "created": created_at, "model": body["model"],
         "choices": [choice], "usage": usage(CHAT, input_tokens, OUTPUT_TOKENS),
@@ -365,13 +350,9 @@ def in_other_order(lines: Iterator[bytes], seed: str) -> Iterator[tuple[int, byt
 class BatchService:
     """The service without HTTP. Batches proceed when someone looks at them."""
 
-    texts: ClassVar = {  # of the outcomes that are answers of the model
-        SUCCESS: "{artist}: a made-up bio from the local mock server; no model was asked.",
-        "incomplete": "{artist}: a made-up bio from the",
-        "refusal": "Refused, as the local mock server was told to.",
-    }
-    no_response: ClassVar = {  # error codes and messages of the others
-        "expired": ("batch_expired", "This request was not run before the completion window ended."),
+    # what becomes of a request: an answer with one of these texts, an error line, or the HTTP status that it is
+    texts: ClassVar = {SUCCESS: "{artist}: a made-up bio from the local mock server; no model was asked."}
+    no_response: ClassVar = {
         "cancelled": ("batch_cancelled", "This request was not run before the batch was cancelled."),
     }
 
@@ -381,7 +362,6 @@ class BatchService:
     def __init__(self, step: float = 0.0) -> None:
         self.step = step  # seconds in each status
         self.max_requests = 50_000
-        self.outcomes: dict[str, str | list[str]] = {}  # by custom_id; a list is used up, then comes success
         self.fail_every: int | None = None
         self.files: dict[str, StoredFile] = {}
         self.batches: dict[str, LocalBatch] = {}
@@ -493,11 +473,10 @@ class BatchService:
             return int(outcome), made_up_error(int(outcome))
         artist, schema = artist_name(body), schema_of(body)
         text = self.texts[outcome].format(artist=artist)
-        if schema and outcome in (SUCCESS, "incomplete"):
+        if schema and outcome == SUCCESS:
             text = json.dumps(made_up_value(schema, artist), ensure_ascii=False)
-            text = text[: len(text) // 2] if outcome == "incomplete" else text
         answer = responses_body if endpoint.endswith("/responses") else chat_body
-        return 200, answer(body, outcome, text, created_at, input_tokens)
+        return 200, answer(body, text, created_at, input_tokens)
 
     # Batches
 
@@ -626,7 +605,7 @@ class BatchService:
         ):
             for position, line in in_other_order(islice(lines, batch.total), batch.id):
                 request = json.loads(line.decode())
-                outcome = self.outcome(batch, request["custom_id"], position) if position < done else rest
+                outcome = self.outcome(request["custom_id"], position) if position < done else rest
                 result = self.results_line(batch, request, outcome)
                 if result:
                     (successes if outcome in self.texts else failures).write(result)
@@ -639,13 +618,9 @@ class BatchService:
         charged = sum(count for outcome, count in outcomes.items() if self.is_paid(outcome))
         batch.usage = usage(RESPONSES, INPUT_TOKENS * charged, OUTPUT_TOKENS * charged)
 
-    def outcome(self, batch: LocalBatch, custom_id: str, position: int) -> str:
-        asked = self.outcomes.get(custom_id)
-        if isinstance(asked, list):
-            return asked.pop(0) if asked else SUCCESS
-        if asked is None and self.fail_every and not (position + 1) % self.fail_every:
-            return SUCCESS if self.executions[custom_id] else "500"
-        return asked or SUCCESS
+    def outcome(self, custom_id: str, position: int) -> str:
+        fails = self.fail_every and not (position + 1) % self.fail_every and not self.executions[custom_id]
+        return "500" if fails else SUCCESS
 
     def is_paid(self, outcome: str) -> bool:
         return outcome in self.texts
@@ -800,14 +775,6 @@ def seconds(text: str) -> float:
     return float(text)
 
 
-def outcome_option(text: str) -> tuple[str, str | list[str]]:
-    custom_id, _, listed = text.rpartition("=")
-    outcomes = listed.split(",")
-    if not custom_id or not all(map(re.compile("200|[45][0-9][0-9]|incomplete|refusal|expired").fullmatch, outcomes)):
-        raise argparse.ArgumentTypeError(f"not CUSTOM_ID=OUTCOME[,OUTCOME...]: {text!r}")
-    return custom_id, outcomes if len(outcomes) > 1 else outcomes[0]
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -815,8 +782,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--port", type=port_number, default=0, metavar="N", help="port (default: a free one)")
     add("--step", type=seconds, default=0.3, metavar="SECONDS", help="time in each status (default: %(default)s)")
-    add("--outcome", type=outcome_option, action="append", default=[], metavar="CUSTOM_ID=OUTCOME[,OUTCOME...]",
-        help="what becomes of a request; repeatable")
     add("--fail-every", type=positive_int, metavar="N", help="fail every Nth request once")
     return parser
 
@@ -825,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # sigwait gets them, even those that come early
     api = LocalBatchAPI(args.port, step=args.step)
-    api.outcomes, api.fail_every = dict(args.outcome), args.fail_every
+    api.fail_every = args.fail_every
     with ExitStack() as stack:
         try:
             stack.enter_context(api)

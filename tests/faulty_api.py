@@ -4,11 +4,15 @@
         api.faults.append(Fault("POST", "/batches$", when="after", action="reset"))
         client = OpenAI(base_url=api.base_url, api_key="local")
 
-Batches may be of the endpoints /responses and /chat/completions, too, as at Azure. Further outcomes of requests are
-    timeout                          an error line without a response
+Batches may be of the endpoints /responses and /chat/completions, too, as at Azure. ``outcomes`` says what becomes of
+requests, by custom_id; a list is used up, then comes success ("200"). Outcomes are
+    400 to 599                       this HTTP status
+    expired, cancelled, timeout      an error line without a response
     missing                          no line at all
     cut, no_utf8                     a results line that is cut; one with bytes that are no UTF-8
-    content_filter, MAX_TOKENS       HTTP 200 with half an answer; the latter in chat completions only
+    incomplete, content_filter       HTTP 200 with half an answer
+    MAX_TOKENS                       the same with this finish_reason, in chat completions only
+    refusal                          HTTP 200 with a refusal
     commentary                       HTTP 200 with nothing but a commentary message
     endless_thought                  HTTP 200 with a <think> block that never closes
     no_text, error_200               HTTP 200 without any text, with an error as its body
@@ -259,6 +263,8 @@ class FaultyAPI(LocalBatchAPI):
     batch_class = FaultyBatch
     endpoints = (*LocalBatchAPI.endpoints, "/responses", "/chat/completions")
     texts = LocalBatchAPI.texts | {
+        "incomplete": "{artist}: a made-up bio from the",
+        "refusal": "Refused, as the local mock server was told to.",
         "content_filter": "{artist}: a made-up",
         "MAX_TOKENS": "{artist}: a made-up",
         "commentary": "I shall write about {artist}.",
@@ -270,7 +276,10 @@ class FaultyAPI(LocalBatchAPI):
         "no_text": "",
         "error_200": "",
     }
-    no_response = LocalBatchAPI.no_response | {"timeout": ("request_timeout", "This request timed out.")}
+    no_response = LocalBatchAPI.no_response | {
+        "expired": ("batch_expired", "This request was not run before the completion window ended."),
+        "timeout": ("request_timeout", "This request timed out."),
+    }
     batches: dict[str, FaultyBatch]  # type: ignore[assignment]
 
     def __init__(self, port: int = 0, *, step: float = 0.0) -> None:
@@ -283,6 +292,7 @@ class FaultyAPI(LocalBatchAPI):
         self.paid: Counter[str] = Counter()  # by sha256 of a request's line: how often a batch has charged for it
         self.recording = True  # fills exchanges, answered and paid
         self.key: str | None = None  # None: any key will do
+        self.outcomes: dict[str, str | list[str]] = {}  # by custom_id; a list is used up, then comes success
         self.answers: list[str] = []  # outcomes of requests that are answered at once; then comes success
         self.queue_limit: int | None = None  # requests in batches that have not ended
         self.hold: str | None = None  # no batch leaves this status
@@ -393,8 +403,11 @@ class FaultyAPI(LocalBatchAPI):
             self.answered.append(request.request_json)
         return super().answer_at_once(request)
 
-    def outcome(self, batch: LocalBatch, custom_id: str, position: int) -> str:
-        return self.checked(super().outcome(batch, custom_id, position))
+    def outcome(self, custom_id: str, position: int) -> str:
+        asked = self.outcomes.get(custom_id)
+        if isinstance(asked, list):
+            asked = asked.pop(0) if asked else SUCCESS
+        return self.checked(asked or super().outcome(custom_id, position))
 
     def checked(self, outcome: str) -> str:
         known = outcome in self.texts or outcome in self.no_response or outcome == "missing"
@@ -428,8 +441,10 @@ class FaultyAPI(LocalBatchAPI):
 
     def change_chat(self, answer: Json, outcome: str) -> None:
         (choice,) = answer["choices"]
-        if outcome in ("content_filter", "MAX_TOKENS"):
-            choice["finish_reason"] = outcome
+        if outcome in ("incomplete", "content_filter", "MAX_TOKENS"):
+            choice["finish_reason"] = "length" if outcome == "incomplete" else outcome
+        if outcome == "refusal":
+            choice["message"] |= {"content": None, "refusal": self.texts["refusal"]}
         if outcome == "no_text":
             choice["message"]["content"] = None
         text = choice["message"]["content"]
@@ -440,8 +455,12 @@ class FaultyAPI(LocalBatchAPI):
             choice["message"]["content"] = [thought, {"type": "text", "text": text}]
 
     def change_response(self, answer: Json, outcome: str) -> None:
-        if outcome == "content_filter":
-            answer |= {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}
+        reasons = {"incomplete": "max_output_tokens", "content_filter": "content_filter"}
+        if outcome in reasons:
+            answer |= {"status": "incomplete", "incomplete_details": {"reason": reasons[outcome]}}
+            answer["output"][1]["status"] = "incomplete"
+        if outcome == "refusal":
+            answer["output"][1]["content"] = [{"type": "refusal", "refusal": self.texts["refusal"]}]
         if outcome == "no_text":
             answer["output"] = [item for item in answer["output"] if item["type"] != "message"]
         if outcome == "failed":
