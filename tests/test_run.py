@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from builders import (
+    MODEL,
     OUT,
     REQUESTS,
     FakeTime,
@@ -1112,6 +1113,50 @@ def test_what_was_answered_and_cannot_be_used_is_not_paid_for_again(api: FaultyA
         errors = {row["artist_id"]: row["error"] for row in csv.DictReader(file)}
     assert errors.pop("a1") == errors.pop("a2") == ""
     assert all(errors[outcome].startswith(error) for outcome, error in UNUSABLE[url].items()), errors
+
+
+@pytest.mark.parametrize("url", ["/responses", "/chat/completions"])
+def test_a_job_at_endpoints_without_a_version(api: FaultyAPI, url: str) -> None:
+    content = jsonl(*(request(each, url=url) for each in numbered(2)))
+    REQUESTS.write_bytes(content)
+    assert run() == 0
+    assert exported_bios() == {each: made_up_bio(each) for each in numbered(2)}
+    assert {batch.endpoint for batch in api.batches.values()} == {url}
+
+
+@pytest.mark.xfail(reason="run says nothing of it yet", strict=True)
+def test_answers_that_a_cancelled_batch_counts_and_does_not_give_draw_a_warning(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.habits, api.cancel_done = {"cancel-loses-output"}, 0.5
+    write_requests(*numbered(4))
+    api.hold = "in_progress"
+    assert create() == 0
+    (batch,) = api.batches.values()
+    assert main("cancel", "--batch-id", batch.id) == 0
+    capsys.readouterr()
+    api.hold = None
+    assert run() == 0
+    (warned,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert batch.id in warned
+    assert "2" in warned
+
+
+@pytest.mark.parametrize("command", ["run", "retrieve"])
+def test_a_failed_batch_with_an_error_file_is_explained(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    api.habits, api.models[MODEL] = {"failed-error-file"}, None
+    api.faults = [Fault("GET", "/models/", status=500)]
+    write_requests("a1", "a2")
+    if command == "run":
+        assert run() == 1
+    else:
+        assert create() == 0
+        assert main(command, "--batch-id", *api.batches) == 1
+    out, err = capsys.readouterr()
+    assert "model_not_found: The model 'gpt-6-luna' does not exist." in out + err
+    assert "2 × invalid_request: The batch was refused." in out + err
 
 
 def test_results_that_stay_away_for_ten_minutes_are_an_error_and_never_missing(
