@@ -2592,10 +2592,14 @@ class Submitter:
             or bool(self._note.file_of(batch))
         )
 
+    def has_name(self, batch: Batch) -> bool:
+        """Whether the batch was made of a file of this name, as far as it says."""
+        return batch.metadata.get("input_file", self._name)[:512] == self._name[:512]
+
     def is_of_other_version(self, batch: Batch) -> bool:
         """Whether a batch that is not of this file is of one with the same name. False without `finds_versions`."""
-        has_name = bool(batch.metadata.get("input_sha256")) and batch.metadata.get("input_file") == self._name[:512]
-        return self._finds_versions and (has_name or any(note.file_of(batch) for note in self._notes_of_versions))
+        is_named = {"input_sha256", "input_file"} <= batch.metadata.keys() and self.has_name(batch)
+        return self._finds_versions and (is_named or any(note.file_of(batch) for note in self._notes_of_versions))
 
     def list_batches(self, api: Api) -> list[Batch]:
         """The recent batches. With --force, a listing that cannot be used does not matter."""
@@ -3732,7 +3736,8 @@ class Run:
 
     def rounds(self, listed: Iterable[Batch]) -> None:
         """Collect what earlier batches have. Then send the rest in at most --attempts rounds."""
-        for batch in self._submitter.earlier_batches(listed):
+        earlier = self._submitter.earlier_batches(listed)
+        for batch in sorted(earlier, key=lambda batch: not batch.output_file_id):  # those that may be done come first
             if not self._submitter.is_ignored(batch):
                 self._pick_up(batch)
         attempt = 1
@@ -3754,14 +3759,18 @@ class Run:
         return text
 
     def _pending(self) -> set[int]:
-        """The positions of the requests to send: without an answer that counts, and not in an active batch.
+        """The positions of the requests to send."""
+        return self._unanswered().difference(*(each.positions for each in self.withheld))
+
+    def _unanswered(self) -> set[int]:
+        """The positions of the requests without an answer that counts that are in no active batch.
 
         Empty while a batch is active whose requests are unknown.
         """
         active = [each.positions for each in self.active.values()]
         if None in active:
             return set()  # we only learn from its results which requests it has
-        return self._wanted().difference(*filter(None, active), *(each.positions for each in self.withheld))
+        return self._wanted().difference(*filter(None, active))
 
     def _wanted(self) -> set[int]:
         """The positions of the requests without an answer that counts."""
@@ -3932,7 +3941,7 @@ class Run:
             self._console.warn(f"batch {batch.id} was made from an earlier version of {self._requests.name}, but its "
                                "input file is not available; requests in both may be paid for twice")
             return False
-        needed = self._pending() if positions is None else self._pending().intersection(positions)
+        needed = self._unanswered() if positions is None else self._unanswered().intersection(positions)
         if not needed:
             return False
         is_done = batch.has_ended and not lacks_output(self._api, batch)
@@ -4023,7 +4032,12 @@ class Run:
         self._again -= {position for position, outcome in outcomes.items() if outcome in answers}
 
     def _withhold(self, watched: ActiveBatch, reason: str, outcomes: Container[int]) -> None:
-        """Leave those requests of a batch out for which it has no line; all that are pending, if they are unknown."""
+        """Leave those requests of a batch out for which it has no line; all that are pending, if they are unknown.
+
+        If the batch was made of a file of another name, none is left out: a file that `retry` wrote may be the same.
+        """
+        if not self._submitter.has_name(watched.batch):
+            return
         positions = self._wanted() if watched.positions is None else watched.positions
         self.withheld.append(Withheld(reason, {each for each in positions if each not in outcomes}))
 

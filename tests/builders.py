@@ -404,6 +404,17 @@ def replace(content: bytes) -> None:
     os.replace("new", REQUESTS)
 
 
+def bios(count: int) -> list[dict[str, Any]]:
+    return [request(custom_id) for custom_id in numbered(count)]
+
+
+def edit(*requests: Any) -> bytes:
+    """The request file, replaced as the converter does."""
+    content = jsonl(*requests)
+    replace(content)
+    return content
+
+
 def stopped_run(*options: str, time: FakeTime) -> None:
     with contextlib.suppress(Killed):
         assert run(*options, time=time) == 130

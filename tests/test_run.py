@@ -27,8 +27,10 @@ from builders import (
     assert_out,
     assert_paid_once,
     batch_of_a_run,
+    bios,
     create,
     custom_ids,
+    edit,
     jsonl,
     kill,
     live_in,
@@ -571,21 +573,10 @@ def test_a_request_file_that_changes_meanwhile_is_sent_no_further(
 # ---- the spreadsheet changes ----
 
 
-def edit(*requests: Any) -> bytes:
-    """The request file, replaced as the converter does."""
-    content = jsonl(*requests)
-    replace(content)
-    return content
-
-
 def with_prompt(custom_id: str, prompt: str) -> dict[str, Any]:
     changed = request(custom_id)
     changed["body"]["input"] = prompt
     return changed
-
-
-def bios(count: int) -> list[dict[str, Any]]:
-    return [request(custom_id) for custom_id in numbered(count)]
 
 
 def exchanges_in(api: FaultyAPI, work: Callable[[], object]) -> int:
@@ -938,105 +929,6 @@ def test_rewriting_out_again_and_again_changes_nothing(api: FaultyAPI) -> None:
     assert run() == 0
     assert OUT.read_bytes() == now
     assert now.count(b"\n") == 3
-
-
-# ---- gone results ----
-
-
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_a_batch_whose_output_file_is_gone_counts_for_nothing_where_out_has_its_requests(
-    api: FaultyAPI, capsys: pytest.CaptureFixture[str], is_complete: bool
-) -> None:
-    lines = edit(*bios(2)).splitlines()
-    batch = batch_of_a_run(api, "completed", jsonl(request("a1")), done=["a1"],
-                          metadata={"request_file_sha256": hashlib.sha256(REQUESTS.read_bytes()).hexdigest()})
-    assert batch.output_file_id
-    del api.files[batch.output_file_id]
-    if is_complete:
-        OUT.write_bytes(with_sha256(jsonl(success("a1")), sha256_of(lines[0])))
-        assert run() == 0
-        assert sent(api)[1:] == [["a2"]]
-    else:
-        assert run() == 1
-        assert sent(api)[1:] == [["a2"]]
-        assert capsys.readouterr().err.endswith(
-            "is no longer on the server; 1 request that may have been paid for was not sent again; name an earlier "
-            "download with --results, or write them to a file with retry and run that file into the same --out, or use "
-            "--force, which sends all requests of the file again\n"
-        )
-        retry = main("retry", "--in", str(REQUESTS), "--results", str(OUT), "--out", "redo.jsonl")
-        assert (retry, run(source="redo.jsonl"), run()) == (0, 0, 0)
-        assert [custom_ids(OUT.read_bytes()), posts(api)] == [["a1", "a2"], 2]
-
-
-@pytest.mark.parametrize("options", [["--interval", "0.1"], ["--interval", "30"], ["--attempts", "1"]], ids=" ".join)
-def test_an_output_file_that_is_gone_of_an_own_batch_is_not_paid_for_again(
-    options: list[str], api: FaultyAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edit(*bios(2))
-    api.faults.append(Fault("GET", "/files/", status=404, message="No such File object", times=99))
-    assert run(*options) == 1
-    assert "is no longer on the server; 2 requests that may have been paid for were not sent" in capsys.readouterr().err
-    assert posts(api) == 1
-
-
-@pytest.mark.parametrize("status", ["completed", "expired", "cancelled"])
-def test_results_that_match_no_request_are_not_paid_for_again(
-    status: str, api: FaultyAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = edit(*bios(3)).splitlines()
-    batch = batch_of_a_run(api, status, REQUESTS.read_bytes(), done=["a1", "A2", "A3"])
-    assert run() == 1
-    assert (
-        f"error: 2 results of batch {batch.id} have custom_ids that its input file does not have; 2 requests that may "
-        "have been paid for were not sent again"
-    ) in capsys.readouterr().err
-    assert posts(api) == 0
-    first, *rest = OUT.read_bytes().splitlines(keepends=True)
-    assert first == with_sha256(jsonl(success("a1")), sha256_of(lines[0]))  # what was paid for is kept
-    assert rest == [missing_line("a2"), missing_line("a3"), *map(jsonl, map(success, ["A2", "A3"]))]
-    assert run() == 1
-    assert (posts(api), OUT.read_bytes()) == (0, first + b"".join(rest))
-
-
-def test_results_of_other_parts_are_written_where_those_of_one_are_gone(
-    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = edit(*bios(4)).splitlines(keepends=True)
-    gone = batch_of_a_run(api, "completed", b"".join(lines[:2]), done=["a1", "a2"])
-    batch_of_a_run(api, "completed", b"".join(lines[2:]), done=["a3", "a4"])
-    assert gone.output_file_id
-    del api.files[gone.output_file_id]
-    assert run("--max-requests", "2") == 1
-    err = capsys.readouterr().err
-    assert err.index("Wrote results.jsonl: 2 succeeded") < err.index(f"error: the output file of batch {gone.id} is ")
-    assert posts(api) == 0
-    assert custom_ids(OUT.read_bytes()) == ["a1", "a2", "a3", "a4"]
-    assert run("--max-requests", "2") == 1
-    assert (posts(api), OUT.read_bytes().count(b'"status_code": 200')) == (0, 2)
-
-
-def test_a_batch_that_fails_and_is_not_needed_makes_room_for_a_refused_part(api: FaultyAPI) -> None:
-    """A batch of an earlier version fails while a part that was refused for the token limit waits for room."""
-    earlier = batch_of_a_run(api, "validating", edit(*bios(1)))
-    edit(*bios(2))
-    api.queue_limit = 1
-    earlier.total = 1
-
-    def fail() -> None:
-        earlier.frozen = False
-        earlier.over_limit = True
-
-    assert run(time=FakeTime(nothing, nothing, nothing, fail)) == 0
-    assert_out(api)
-
-
-def test_a_deleted_error_file_withholds_no_success(api: FaultyAPI) -> None:
-    batch = batch_of_a_run(api, "completed", edit(*bios(2)), done=["a1"], left=["a2"])
-    assert batch.error_file_id
-    del api.files[batch.error_file_id]
-    assert run() == 0
-    assert sent(api)[1:] == [["a2"]]
 
 
 # ---- other services ----
