@@ -30,6 +30,7 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-local-0123456789abcdefghij"
+README = (ROOT / "README.md").read_text()
 MODEL = "gpt-6-luna"
 
 
@@ -183,6 +184,13 @@ def run_script(script: str, *args: object, **options: Any) -> subprocess.Complet
     """Run a script of the project in a process of its own; the options are those of subprocess.run."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, **{"capture_output": True, "encoding": "utf-8", "timeout": 60, **options})
+
+
+def console_blocks() -> list[tuple[str, str]]:
+    """The commands of the README's console blocks in order, each with the output shown under it."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    parts = re.split(r"^\$ (.*)\n", "".join(blocks), flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 # ---- what most tests of batch_tool.py need ----

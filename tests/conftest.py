@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "samples")]
 
-from builders import KEY, FakeTime, Tool, run_script  # noqa: E402
+from builders import KEY, ROOT, FakeTime, Tool, console_blocks, run_script  # noqa: E402
 from faulty_api import FaultyAPI  # noqa: E402
 
 import batch_tool  # noqa: E402
@@ -36,6 +37,37 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in SIGNALS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def readme_shell(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str] | None]:
+    """All commands of the README in a folder of their own. They run beside the other tests, as they take a while."""
+    if not any(item.name == "test_every_command_does_what_the_readme_shows" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("gen_batch_jsonl.py", "batch_tool.py", "samples", "requirements.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin" / "python3").chmod(0o755)
+    script = "".join(f"echo @@@; {{ {command}; }} 2>&1\n" for command, _ in console_blocks())
+    server = subprocess.Popen([sys.executable, "samples/local_batch_api.py", "--step", "0"], cwd=folder,
+                              stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    environment = {name: value for name, value in os.environ.items() if not name.startswith((*READ_BY_THE_SCRIPTS, "SSL_"))} | {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "LANGUAGE": "C",
+        "XDG_STATE_HOME": str(folder / "state"), "OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1",
+        "OPENAI_BASE_URL": server.stdout.readline().strip(), "SSL_CERT_DIR": str(folder),
+    }
+    with server, subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, cwd=folder,
+                                  env=environment) as shell:
+        yield shell
+        shell.kill()
+        server.terminate()
 
 
 @pytest.fixture

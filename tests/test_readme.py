@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-from builders import COMMANDS, SENTENCES
-from faulty_api import FaultyAPI
+from builders import COMMANDS, README, SENTENCES, console_blocks
 
 import gen_batch_jsonl
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-SCRIPTS = ("gen_batch_jsonl.py", "batch_tool.py", "samples", "requirements.txt")
 # what differs from run to run
 VARYING = (
     (r"batch_[0-9a-f]{24}", "batch_ID"),
@@ -31,13 +22,6 @@ VARYING = (
 )
 
 
-def console_blocks() -> list[tuple[str, str]]:
-    """The commands of the README's console blocks in order, each with the output shown under it."""
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    parts = re.split(r"^\$ (.*)\n", "".join(blocks), flags=re.MULTILINE)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
-
-
 def without_varying(text: str) -> str:
     text = "\n" + text
     for pattern, stand_in in VARYING:
@@ -45,24 +29,9 @@ def without_varying(text: str) -> str:
     return text.strip("\n")
 
 
-@pytest.fixture
-def checkout(work: Path) -> Path:
-    """A copy of what a user has, where `python3` is the interpreter of the tests."""
-    for name in SCRIPTS:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, work / name)
-    (work / "bin").mkdir()
-    (work / "bin" / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (work / "bin" / "python3").chmod(0o755)
-    return work
-
-
-def test_every_command_does_what_the_readme_shows(checkout: Path, api: FaultyAPI) -> None:
-    commands = console_blocks()
-    script = "".join(f"echo @@@; {{ {command}; }} 2>&1\n" for command, _ in commands)
-    environment = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
-    shell = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True, timeout=110, env=environment)
-    outputs = shell.stdout.split("@@@\n")[1:]
+def test_every_command_does_what_the_readme_shows(readme_shell: subprocess.Popen[str]) -> None:
+    printed, _ = readme_shell.communicate(timeout=300)
+    commands, outputs = console_blocks(), printed.split("@@@\n")[1:]
     for (command, shown), output in zip(commands, outputs, strict=True):
         output, shown = without_varying(output), without_varying(shown)
         pattern = re.escape(shown).replace("…", r"[^\0]*?")  # a line "…" stands for any lines
