@@ -515,7 +515,7 @@ class NotFound(Refused):
 
 
 class UnusableId(CommandError):
-    """The service names a file by something that is not an id."""
+    """The service names a file or a batch by something that is not an id."""
 
 
 class OutcomeUnknown(ApiError):
@@ -1151,6 +1151,16 @@ def is_id(value: Any) -> bool:
     return is_plain and value not in ("", ".", "..")
 
 
+def object_id(content: Json, kind: str) -> str:
+    """The id of a response. Raises OutcomeUnknown if it has none, so that it is no `kind`, or UnusableId."""
+    value = str_field(content, "id")
+    if not value:
+        raise OutcomeUnknown(f"the response is not a {kind}: {shorten(to_json(content))}")
+    if not is_id(value):
+        raise UnusableId(f"not the id of a {kind}: {quoted(value)}")
+    return value
+
+
 def file_id_field(content: Json, name: str) -> str:
     """A file id of a Batch; empty if null or missing. An odd one is refused where it is used, by `Api.size_of`."""
     value = content.get(name) or ""
@@ -1175,8 +1185,8 @@ class Batch(NamedTuple):
 
     @classmethod
     def parse(cls, content: Any) -> Batch:
-        """Raises OutcomeUnknown if the content is not a Batch."""
-        if not isinstance(content, dict) or not is_id(content.get("id")) or not str_field(content, "status"):
+        """Raises OutcomeUnknown if the content is not a Batch, and UnusableId."""
+        if not isinstance(content, dict) or not str_field(content, "status"):
             raise OutcomeUnknown(f"the response is not a batch: {shorten(to_json(content))}")
         status = content["status"].lower()
         counts, usage = child_object(content, "request_counts"), child_object(content, "usage")
@@ -1186,7 +1196,7 @@ class Batch(NamedTuple):
             for error in objects(child_object(content, "errors").get("data"))
         ]
         return cls(
-            id=content["id"],
+            id=object_id(content, "batch"),
             status="cancelled" if status == "canceled" else status,
             created_at=int_field(content, "created_at"),
             input_file_id=file_id_field(content, "input_file_id"),
@@ -1520,7 +1530,7 @@ class Page(NamedTuple):
             raise OutcomeUnknown("the response is not a list of batches")
         batches = []
         for item in data:
-            with contextlib.suppress(OutcomeUnknown):
+            with contextlib.suppress(OutcomeUnknown, UnusableId):
                 batches.append(Batch.parse(item))
         date = http_date(headers.get("date", ""))
         return cls(
@@ -1539,9 +1549,7 @@ class FileInfo(NamedTuple):
 
     @classmethod
     def parse(cls, content: Json) -> FileInfo:
-        if not is_id(content.get("id")):
-            raise OutcomeUnknown(f"the response is not a file: {shorten(to_json(content))}")
-        return cls(content["id"], int_field(content, "bytes") or None)
+        return cls(object_id(content, "file"), int_field(content, "bytes") or None)
 
 
 class Api(NamedTuple):
@@ -2705,7 +2713,7 @@ class Submitter:
             more = 0 if file.size is None else file.size - part.size
             is_whole = more == 0 or more == self._larger_by
             if more > 0 and is_whole:
-                self.api.warn_once(f"this service rewrites what is uploaded: file {file.id} has {more} bytes more")
+                self.api.warn_once("this service rewrites what is uploaded: its files are larger than what was sent")
             if is_whole and not requests.is_changed():
                 return file.id
             self._larger_by = max(0, more)

@@ -66,6 +66,7 @@ import hashlib
 import http.client
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -125,6 +126,7 @@ class Fault:
     cut      the true headers and half of the body, then the end: the client can tell
     shorten  the same without Content-Length: the client cannot tell
     delay    the true answer, ``seconds`` late (the other actions can be late, too)
+    close    the true answer, and from then on no connection is taken, until FaultyAPI.listen()
     drip     the true answer byte by byte, headers included, with ``seconds`` between two bytes
 
     ``when`` says when the fault strikes:
@@ -218,6 +220,9 @@ class FaultyHandler(Handler):
         elif fault.action == "drip":
             self.drip(api, answer, exchange, fault.seconds)
         else:
+            if fault.action == "close":
+                api.stop_listening()
+                headers = {"connection": "close"}
             self.reply(answer, exchange, headers, fault.action)
 
     def reply(
@@ -226,6 +231,7 @@ class FaultyHandler(Handler):
         exchange.status = answer.status
         exchange.answer_json = json_or_none(answer.body) if isinstance(answer.body, bytes) else None
         own = {name.lower(): value for name, value in (headers or {}).items()}
+        self.close_connection = self.close_connection or action == "close"
         if action not in ("cut", "shorten"):
             self.send(answer, own)
             return
@@ -317,6 +323,15 @@ class FaultyAPI(LocalBatchAPI):
     def wait(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
             raise ConnectionAbortedError("the server is stopping")
+
+    def stop_listening(self) -> None:
+        """Refuse connections. The file descriptor, which a thread polls, becomes that of a socket that says nothing."""
+        with socket.socket(type=socket.SOCK_DGRAM) as silent:
+            os.dup2(silent.fileno(), self.server.socket.fileno())
+
+    def listen(self) -> None:
+        with socket.create_server(self.server.server_address) as listening:  # type: ignore[arg-type]
+            os.dup2(listening.fileno(), self.server.socket.fileno())
 
     def postpone(self, request: Exchange, seconds: float) -> None:
         """Keep the request for carry_out(); if ``seconds`` is not 0, carry it out by then."""

@@ -20,6 +20,7 @@ from builders import (
     DUPLICATE,
     LATE,
     MODEL,
+    OUT,
     REQUESTS,
     Capture,
     Environment,
@@ -41,6 +42,7 @@ from builders import (
     kill,
     late_batch,
     live_in,
+    main,
     nothing,
     numbered,
     only_batch,
@@ -310,12 +312,33 @@ def test_stdin_is_submitted(api: FaultyAPI, tool: Tool, monkeypatch: Environment
     assert api.read_file(batch.input_file_id) == Path("requests.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["stdin", "requests.txt", ".jsonl", "a.jsonl.gz", "ünï cödé", "requests.jsonl"])
+def test_the_name_of_an_upload_ends_in_jsonl(api: FaultyAPI, monkeypatch: Environment, name: str) -> None:
+    path = requests_file(path=name)
+    with path.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main("create", "--in", "-" if name == "stdin" else name) == 0
+    (file,), (batch,) = api.files.values(), api.batches.values()
+    assert file.filename == name + ("" if name.endswith(".jsonl") else ".jsonl")
+    assert (batch.metadata or {})["input_file"] == name
+
+
 @pytest.mark.parametrize(
     "name", [b"\xff.jsonl", b"a\nb.jsonl", b"requests.txt", b".jsonl", '뉴진스 "x".jsonl'.encode()], ids=in_short
 )
 def test_a_file_of_any_name_is_submitted(name: bytes, api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     assert tool("create", "--in", requests_file(path=os.fsdecode(name))) == 0
     assert capsys.readouterr().out == ids(only_batch(api))
+
+
+def test_create_looks_at_the_file_before_the_key_the_log_and_the_network(
+    api: FaultyAPI, monkeypatch: Environment, capsys: Capture
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    requests_file(request("a1"), request("a1"))
+    assert create() == 1
+    assert "duplicate_custom_id" in capsys.readouterr().err
+    assert (api.exchanges, os.listdir()) == ([], ["requests.jsonl"])
 
 
 # ---- the model ----
@@ -442,6 +465,95 @@ def test_a_file_that_stays_unknown_ends_the_command(api: FaultyAPI, tool: Tool, 
     assert tool("create", "--in", requests_file()) == 1
     assert clock.naps == [7, 0.5, 1.5, 3, 5]
     assert api.batches == {}
+
+
+@pytest.mark.parametrize("habit", ["limits-after-post", "copies-uploads"])
+@pytest.mark.parametrize("command", [create, run])
+def test_one_post_is_enough_and_its_file_stays(api: FaultyAPI, command: Callable[..., int], habit: str) -> None:
+    """A 429 to a POST that was carried out; a batch that names a copy of its input file."""
+    api.habits = {habit}
+    content = write_requests("a1", "a2")
+    assert command() == 0
+    assert (posts(api), posts(api, "/v1/files"), asked(api, "DELETE")) == (1, 1, 0)
+    assert create() == 0
+    assert (posts(api), times_paid(api)) == (1, [1, 1])
+    assert api.read_file(next(iter(api.files))) == content
+
+
+@pytest.mark.parametrize("command", [create, run])
+def test_a_connection_that_is_refused_at_the_post_only_costs_some_seconds(
+    api: FaultyAPI, command: Callable[..., int]
+) -> None:
+    api.faults = [Fault("GET", "/batches$", skip=1, action="close")]
+    write_requests("a1")
+    time = FakeTime(nothing, api.listen)
+    assert command(time=time) == 0
+    assert (posts(api), posts(api, "/v1/files"), asked(api, "DELETE")) == (1, 1, 0)
+    assert sum(time.naps[:2]) < 5
+
+
+@pytest.mark.parametrize("command", [create, run])
+def test_a_service_that_stays_away_at_the_post_ends_it(
+    api: FaultyAPI, command: Callable[..., int], capsys: Capture
+) -> None:
+    api.faults = [Fault("GET", "/batches$", skip=1, action="close")]
+    write_requests("a1")
+    assert command() == 1
+    assert capsys.readouterr().err.splitlines()[-1] + "\n" == error(
+        f"cannot reach {api.base_url}/: [Errno 111] Connection refused"
+    )
+    api.faults = []
+    api.listen()
+    assert command() == 0
+    assert times_paid(api) == [1]
+
+
+@pytest.mark.parametrize("command", [create, run])
+def test_a_file_whose_id_cannot_be_used_is_an_error_at_once(
+    api: FaultyAPI, command: Callable[..., int], capsys: Capture
+) -> None:
+    api.faults = [Fault("POST", "/files$", status=200, body=b'{"id": "file 1", "object": "file"}', times=99)]
+    write_requests("a1")
+    time = FakeTime()
+    assert command(time=time) == 1
+    assert '"file 1"' in capsys.readouterr().err.splitlines()[-1]
+    assert (posts(api, "/v1/files"), posts(api), time.now) == (1, 0, 0)
+
+
+def test_a_batch_whose_id_cannot_be_used_is_an_error_at_once(api: FaultyAPI, capsys: Capture) -> None:
+    body = b'{"id": "batch 1", "object": "batch", "status": "validating"}'
+    api.faults = [Fault("POST", "/batches$", status=200, body=body, times=99)]
+    write_requests("a1")
+    time = FakeTime()
+    assert run(time=time) == 1
+    assert '"batch 1"' in capsys.readouterr().err.splitlines()[-1]
+    assert (posts(api, "/v1/files"), posts(api), time.now) == (1, 1, 0)
+
+
+def test_a_service_that_rewrites_uploads_costs_one_more_of_them_and_a_warning(api: FaultyAPI, capsys: Capture) -> None:
+    api.habits = {"rewrites-uploads"}
+    write_requests(*numbered(6))
+    assert create("--max-requests", "2") == 0
+    assert capsys.readouterr().err.count("warning: this service rewrites what is uploaded: ") == 1
+    assert (posts(api, "/v1/files"), asked(api, "DELETE"), times_paid(api)) == (4, 1, [1] * 6)
+
+
+def test_an_upload_that_is_larger_in_another_way_each_time_is_not_whole(api: FaultyAPI, capsys: Capture) -> None:
+    for size in (1001, 1002, 1003):
+        body = json.dumps({"id": api.new_file(b"", "batch", "x").id, "object": "file", "bytes": size}).encode()
+        api.faults.append(Fault("POST", "/files$", status=200, body=body))
+    write_requests("a1")
+    assert create() == 1
+    assert "has 1003 bytes, but " in capsys.readouterr().err
+    assert (api.files, posts(api)) == ({}, 0)
+
+
+def test_odd_entries_in_the_listing_draw_one_warning_and_stop_nothing(api: FaultyAPI, capsys: Capture) -> None:
+    api.habits = {"odd-entries"}
+    content = write_requests(*numbered(3))
+    assert run("--max-requests", "1") == 0
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert_paid_once(api, content)
 
 
 def test_a_rate_limit_on_the_post_is_waited_out(api: FaultyAPI, tool: Tool, clock: FakeTime) -> None:
@@ -859,6 +971,18 @@ def test_a_service_without_metadata_draws_one_warning(api: FaultyAPI, capsys: py
     write_requests("a1", "a2")
     assert run("--max-requests", "1") == 0
     assert capsys.readouterr().err.count("warning: this service keeps no metadata; only a note on this machine") == 1
+
+
+@pytest.mark.parametrize("first", [create, run])
+def test_the_note_alone_is_enough(api: FaultyAPI, first: Callable[..., int]) -> None:
+    """Batches name neither an input file nor metadata, and the listing is empty."""
+    api.habits = {"no-input-id", "no-metadata", "empty-listing"}
+    content = write_requests("a1", "a2")
+    assert first() == 0
+    OUT.unlink(missing_ok=True)
+    assert (create(), run()) == (0, 0)
+    assert posts(api) == posts(api, "/v1/files") == 1
+    assert_paid_once(api, content)
 
 
 def test_a_batch_of_the_note_that_is_not_found_for_some_seconds_is_looked_for_again(api: FaultyAPI) -> None:
