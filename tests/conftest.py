@@ -58,7 +58,8 @@ def readme_shell(
     server = subprocess.Popen([sys.executable, "samples/local_batch_api.py", "--step", "0"], cwd=folder,
                               stdout=subprocess.PIPE, text=True)
     assert server.stdout
-    environment = {name: value for name, value in os.environ.items() if not name.startswith((*READ_BY_THE_SCRIPTS, "SSL_"))} | {
+    kept = {name: each for name, each in os.environ.items() if not name.startswith((*READ_BY_THE_SCRIPTS, "SSL_"))}
+    environment = kept | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "LANGUAGE": "C",
         "XDG_STATE_HOME": str(folder / "state"), "OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1",
         "OPENAI_BASE_URL": server.stdout.readline().strip(), "SSL_CERT_DIR": str(folder),

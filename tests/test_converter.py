@@ -988,16 +988,14 @@ def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("GEN --nonsense 2> /dev/full", 2, ""),
     ],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_closed_and_full_streams_end_the_run_without_a_traceback(
-    command: str, code: int, message: str, unbuffered: str
-) -> None:
-    finished = shell(command, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
-    if "--strict" in command:
-        assert (finished.returncode, finished.stdout) == (1, "")
-        assert "Traceback" not in finished.stderr and "Exception" not in finished.stderr
-    else:
-        assert (finished.returncode, finished.stdout, finished.stderr) == (code, "", message)
+def test_closed_and_full_streams_end_the_run_without_a_traceback(command: str, code: int, message: str) -> None:
+    for unbuffered in ["", "1"] if "--out -" in command or "--help" in command else [""]:
+        finished = shell(command, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        if "--strict" in command:
+            assert (finished.returncode, finished.stdout) == (1, "")
+            assert "Traceback" not in finished.stderr and "Exception" not in finished.stderr
+        else:
+            assert (finished.returncode, finished.stdout, finished.stderr) == (code, "", message)
 
 
 def test_messages_never_go_to_stdout_where_stderr_is_closed() -> None:

@@ -494,7 +494,7 @@ def test_a_trouble_of_any_call_is_outlived(api: FaultyAPI, call: str, trouble: s
     assert_out(api)
 
 
-@pytest.mark.parametrize("call", ["upload", "listing", "poll", "download"])
+@pytest.mark.parametrize("call", ["listing", "poll", "download"])
 def test_an_hour_without_an_answer_ends_it(
     api: FaultyAPI, capsys: pytest.CaptureFixture[str], call: str
 ) -> None:
