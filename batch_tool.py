@@ -491,12 +491,7 @@ class ApiError(CommandError):
     """
 
     def __init__(
-        self,
-        text: str,
-        status: int | None = None,
-        codes: tuple[Any, ...] = (),
-        retry_after: float | None = None,
-        *,
+        self, text: str, status: int | None = None, codes: tuple[Any, ...] = (), retry_after: float | None = None, *,
         no_endpoint: bool = False,
     ) -> None:
         super().__init__(text)
@@ -1064,11 +1059,7 @@ class Checked(NamedTuple):
 
 
 def check_input(
-    requests: Input,
-    console: Console,
-    endpoint: str | None = None,
-    max_requests: int = MAX_BATCH_REQUESTS,
-    *,
+    requests: Input, console: Console, endpoint: str | None = None, max_requests: int = MAX_BATCH_REQUESTS, *,
     hashes_lines: bool = False,
 ) -> Checked:
     """Check a request file, divide it into parts and index it, in one pass.
@@ -1416,11 +1407,7 @@ class Retry:
     """
 
     def __init__(
-        self,
-        tries: int = MAX_TRIES,
-        rate_limit_budget: float = RATE_LIMIT_BUDGET,
-        outage_budget: float = 0,
-        *,
+        self, tries: int = MAX_TRIES, rate_limit_budget: float = RATE_LIMIT_BUDGET, outage_budget: float = 0, *,
         repeat_lost: bool = True,
     ) -> None:
         self._tries_left = tries
@@ -1600,11 +1587,7 @@ class Api(NamedTuple):
             self.clock.sleep(pause)
 
     def call_sdk(
-        self,
-        operation: str,
-        parameters: Json,
-        send: Callable[..., Any],
-        parse: Callable[[Json], T],
+        self, operation: str, parameters: Json, send: Callable[..., Any], parse: Callable[[Json], T],
         retry: Retry | None = None,
     ) -> T:
         """Call a raw-response method of the SDK, and parse the JSON object of its response."""
@@ -2235,9 +2218,7 @@ class Results:
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
         return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
-    def add(
-        self, result: Json, place: tuple[BinaryIO, int, int], sha256: str = "", *, yields: bool = False
-    ) -> Match:
+    def add(self, result: Json, place: tuple[BinaryIO, int, int], sha256: str = "", *, yields: bool = False) -> Match:
         """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
         Raises ValueError if it is not a results line. With `yields`, it does not replace a success of another file.
@@ -2549,13 +2530,7 @@ class Submitter:
     """
 
     def __init__(
-        self,
-        api: Api,
-        args: argparse.Namespace,
-        request_file_sha256: str,
-        checked: Checked,
-        note: Note,
-        *,
+        self, api: Api, args: argparse.Namespace, request_file_sha256: str, checked: Checked, note: Note, *,
         finds_versions: bool = False,
     ) -> None:
         self.api = api
@@ -3717,12 +3692,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        submitter: Submitter,
-        requests: Input,
-        checked: Checked,
-        results: Results,
+        self, args: argparse.Namespace, submitter: Submitter, requests: Input, checked: Checked, results: Results,
         spools: tuple[BinaryIO, BinaryIO],
     ) -> None:
         self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
@@ -4384,9 +4354,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(
-    argv: Sequence[str] | None = None,
-    *,
-    sleep: Callable[[float], None] = time.sleep,
+    argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run a command, and return its exit code. Invalid arguments raise SystemExit(2), as in argparse."""
