@@ -46,7 +46,6 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
-    import httpx2
     from openai import APIStatusError, OpenAI, OpenAIError
 
 PROG = "batch_tool.py"
@@ -448,21 +447,9 @@ YOUNG_SECONDS = 120  # a batch this new may still get a 404
 SHUTDOWN_WARNING_DAYS = 30
 MAX_IDLE_REFUSALS = 2  # token-limit refusals, with no batch of ours active, before a part is halved
 MAX_SINGLE_REFUSALS = 5  # and before a single request is given up
-SECRET = re.compile(
-    r"""
-    (                                # kept: what introduces a secret
-        (?i:Bearer) (?:\s|\\[nrt]|%20)+
-      | (?:
-            (?<![A-Za-z0-9])         # `sk-` at the start of a word,
-          | (?<=\\[nrtbf])           # after a JSON escape such as \n,
-          | (?<=\\u[0-9a-f]{4})      # after \u0000,
-          | (?<=%[0-9A-F]{2})        # or after a URL escape
-        )
-        sk-
-    )
-    [^\s\\"',;]{16,}                 # replaced
-    """,
-    re.VERBOSE,
+SECRET = re.compile(  # its first group is kept; `sk-` stands at the start of a word, also behind \\n, \\u0000 or %0A
+    r"((?i:Bearer)(?:\s|\\[nrt]|%20)+|(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9a-f]{4})|(?<=%[0-9A-F]{2}))sk-)"
+    r"[^\s\\\"',;]{16,}"
 )
 REDACTED = "[secret]"
 NO_SUCH_PATH = re.compile(  # how web servers report an unknown path, as opposed to an unknown file or batch
@@ -882,28 +869,18 @@ class Problem(NamedTuple):
 
 
 def guess_content(first_line: bytes) -> str:
-    """What a file that is not JSONL probably is, and what to do about it. Empty if the first line looks like JSON."""
-    if first_line.startswith(b"PK\x03\x04"):
-        return "an Excel workbook or a zip file, not JSONL; save it as CSV and convert it with gen_batch_jsonl.py"
-    if first_line.startswith(b"\x1f\x8b"):
-        return "a gzip file, not JSONL; decompress it first"
-    if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16, but JSONL is UTF-8; if it is a CSV, convert it with gen_batch_jsonl.py"
-    text = first_line.removeprefix(b"\xef\xbb\xbf").strip()
-    if text != first_line.strip() and text.startswith(b"{"):
-        return "the file begins with a byte-order mark; save it without one"
-    if not text or text.startswith((b"{", b"[")):
+    """What a file is whose first line is no request, and what to do about it. Empty if the line may be one."""
+    text = first_line.strip()
+    with contextlib.suppress(ValueError):
+        line = read_object(text)
+        is_result = "body" not in line and ("response" in line or "error" in line)
+        return "a results file: name the request file that gen_batch_jsonl.py wrote" if is_result else ""
+    if text.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")):
+        return "an Excel workbook, an archive or UTF-16: convert the CSV in it with gen_batch_jsonl.py"
+    if text.startswith((b"{", b"[", b"\xef\xbb\xbf{")) or not text:
         return ""
-    if any(delimiter.encode() in text for delimiter in DELIMITERS):
-        return "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"
-    return "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"
-
-
-A_RESULTS_FILE = "the line of a results file; name the request file that gen_batch_jsonl.py wrote"
-
-
-def looks_like_a_result(line: Json) -> bool:
-    return "body" not in line and ("response" in line or "error" in line)
+    kind = "it looks like a CSV" if any(each.encode() in text for each in DELIMITERS) else "it looks like text"
+    return f"not JSONL; {kind}: convert it with gen_batch_jsonl.py first"
 
 
 class PartDivider:
@@ -990,9 +967,14 @@ class InputCheck:
         self._max_bytes = max_bytes
         self._hashes_lines = hashes_lines
 
-    def problems(self, lines: Iterable[bytes]) -> Iterator[Problem]:
+    def problems(self, lines: Iterable[bytes], divider: PartDivider) -> Iterator[Problem]:
+        """Add all lines to the divider and the index, and yield what is wrong with them."""
         number = 0
         for number, line in enumerate(lines, 1):
+            if number == 1 and (guess := guess_content(line)):
+                yield Problem(1, "invalid_json_line", guess)
+                return
+            divider.add(line)
             if self._hashes_lines:
                 self.index.digests.extend(digest_of(line))
             if len(line) > self._max_bytes:
@@ -1001,16 +983,9 @@ class InputCheck:
             try:
                 request = read_object(line, strict=True)
             except ValueError as error:
-                guess = guess_content(line) if number == 1 else ""
-                yield Problem(number, "invalid_json_line", guess or str(error))
-                if guess:
-                    return
-                continue
-            if number == 1 and looks_like_a_result(request):
-                yield Problem(1, "invalid_request", A_RESULTS_FILE)
-                return
-            for code, message in self._add(number, request):
-                yield Problem(number, code, message)
+                yield Problem(number, "invalid_json_line", str(error))
+            else:
+                yield from (Problem(number, code, message) for code, message in self._add(number, request))
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
@@ -1067,14 +1042,8 @@ def check_input(
     If it has errors, print them and raise CommandError.
     """
     check, divider = InputCheck(endpoint, hashes_lines=hashes_lines), PartDivider(max_requests)
-
-    def divided() -> Iterator[bytes]:
-        for line in requests.lines():
-            divider.add(line)
-            yield line
-
     found = 0
-    for problem in check.problems(divided()):
+    for problem in check.problems(requests.lines(), divider):
         found += 1
         if found <= MAX_LISTED:
             console.message(str(problem))
@@ -1095,15 +1064,13 @@ def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
     """
     for position, line in enumerate(requests.lines()):
         index.digests.extend(digest_of(line))
-        problem = ""
+        problem = "" if position else guess_content(line)
         try:
             request = read_object(line)
         except ValueError as error:
-            request, problem = {}, ("" if position else guess_content(line)) or str(error)
+            request, problem = {}, problem or str(error)
         custom_id, body = request.get("custom_id"), request.get("body")
-        if not problem and looks_like_a_result(request):
-            problem = A_RESULTS_FILE
-        elif not problem and not (isinstance(custom_id, str) and custom_id and isinstance(body, dict)):
+        if not problem and not (isinstance(custom_id, str) and custom_id and isinstance(body, dict)):
             problem = "no request; --in must be the request file"
         elif not problem and index.position_of.setdefault(cast(str, custom_id), position) != position:
             problem = f"custom_id {quoted(custom_id)} was used before; see validate"
@@ -1762,7 +1729,7 @@ class Api(NamedTuple):
                 self.console.warn(f"the model {quoted(model)} {when}; choose a newer one")
 
     def send_now(self, request: Json) -> Json:
-        """Send one request to its endpoint, not as a batch, and return the `response` of its results line.
+        """Send one request to its endpoint, not as a batch, and return its results line.
 
         It is repeated only if it was not carried out.
         """
@@ -1772,8 +1739,7 @@ class Api(NamedTuple):
         def attempt() -> tuple[Json, Json]:
             try:
                 response = self.client.post(
-                    request["url"].removeprefix("/v1"),
-                    cast_to=httpx2.Response,
+                    request["url"].removeprefix("/v1"), cast_to=httpx2.Response,
                     content=json.dumps(request["body"], separators=(",", ":")).encode(),
                     options={"timeout": ANSWER_SECONDS, "headers": {"Content-Type": "application/json"}},
                 )
@@ -1781,14 +1747,14 @@ class Api(NamedTuple):
                 if error.status_code not in (400, 413, 422) or not isinstance(error.body, dict):
                     raise
                 response = error.response  # only this request was refused
-            field = {
-                "status_code": response.status_code,
-                "request_id": response.headers.get("x-request-id"),
-                "body": json_object(response.content),
-            }
-            return field, field
+            field = {"status_code": response.status_code, "body": json_object(response.content)}
+            return {"custom_id": request["custom_id"], "response": field}, field
 
-        return self.call_with_retries("PREVIEW", request, attempt, Retry(repeat_lost=False))
+        try:
+            return self.call_with_retries("PREVIEW", request, attempt, Retry(repeat_lost=False))
+        except OutcomeUnknown as failure:
+            error = {"code": "outcome_unknown", "message": str(failure)}
+            return {"custom_id": request["custom_id"], "response": None, "error": error}
 
 
 def header_value(name: str) -> str:
@@ -1820,21 +1786,6 @@ def base_url() -> str:
     return url
 
 
-def refuse_foreign_redirect(response: httpx2.Response) -> None:
-    """Remove the location of a redirect to another scheme, host or port, so that the client reports an error."""
-    import httpx2
-
-    try:
-        target = response.url.join(response.headers.get("location", ""))
-        is_foreign = (target.scheme, target.host, target.port) != (
-            response.url.scheme, response.url.host, response.url.port
-        )
-    except (httpx2.InvalidURL, ValueError):
-        is_foreign = True
-    if is_foreign:
-        del response.headers["location"]
-
-
 @contextlib.contextmanager
 def holding_signals() -> Iterator[None]:
     """Delay signals until the block ends. An interpreter callback in it would swallow the exception that they raise."""
@@ -1860,7 +1811,7 @@ def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterato
             advice = "pip install -r requirements.txt, or use the Python of a virtual environment that has it"
             raise CommandError(f"the openai package cannot be imported ({error}); {advice}") from None
         try:
-            http = openai.DefaultHttpxClient(event_hooks={"response": [refuse_foreign_redirect]})
+            http = openai.DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
                                    max_retries=0, timeout=REQUEST_SECONDS, http_client=http)
         except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:  # unusable proxy or certificate settings
@@ -2116,8 +2067,11 @@ class BatchLines(NamedTuple):
     output_tokens: int
 
 
-def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of a file from the offset `start` on, each with its number and its offset.
+Place = tuple[BinaryIO, int, int]  # where a line is: its file, its offset, its size
+
+
+def lines_with_places(file: BinaryIO, name: str, start: int = 0) -> Iterator[tuple[int, Place, bytes]]:
+    """The lines of a file from the offset `start` on, each with its number and its place.
 
     A byte-order mark before the first one is passed over.
     """
@@ -2125,10 +2079,10 @@ def lines_with_offsets(file: BinaryIO, name: str, start: int) -> Iterator[tuple[
     with os_errors_as(f"read {name}"):
         file.seek(start)
         for number, line in enumerate(file, 1):
-            if offset == start and line.startswith(codecs.BOM_UTF8):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
                 offset += len(codecs.BOM_UTF8)
                 line = line.removeprefix(codecs.BOM_UTF8)
-            yield number, offset, line
+            yield number, (file, offset, len(line)), line
             offset += len(line)
 
 
@@ -2157,10 +2111,10 @@ class Results:
         """
         problems: list[str] = []
         found = 0
-        for number, offset, line in lines_with_offsets(file, name, 0):
+        for number, place, line in lines_with_places(file, name):
             try:
                 result = results_object(line)
-                match = self.add(result, (file, offset, len(line)))
+                match = self.add(result, place)
             except ValueError as error:
                 if not problems:
                     seems = guess_content(line).partition(":")[0] or str(error)
@@ -2180,9 +2134,9 @@ class Results:
 
     def read_out(self, file: BinaryIO, name: str) -> None:
         """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines."""
-        for number, offset, line in lines_with_offsets(file, name, 0):
+        for number, place, line in lines_with_places(file, name):
             try:
-                match = self.add(read_object(line), (file, offset, len(line)))
+                match = self.add(read_object(line), place)
             except ValueError as error:
                 raise CommandError(f"{name} holds something other than results (line {number}: {error}), so it was "
                                    "left as it is; choose another --out") from None
@@ -2199,13 +2153,13 @@ class Results:
         """
         outcomes: dict[int, str] = {}
         unknown = unreadable = input_tokens = output_tokens = 0
-        for _, offset, line in lines_with_offsets(file, name, start):
+        for _, place, line in lines_with_places(file, name, start):
             try:
                 result = results_object(line)
                 sha256 = ""
                 if sent_digests is not None:
                     sha256 = sent_digests.get(str_field(result, "custom_id"), b"").hex() or "unknown"
-                match = self.add(result, (file, offset, len(line)), sha256, yields=is_earlier)
+                match = self.add(result, place, sha256, yields=is_earlier)
             except ValueError:
                 unreadable += 1
                 continue
@@ -2218,7 +2172,7 @@ class Results:
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
         return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
-    def add(self, result: Json, place: tuple[BinaryIO, int, int], sha256: str = "", *, yields: bool = False) -> Match:
+    def add(self, result: Json, place: Place, sha256: str = "", *, yields: bool = False) -> Match:
         """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
         Raises ValueError if it is not a results line. With `yields`, it does not replace a success of another file.
@@ -2554,9 +2508,6 @@ class Submitter:
         """The batch is taken care of: it does not keep anything from being submitted."""
         self._ignored.add(batch.id)
 
-    def is_ignored(self, batch: Batch) -> bool:
-        return batch.id in self._ignored
-
     def input_file_of(self, batch: Batch) -> str:
         """The id of the file that we uploaded for a batch; a gateway may show the id of a copy, or none."""
         noted = (note.file_of(batch) for note in (self._note, *self._notes_of_versions))
@@ -2579,10 +2530,11 @@ class Submitter:
         """Whether the batch was made of a file of this name, as far as it says."""
         return batch.metadata.get("input_file", self._name)[:512] == self._name[:512]
 
-    def is_of_other_version(self, batch: Batch) -> bool:
-        """Whether a batch that is not of this file is of one with the same name. False without `finds_versions`."""
+    def _is_ours(self, batch: Batch) -> bool:
+        """Whether the batch is of this file or, with `finds_versions`, of another one of the same name."""
         is_named = {"input_sha256", "input_file"} <= batch.metadata.keys() and self.has_name(batch)
-        return self._finds_versions and (is_named or any(note.file_of(batch) for note in self._notes_of_versions))
+        is_version = is_named or any(note.file_of(batch) for note in self._notes_of_versions)
+        return self.is_of_file(batch) or (self._finds_versions and is_version)
 
     def list_batches(self, api: Api) -> list[Batch]:
         """The recent batches. With --force, a listing that cannot be used does not matter."""
@@ -2617,9 +2569,6 @@ class Submitter:
                     noted |= self._resolve(other, found, is_in_use=is_in_use)
         self._add_unlisted(noted, found)
         return by_age(batch for batch in found.values() if batch.may_have_success and self._is_ours(batch))
-
-    def _is_ours(self, batch: Batch) -> bool:
-        return self.is_of_file(batch) or self.is_of_other_version(batch)
 
     def _resolve(self, note: Note, found: dict[str, Batch], *, is_in_use: bool = False) -> set[str]:
         """Find out what became of each POST of a note that has no outcome yet, and return the ids of its batches.
@@ -2747,7 +2696,7 @@ class Submitter:
             if batch := next((each for each in by_age(listed) if each.input_file_id == file_id), None):
                 return batch
             others = [each for each in listed if each.may_have_success and self._is_ours(each)]
-            new = by_age(each for each in others if not self.is_ignored(each))
+            new = by_age(each for each in others if each.id not in self._ignored)
             if new and not self._force:
                 raise AlreadySubmitted(new)
         except AlreadySubmitted:
@@ -3081,15 +3030,6 @@ def prompt_text(body: Json) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-def preview_result(api: Api, request: Json) -> Json:
-    """Send a request right away, and return its results line. It has no response if the outcome is unknown."""
-    result: Json = {"id": None, "custom_id": request["custom_id"], "response": None, "error": None}
-    try:
-        return result | {"response": api.send_now(request)}
-    except OutcomeUnknown as failure:
-        return result | {"error": {"code": "outcome_unknown", "message": str(failure)}}
-
-
 def preview_lines(request: Json, outcome: Outcome) -> Iterator[str]:
     """The custom_id and the artist's name, then the text of the answer, or its fields by name, and its error."""
     yield artist_label(request)
@@ -3116,7 +3056,7 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
         for line in prompt_text(samples[0]["body"]).splitlines():
             console.message(line)
         for number, request in enumerate(samples):
-            outcome = classify(preview_result(api, request), [*schema_fields(request["body"])])
+            outcome = classify(api.send_now(request), [*schema_fields(request["body"])])
             succeeded += outcome.kind == SUCCEEDED
             for text in [*([""] if number else []), *preview_lines(request, outcome)]:
                 print_result(text, console)
@@ -3127,11 +3067,6 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
 
 
 # create
-
-
-def is_reusable(batch: Batch) -> bool:
-    """Whether a batch that may have a success is running or completed, so that its part need not be submitted."""
-    return batch.status == "completed" or not (batch.has_ended or batch.status == "cancelling")
 
 
 def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3148,7 +3083,8 @@ def cmd_create(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         others = []
         for batch in earlier:
             submitter.ignore(batch)
-            if (part_sha256 := submitter.part_sha256(batch)) in own and is_reusable(batch):
+            is_whole = batch.status == "completed" or not (batch.has_ended or batch.status == "cancelling")
+            if (part_sha256 := submitter.part_sha256(batch)) in own and is_whole:
                 reused.setdefault(part_sha256, batch)
             else:
                 others.append(batch)
@@ -3362,23 +3298,6 @@ def read_results(inputs: Sequence[Input], console: Console) -> Results:
     return results
 
 
-def refuse_changes(inputs: Iterable[Input]) -> None:
-    for each in inputs:
-        each.refuse_changes()
-
-
-@contextlib.contextmanager
-def whole_output(path: str, inputs: Iterable[Input]) -> Iterator[BinaryIO]:
-    """Like open_output, but the file is kept only if no input has changed meanwhile."""
-    with open_output(path) as out:
-        try:
-            yield out
-        except (ValueError, LookupError):  # a line that is not as it was in the first pass
-            refuse_changes(inputs)
-            raise
-        refuse_changes(inputs)
-
-
 def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(args, stack)
@@ -3387,11 +3306,9 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         outcomes = results.outcomes()
         count = sum(outcomes[kind] for kind in kinds)
         if count:
-            with whole_output(args.output, inputs) as out:
+            with open_output(args.output) as out:
                 lines = enumerate(inputs[0].lines())
                 out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
-        else:
-            refuse_changes(inputs)
         result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
         report_results("", results, console)
     if not args.include_rejected and outcomes[REJECTED]:
@@ -3409,29 +3326,29 @@ def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[S
     Indexes requests and results on the way. Raises NotInOrder if anything about the results needs a second look.
     """
     fields = results.requests.fields
-    answers = lines_with_offsets(lines.file, lines.name, 0)
+    answers = lines_with_places(lines.file, lines.name)
     end = width = 0
     try:
         for request in indexed_requests(requests, results.requests):
             if not results.best:
                 width = len(fields)
                 yield bio_columns(fields)
-            _, offset, line = next(answers)
-            end = offset + len(line)
+            _, place, line = next(answers)
+            end = place[1] + len(line)
             result = read_object(line)
             if result.get("custom_id") != request["custom_id"] or len(fields) != width:
                 raise NotInOrder
             results.best.append(None)
-            match = results.add(result, (lines.file, offset, len(line)))
-            results.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
+            match = results.add(result, place)
+            results.keep(match)
             outcome = match.outcome if match.is_current and results.best[-1] else outcome_of(results.best[-1], fields)
             yield request["custom_id"], artist_name(request), *bio_cells(outcome, fields)
-        for _, offset, line in answers:  # results of other requests, or better ones of these
+        for _, place, line in answers:  # results of other requests, or better ones of these
             result = read_object(line)
-            match = results.add(result, (lines.file, offset, len(line)))
+            match = results.add(result, place)
             if match.position is None and not str_field(result, "request_sha256"):
                 raise NotInOrder
-            results.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
+            results.keep(match)
     except (StopIteration, ValueError):
         raise NotInOrder from None
     if not results.best or any(line and line.offset >= end for line in results.best):
@@ -3535,8 +3452,8 @@ def spreadsheet_rows(
         console.warn(f"{missing}, whose results are left out; see --id-column")
 
 
-def write_csv(args: argparse.Namespace, inputs: Sequence[Input], rows: Iterable[Sequence[str]]) -> None:
-    with whole_output(args.output, inputs) as out:
+def write_csv(args: argparse.Namespace, rows: Iterable[Sequence[str]]) -> None:
+    with open_output(args.output) as out:
         if args.excel:
             out.write("\ufeff".encode())
         out.writelines(map(excel_line if args.excel else csv_line, rows))
@@ -3549,7 +3466,7 @@ def export_in_order(args: argparse.Namespace, inputs: Sequence[Input], console: 
     requests, lines = inputs
     results = Results(RequestIndex.empty(), console)
     try:
-        write_csv(args, inputs, rows_in_order(requests, lines, results))
+        write_csv(args, rows_in_order(requests, lines, results))
     except NotInOrder:
         return None
     return results
@@ -3580,11 +3497,10 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             if args.csv:
                 spreadsheet = stack.enter_context(open_input(args.csv))
                 csv.field_size_limit(sys.maxsize)
-                inputs.append(spreadsheet)
                 rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
             else:
                 rows = bio_rows(inputs[0], results)
-            write_csv(args, inputs, rows)
+            write_csv(args, rows)
         report_results(wrote_prefix(args.output), results, console)
         report_bios(args.output, inputs[0], results, console)
     return 0
@@ -3632,22 +3548,16 @@ class Queue:
     """
 
     def __init__(self, parts: Iterable[QueuedPart]) -> None:
-        self._waiting = deque(parts)
+        self.waiting = deque(parts)
         self._room = math.inf  # how many more batches may be admitted
         self._idle_refusals = 0  # in a row
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
     def take(self) -> QueuedPart | None:
         """The next part to submit now, if any."""
-        if not self._waiting or self._room < 1:
+        if not self.waiting or self._room < 1:
             return None
         self._room -= 1
-        return self._waiting.popleft()
-
-    def clear(self) -> None:
-        self._waiting.clear()
+        return self.waiting.popleft()
 
     def settle(self, refused: Sequence[QueuedPart], ended: int, *, is_idle: bool) -> int:
         """Put refused parts back in front, and make room for as many parts as batches have ended.
@@ -3663,7 +3573,7 @@ class Queue:
             self._room = ended if refused else self._room + ended
             if ended:
                 self._idle_refusals = 0
-        self._waiting.extendleft(reversed(refused))
+        self.waiting.extendleft(reversed(refused))
         return self._idle_refusals if is_stuck else 0
 
 
@@ -3716,8 +3626,7 @@ class Run:
         """Collect what earlier batches have. Then send the rest in at most --attempts rounds."""
         earlier = self._submitter.earlier_batches(listed)
         for batch in sorted(earlier, key=lambda batch: not batch.output_file_id):  # those that may be done come first
-            if not self._submitter.is_ignored(batch):
-                self._pick_up(batch)
+            self._pick_up(batch)
         attempt = 1
         while True:
             pending = self._pending()
@@ -3761,10 +3670,10 @@ class Run:
         """
         if attempt == 1 and (pending or not self._is_announced):
             self._is_announced = True
-            active = [each.positions for each in self.active.values()]
-            in_batches = self._wanted() if None in active else {*itertools.chain.from_iterable(filter(None, active))}
-            left_out = {*itertools.chain.from_iterable(each.positions for each in self.withheld)}
-            self._console.message(what_to_send(self._results, pending, in_batches, left_out))
+            wanted = self._wanted()
+            left_out = wanted.intersection(itertools.chain.from_iterable(each.positions for each in self.withheld))
+            in_batches = len(wanted - pending - left_out)
+            self._console.message(what_to_send(self._results, pending, in_batches, len(left_out)))
         if not pending or self.is_stopped or attempt > self._args.attempts:
             return False
         if self._requests.is_changed():
@@ -3812,13 +3721,13 @@ class Run:
                     is_submitted = True
                 else:
                     is_cut_short = True
-                    queue.clear()
-            if self.active and not queue and not is_told:
+                    queue.waiting.clear()
+            if self.active and not queue.waiting and not is_told:
                 is_told = True
                 self._console.message(until_when([each.batch for each in self.active.values()]))
             oldest = min((each.batch.created_at or math.inf for each in self.active.values()), default=math.inf)
             self._poller.report(max(0.0, time.time() - oldest))
-            if not self.active and not queue:
+            if not self.active and not queue.waiting:
                 return is_submitted and not is_cut_short
             self._clock.sleep(self._args.interval)
             refused, ended = [], 0
@@ -3826,7 +3735,9 @@ class Run:
                 if batch.status != "failed":
                     ended += 1
                     self._download_results(batch, watched)
-                elif (queued := watched.queued) and batch.is_over_token_limit and self._is_still_to_send(watched):
+                elif (queued := watched.queued) and batch.is_over_token_limit and (
+                    self._pending().issuperset(queued.positions)  # they have no result, and are in no other batch
+                ):
                     self._console.message(f"part {queued.part.label}: batch {batch.id} was refused for the token limit")
                     del self._poller.latest[batch.id]
                     refused.append(queued)
@@ -3836,7 +3747,7 @@ class Run:
                 else:  # its requests are in other batches, but it makes room, too
                     ended += 1
             if self.is_stopped or is_cut_short:
-                queue.clear()
+                queue.waiting.clear()
             elif idle_refusals := queue.settle(refused, ended, is_idle=not self.active):
                 seconds = self._args.interval * 2 ** min(idle_refusals, 5)
                 self._console.message(f"no batch of this run is active; trying again in {seconds:g} s")
@@ -3872,10 +3783,6 @@ class Run:
                 self._api.download(batch.error_file_id, size, copy, f"errors of {batch.id}")
                 reasons += f": {errors_in(Input.of(copy, 'its error file'))}"
         return reasons
-
-    def _is_still_to_send(self, watched: ActiveBatch) -> bool:
-        """Whether its requests still have no result and are in no other active batch."""
-        return watched.positions is not None and self._pending().issuperset(watched.positions)
 
     # submitting
 
@@ -4026,36 +3933,19 @@ def requests_to_repeat(args: argparse.Namespace, results: Results) -> set[int]:
     return results.positions({REJECTED}) if args.include_rejected else set()
 
 
-def what_to_send(
-    results: Results, sending: Container[int], in_batches: Container[int] = (), left_out: Container[int] = ()
-) -> str:
+def what_to_send(results: Results, sending: Iterable[int], in_batches: int = 0, left_out: int = 0) -> str:
     """The line that says how many requests will be sent and why, and what becomes of the others."""
-    counts: Counter[str] = Counter()
-    for position in range(len(results.best)):
-        kind = results.outcome_at(position)
-        if position in sending:
-            counts[f"send {kind}"] += 1
-        elif kind in TO_SEND and (position in in_batches or position in left_out):
-            counts["in batches" if position in in_batches else "left out"] += 1
-        else:
-            counts[kind] += 1
-    to_send = {MISSING: "new", OUTDATED: "changed", RETRYABLE: "to try again", REJECTED: "rejected",
+    sent, every = Counter(map(results.outcome_at, sending)), results.outcomes()
+    reasons = {MISSING: "new", OUTDATED: "changed", RETRYABLE: "to try again", REJECTED: "rejected",
                SUCCEEDED: "forced"}
-    sent = [f"{number:,} {word}" for kind, word in to_send.items() if (number := counts[f"send {kind}"])]
-    kept = [
-        f"{number:,} {one if number == 1 else many}"
-        for kind, one, many in (
-            (SUCCEEDED, "has a bio", "have a bio"),
-            (REJECTED, "was rejected", "were rejected"),
-            ("in batches", "in earlier batches", "in earlier batches"),
-            ("left out", "left out", "left out"),
-        )
-        if (number := counts[kind])
-    ]
-    total = sum(counts[f"send {kind}"] for kind in to_send)
-    text = f"{total:,} of {with_commas(len(results.best), 'request')} to send"
-    text += f": {', '.join(sent)}" if sent else ""
-    text += f"; {', '.join(kept)}" if kept else ""
+    bios, rejected = every[SUCCEEDED] - sent[SUCCEEDED], every[REJECTED] - sent[REJECTED]
+    kept = {"has a bio" if bios == 1 else "have a bio": bios,
+            "was rejected" if rejected == 1 else "were rejected": rejected,
+            "in earlier batches": in_batches, "left out": left_out}
+    text = f"{sent.total():,} of {with_commas(len(results.best), 'request')} to send"
+    for mark, counts in ((":", {word: sent[kind] for kind, word in reasons.items()}), (";", kept)):
+        if listed := ", ".join(f"{number:,} {word}" for word, number in counts.items() if number):
+            text += f"{mark} {listed}"
     if results.gone:
         text += f"; {with_commas(results.gone, 'result')} of requests that are no longer in the file"
     return text
@@ -4329,10 +4219,7 @@ def check_paths(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         is_own_result = args.command is cmd_run and destination == args.output and path in args.results  # it is kept
         if same_regular_file(path, destination) and not is_own_result:
             parser.error(f"{shown(path)} would be read and written at once; choose another path to write")
-    written = [path for batch_id in args.batch_ids for path in batch_paths(batch_id, args.output).values()]
-    if args.output:
-        written.append(args.output)
-    if args.log_file and os.path.realpath(args.log_file) in map(os.path.realpath, written):
+    if args.log_file and args.output and os.path.realpath(args.log_file) == os.path.realpath(args.output):
         parser.error("the log would be the same file as the output; choose another --log-file")
 
 

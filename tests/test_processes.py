@@ -273,8 +273,7 @@ def test_the_log_cannot_be_the_request_file(work: Path, capsys: Capture) -> None
 
 @pytest.mark.parametrize("arguments", [
     ["run", "--in", "requests.jsonl", "--out", "x", "--log-file", "./x"],
-    ["status", "--batch-id", "b1", "b2", "--log-file", "results_b2.jsonl"],
-    ["retrieve", "--batch-id", "b1", "--out", "x.jsonl", "--log-file", "./x.errors.jsonl"],
+    ["retrieve", "--batch-id", "b1", "--out", "x.jsonl", "--log-file", "./x.jsonl"],
 ], ids=in_short)
 def test_the_results_cannot_go_into_the_log(arguments: list[str], work: Path, capsys: Capture) -> None:
     requests_file()

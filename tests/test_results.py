@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from builders import (
     expired,
     in_short,
     jsonl,
-    leftovers,
     long_result,
     message,
     ok,
@@ -462,7 +459,7 @@ def test_retry_to_stdout_reports_on_stderr(tool: Tool, capfdbinary: pytest.Captu
 @pytest.mark.parametrize(
     "lines, reason",
     [
-        ([b"x\n"], "requests.jsonl line 1: not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
+        ([b"x\n"], "requests.jsonl line 1: not JSONL; it looks like text: convert it with gen_batch_jsonl.py first"),
         ([b"[" * 100_000 + b"\n"], "requests.jsonl line 1: "),
         ([request(), b"\xff\n"], "requests.jsonl line 2: not valid UTF-8 (byte 1 of the line)"),
         ([b"a,b\n", b"1,2\n"], "requests.jsonl line 1: not JSONL; it looks like a CSV: convert it with"),
@@ -483,54 +480,6 @@ def test_a_bad_request_file_is_an_error(
     assert out == ""
     assert err.startswith(f"batch_tool.py: error: {reason}")
     assert err.count("\n") == 1
-    assert not Path("out").exists()
-
-
-class Meddler(threading.Thread):
-    """Changes a file while a command waits for the last of its results, which come through a FIFO."""
-
-    def __init__(self, change: Callable[[], object]) -> None:
-        super().__init__()
-        self._change = change
-        os.mkfifo("fifo")
-
-    def run(self) -> None:
-        with open("fifo", "wb") as fifo:  # once the command has opened it, and so the others
-            self._change()
-            fifo.write(jsonl(success("a2")))
-
-
-@pytest.mark.parametrize("command", ["retry", "export"])
-@pytest.mark.parametrize(("path", "content"), [
-    ("results.jsonl", b""),
-    ("results.jsonl", jsonl(success("a1", "Another bio."))),
-    ("requests.jsonl", jsonl(request("a1"))),
-    ("requests.jsonl", jsonl(request("a1"), request("a2"), request("a3"), request("a4"))),
-])
-def test_a_file_that_changes_meanwhile_is_an_error(
-    command: str, path: str, content: bytes, tool: Tool, capsys: Capture
-) -> None:
-    requests_file(*map(request, ("a1", "a2", "a3")))
-    Path("results.jsonl").write_bytes(jsonl(success("a1")))
-    meddler = Meddler(lambda: Path(path).write_bytes(content))
-    meddler.start()
-    assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "fifo", "--out", "out") == 1
-    meddler.join()
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"batch_tool.py: error: {path} was changed while it was in use; run the same command again"
-    )
-    assert (Path("out").exists(), leftovers()) == (False, [])
-
-
-def test_a_signal_counts_more_than_a_file_that_changed(work: Path) -> None:
-    path = requests_file()
-    with (
-        pytest.raises(batch_tool.Exit),
-        path.open("rb") as file,
-        batch_tool.whole_output("out", [batch_tool.Input.of(file, "requests.jsonl")]),
-    ):
-        path.write_bytes(b"")
-        raise batch_tool.Exit(130)
     assert not Path("out").exists()
 
 

@@ -116,7 +116,7 @@ INVALID = pytest.mark.parametrize(
 @INVALID
 def test_an_invalid_line_is_a_problem_with_its_number(line: Any, problem: str) -> None:
     check = batch_tool.InputCheck(None)
-    (found,) = check.problems([jsonl(request("a1")), jsonl(line)])
+    (found,) = check.problems([jsonl(request("a1")), jsonl(line)], batch_tool.PartDivider())
     assert str(found).startswith(f"line 2: {problem}")
 
 
@@ -138,7 +138,7 @@ def test_an_empty_file_is_an_error(tool: Tool, capsys: Capture) -> None:
 
 def test_a_line_longer_than_a_batch_may_be_is_an_error() -> None:
     line = jsonl(request())
-    (problem,) = batch_tool.InputCheck(None, max_bytes=len(line) - 1).problems([line])
+    (problem,) = batch_tool.InputCheck(None, max_bytes=len(line) - 1).problems([line], batch_tool.PartDivider())
     assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; the limit of a batch is {len(line) - 1}"
 
 
@@ -151,20 +151,19 @@ def test_the_first_twenty_errors_are_shown_and_then_a_count(tool: Tool, capsys: 
     assert lines[21:] == error("requests.jsonl: 23 errors; correct the file; nothing was uploaded").splitlines()
 
 
+ODD_FILE = "an Excel workbook, an archive or UTF-16: convert the CSV in it with gen_batch_jsonl.py"
+
+
 @pytest.mark.parametrize(
     "content, problem",
     [
         (b"artist_id,artist_name\r\na1,NewJeans\r\n" * 20,
          "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
         (b"\xef\xbb\xbfid;name\n" * 9, "not JSONL; it looks like a CSV: convert it with gen_batch_jsonl.py first"),
-        (b"\xff\xfea\0,\0\n\0" * 9,
-         "UTF-16, but JSONL is UTF-8; if it is a CSV, convert it with gen_batch_jsonl.py"),
-        (b"PK\x03\x04\x14\n\n\n",
-         "an Excel workbook or a zip file, not JSONL; save it as CSV and convert it with gen_batch_jsonl.py"),
-        (b"\x1f\x8b\x08\n\n", "a gzip file, not JSONL; decompress it first"),
-        (b'\xef\xbb\xbf{"custom_id": "a1"}\n',
-         "the file begins with a byte-order mark; save it without one"),
-        (b"NewJeans\n" * 9, "not JSONL; is this the request file that gen_batch_jsonl.py wrote?"),
+        (b"\xff\xfea\0,\0\n\0" * 9, ODD_FILE),
+        (b"PK\x03\x04\x14\n\n\n", ODD_FILE),
+        (b"NewJeans\n" * 9, "not JSONL; it looks like text: convert it with gen_batch_jsonl.py first"),
+        (jsonl(success()) * 9, "a results file: name the request file that gen_batch_jsonl.py wrote"),
     ],
     ids=in_short,
 )

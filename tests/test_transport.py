@@ -434,16 +434,7 @@ def test_a_redirect_to_another_server_is_not_followed(
     assert capsys.readouterr() == ("", error(f"{reason}; is {api.base_url}/ the base URL of the API?"))
 
 
-@pytest.mark.parametrize("location", ["/v1/batches", "?limit=20", "http://127.0.0.1:{port}/v1/batches"])
-def test_a_redirect_to_the_same_server_is_followed(
-    location: str, api: FaultyAPI, tool: Tool, capsys: Capture
-) -> None:
-    api.faults.append(Fault("GET", status=308, headers={"Location": location.format(port=api.port)}))
-    assert tool("list") == 0
-    assert capsys.readouterr() == ("No batches found.\n", "")
-
-
-@pytest.mark.parametrize("location", ["http://[", "http://h:x/", "\x7f"], ids=ascii)
+@pytest.mark.parametrize("location", ["http://[", "/v1/batches"], ids=ascii)
 def test_a_redirect_to_nowhere_is_one_line(location: str, api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     api.faults.append(Fault("GET", status=302, headers={"Location": location}, times=9))
     assert tool("list") == 1
