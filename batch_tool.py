@@ -2166,7 +2166,7 @@ class Results:
             self.keep(match)
             if match.position is not None and match.is_current:
                 outcomes[match.position] = match.outcome.kind
-                if (best := self.best[match.position]) and (best.file, best.offset) == (file, offset):
+                if (best := self.best[match.position]) and (best.file, best.offset) == place[:2]:
                     input_tokens += match.outcome.tokens.input or 0
                     output_tokens += match.outcome.tokens.output or 0
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
