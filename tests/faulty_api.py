@@ -245,9 +245,11 @@ class FaultyHandler(Handler):
         wire, self.wfile = self.wfile, io.BytesIO()
         self.reply(answer, exchange)
         whole, self.wfile = self.wfile.getvalue(), wire
+        api.dripping = len(whole)
         for number in range(len(whole)):
             wire.write(whole[number : number + 1])
             wire.flush()
+            api.dripping -= 1
             api.wait(seconds)
 
     def reset(self) -> None:
@@ -306,6 +308,7 @@ class FaultyAPI(LocalBatchAPI):
         self.cancel_done: float | None = None  # share that is run; None: by the clock
         self.empty_ids = False  # "" for a file that does not exist, instead of null
         self.list_delay: float = 0  # seconds until the listing shows a new batch
+        self.dripping = 0  # bytes of the latest answer that drips that have not been sent
         self.limited: set[str] = set()  # input files whose POST has been answered with a 429
         self.originals: dict[bytes, bytes] = {}  # lines as they were sent, by those into which they were rewritten
         self.clock_offset: float = 0  # seconds by which the server's clock is ahead
@@ -330,7 +333,7 @@ class FaultyAPI(LocalBatchAPI):
             os.dup2(silent.fileno(), self.server.socket.fileno())
 
     def listen(self) -> None:
-        with socket.create_server(self.server.server_address) as listening:  # type: ignore[arg-type]
+        with socket.create_server(self.server.server_address) as listening:
             os.dup2(listening.fileno(), self.server.socket.fileno())
 
     def postpone(self, request: Exchange, seconds: float) -> None:
