@@ -23,6 +23,15 @@ MANAGER = str(ROOT / "batch_tool.py")
 LOADS = "import json, sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        json.loads(line)"
 PASS = "import sys\nfor path in sys.argv[1:]:\n    for line in open(path, 'rb'):\n        pass"
 START = "pass"
+SERVER = """
+import sys
+sys.path[:0] = [f"{sys.argv[1]}/samples", f"{sys.argv[1]}/tests"]
+from faulty_api import FaultyAPI
+with FaultyAPI() as api:
+    api.queue_limit, api.recording = int(sys.argv[2]), False
+    print(api.base_url, flush=True)
+    sys.stdin.read()
+"""
 
 
 def artist_of(number: int) -> list[str]:
@@ -177,12 +186,11 @@ def transfer_table(folder: Path, api: FaultyAPI, download_mb: int, upload_mb: in
 @contextlib.contextmanager
 def mock_server(queue_limit: int) -> Iterator[None]:
     """The API in a process of its own, as a child's peak memory is never below its parent's."""
-    command = [sys.executable, str(ROOT / "samples" / "local_batch_api.py"), "--step", "0"]
-    with subprocess.Popen([*command, "--queue-limit", str(queue_limit)], stdout=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-c", SERVER, str(ROOT), str(queue_limit)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         os.environ["OPENAI_BASE_URL"] = server.stdout.readline().strip()
         yield
-        server.terminate()
 
 
 def run_table(folder: Path, numbers: list[int]) -> Iterator[str]:
