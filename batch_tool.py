@@ -930,10 +930,6 @@ class RequestIndex(NamedTuple):
     digests: bytearray
     fields: dict[str, None]
 
-    @classmethod
-    def empty(cls) -> RequestIndex:
-        return cls({}, bytearray(), {})
-
     def digest(self, position: int) -> bytes:
         return bytes(self.digests[32 * position : 32 * position + 32])
 
@@ -961,7 +957,7 @@ class InputCheck:
 
     def __init__(self, endpoint: str | None, max_bytes: int = MAX_BATCH_BYTES, *, hashes_lines: bool = False) -> None:
         self.endpoint = endpoint or ""
-        self.index = RequestIndex.empty()
+        self.index = RequestIndex({}, bytearray(), {})
         self.model: Any = None  # of the first request that has one
         self.without_model = 0
         self._max_bytes = max_bytes
@@ -1057,11 +1053,9 @@ def check_input(
     return Checked(divider.parts(), check.index, divider.file_size, check.endpoint, check.model)
 
 
-def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
-    """The requests of a file, each added to an index that is empty at first.
-
-    Raises CommandError for a line that is not a request, or a custom_id used twice.
-    """
+def index_requests(requests: Input) -> RequestIndex:
+    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice."""
+    index = RequestIndex({}, bytearray(), {})
     for position, line in enumerate(requests.lines()):
         index.digests.extend(digest_of(line))
         problem = "" if position else guess_content(line)
@@ -1069,15 +1063,15 @@ def indexed_requests(requests: Input, index: RequestIndex) -> Iterator[Json]:
             request = read_object(line)
         except ValueError as error:
             request, problem = {}, problem or str(error)
-        custom_id, body = request.get("custom_id"), request.get("body")
-        if not problem and not (isinstance(custom_id, str) and custom_id and isinstance(body, dict)):
+        custom_id = request.get("custom_id")
+        if not problem and not (isinstance(custom_id, str) and custom_id and isinstance(request.get("body"), dict)):
             problem = "no request; --in must be the request file"
-        elif not problem and index.position_of.setdefault(cast(str, custom_id), position) != position:
+        elif not problem and index.position_of.setdefault(str(custom_id), position) != position:
             problem = f"custom_id {quoted(custom_id)} was used before; see validate"
         if problem:
             raise CommandError(f"{requests.name} line {position + 1}: {problem}")
-        index.fields.update(dict.fromkeys(schema_fields(cast(Json, body))))
-        yield request
+        index.fields.update(dict.fromkeys(schema_fields(request["body"])))
+    return index
 
 
 def split_part(part: Part, requests: BinaryIO) -> list[Part]:
@@ -3290,9 +3284,7 @@ def open_inputs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[I
 
 def read_results(inputs: Sequence[Input], console: Console) -> Results:
     """The best results of the requests, by the request file and the results files."""
-    index = RequestIndex.empty()
-    deque(indexed_requests(inputs[0], index), maxlen=0)
-    results = Results(index, console)
+    results = Results(index_requests(inputs[0]), console)
     for each in inputs[1:]:
         results.read(each.file, each.name)
     return results
@@ -3314,45 +3306,6 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     if not args.include_rejected and outcomes[REJECTED]:
         console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
-
-
-class NotInOrder(Exception):
-    """The results are not in request order, one line for each request."""
-
-
-def rows_in_order(requests: Input, lines: Input, results: Results) -> Iterator[Sequence[str]]:
-    """The header and rows of the bios in one pass, if the results are in request order, as `run` writes them.
-
-    Indexes requests and results on the way. Raises NotInOrder if anything about the results needs a second look.
-    """
-    fields = results.requests.fields
-    answers = lines_with_places(lines.file, lines.name)
-    end = width = 0
-    try:
-        for request in indexed_requests(requests, results.requests):
-            if not results.best:
-                width = len(fields)
-                yield bio_columns(fields)
-            _, place, line = next(answers)
-            end = place[1] + len(line)
-            result = read_object(line)
-            if result.get("custom_id") != request["custom_id"] or len(fields) != width:
-                raise NotInOrder
-            results.best.append(None)
-            match = results.add(result, place)
-            results.keep(match)
-            outcome = match.outcome if match.is_current and results.best[-1] else outcome_of(results.best[-1], fields)
-            yield request["custom_id"], artist_name(request), *bio_cells(outcome, fields)
-        for _, place, line in answers:  # results of other requests, or better ones of these
-            result = read_object(line)
-            match = results.add(result, place)
-            if match.position is None and not str_field(result, "request_sha256"):
-                raise NotInOrder
-            results.keep(match)
-    except (StopIteration, ValueError):
-        raise NotInOrder from None
-    if not results.best or any(line and line.offset >= end for line in results.best):
-        raise NotInOrder
 
 
 def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
@@ -3459,19 +3412,6 @@ def write_csv(args: argparse.Namespace, rows: Iterable[Sequence[str]]) -> None:
         out.writelines(map(excel_line if args.excel else csv_line, rows))
 
 
-def export_in_order(args: argparse.Namespace, inputs: Sequence[Input], console: Console) -> Results | None:
-    """Export in one pass, if the results are in request order. Otherwise nothing is written, and None returned."""
-    if len(inputs) > 2 or args.csv or is_stream(args.output):
-        return None
-    requests, lines = inputs
-    results = Results(RequestIndex.empty(), console)
-    try:
-        write_csv(args, rows_in_order(requests, lines, results))
-    except NotInOrder:
-        return None
-    return results
-
-
 def report_bios(path: str, requests: Input, results: Results, console: Console) -> None:
     """Name the first artists without a bio, and why. The last line says what can be done about all of them."""
     without = results.positions(TO_SEND | {REJECTED})
@@ -3492,15 +3432,14 @@ def report_bios(path: str, requests: Input, results: Results, console: Console) 
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(args, stack)
-        if not (results := export_in_order(args, inputs, console)):
-            results = read_results(inputs, console)
-            if args.csv:
-                spreadsheet = stack.enter_context(open_input(args.csv))
-                csv.field_size_limit(sys.maxsize)
-                rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
-            else:
-                rows = bio_rows(inputs[0], results)
-            write_csv(args, rows)
+        results = read_results(inputs, console)
+        if args.csv:
+            spreadsheet = stack.enter_context(open_input(args.csv))
+            csv.field_size_limit(sys.maxsize)
+            rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
+        else:
+            rows = bio_rows(inputs[0], results)
+        write_csv(args, rows)
         report_results(wrote_prefix(args.output), results, console)
         report_bios(args.output, inputs[0], results, console)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -30,7 +29,6 @@ from builders import (
     response,
     result,
     rows,
-    sha256_of,
     success,
     warning,
 )
@@ -102,48 +100,6 @@ def test_the_first_twenty_artists_without_a_bio_are_named_and_why(tool: Tool, ca
 def test_the_artists_name_is_in_the_request(body: Any, name: str, tool: Tool) -> None:
     requests_file(request("a1", body=body))
     assert rows(tool, "/dev/null") == [["a1", name, "", "missing", "", ""]]
-
-
-def random_results(rng: random.Random, custom_ids: list[str], digests: dict[str, str]) -> bytes:
-    """Results lines, most of them one for each request in request order, as `run` writes them."""
-    lines = []
-    for custom_id in custom_ids:
-        sha256 = rng.choice([{}, {"request_sha256": digests[custom_id]}, {"request_sha256": digests[custom_id]}])
-        line = rng.choice([success(custom_id, f"Bio {rng.random()}", **sha256)] * 4 + [refused(custom_id) | sha256])
-        lines.append(jsonl(line))
-    for _ in range(rng.randrange(3)):
-        odd = [success("other"), success("other", request_sha256="0" * 64), success("a1", request_sha256="0" * 64),
-               success("a1"), refused("a1"), result("a1", error={"code": "missing"}), b"nonsense\n", b'{"x": 1}\n']
-        lines.insert(rng.choice([0, len(lines), len(lines)]), jsonl(rng.choice(odd)))
-    if rng.random() < 0.2:
-        lines.pop(rng.randrange(len(lines)))
-    if rng.random() < 0.1:
-        rng.shuffle(lines)
-    return b"".join(lines)
-
-
-def test_results_in_request_order_are_exported_as_any_others(tool: Tool, capsys: Capture) -> None:
-    """One pass and the index give the same CSV and the same messages. An empty second file makes it use the index."""
-    Path("empty.jsonl").touch()
-    in_one_pass = 0
-    for seed in range(60):
-        rng = random.Random(seed)
-        custom_ids = [f"a{number}" for number in range(1, rng.randrange(2, 5))]
-        lines = [jsonl(request(custom_id)) for custom_id in custom_ids]
-        Path("requests.jsonl").write_bytes(b"".join(lines))
-        digests = {custom_id: sha256_of(line) for custom_id, line in zip(custom_ids, lines, strict=True)}
-        Path("results.jsonl").write_bytes(random_results(rng, custom_ids, digests))
-        shown = []
-        for results in (["results.jsonl"], ["results.jsonl", "empty.jsonl"]):
-            assert tool("export", "--in", "requests.jsonl", "--results", *results, "--out", "bios.csv") == 0
-            shown.append((Path("bios.csv").read_bytes(), capsys.readouterr()))
-        assert shown[0] == shown[1], seed
-        with Path("requests.jsonl").open("rb") as requests, Path("results.jsonl").open("rb") as results_file:
-            inputs = batch_tool.Input.of(requests, "requests"), batch_tool.Input.of(results_file, "results")
-            index = batch_tool.Results(batch_tool.RequestIndex({}, bytearray(), {}), batch_tool.Console(None))
-            with contextlib.suppress(batch_tool.NotInOrder):
-                in_one_pass += len([*batch_tool.rows_in_order(*inputs, index)]) == len(lines) + 1
-    assert 20 < in_one_pass < 52
 
 
 @pytest.mark.parametrize(
