@@ -2652,7 +2652,7 @@ class Submitter:
         retry = Retry(outage_budget=self.api.outage_budget, repeat_lost=False)
         delays, is_posted = iter(LOOK_UP_DELAYS), False
         while True:
-            batch = self._look(file_id, is_posted=is_posted)
+            batch = self._look(part, file_id, is_posted=is_posted)
             before = self._listed | self._ignored
             if not batch:
                 self._note.add(file_id, sha256=part.sha256, name=self._name)
@@ -2677,8 +2677,8 @@ class Submitter:
             self._note.add(file_id, batch=batch.id if batch else "")
             return batch
 
-    def _look(self, file_id: str, *, is_posted: bool) -> Batch | None:
-        """Look at the listing right before a POST. Returns the batch of the file, if an earlier POST has created it.
+    def _look(self, part: Part, file_id: str, *, is_posted: bool) -> Batch | None:
+        """Look at the listing right before a POST. Returns the batch of the part, if an earlier POST has created it.
 
         If other batches of this request file have shown up, or the listing cannot be had, the POST is not made. A file
         that may have become a batch is not deleted then.
@@ -2686,11 +2686,14 @@ class Submitter:
         if self._force and not is_posted:
             return None
         try:
-            listed = self.list_batches(self.api)
-            if batch := next((each for each in by_age(listed) if each.input_file_id == file_id), None):
-                return batch
+            before = {*self._listed}
+            listed = by_age(self.list_batches(self.api))
+            for batch in listed:  # a gateway may have posted a copy of the file
+                is_new = is_posted and batch.id not in before and batch.may_have_success
+                if batch.input_file_id == file_id or (is_new and self.part_sha256(batch) == part.sha256):
+                    return batch
             others = [each for each in listed if each.may_have_success and self._is_ours(each)]
-            new = by_age(each for each in others if each.id not in self._ignored)
+            new = [each for each in others if each.id not in self._ignored]
             if new and not self._force:
                 raise AlreadySubmitted(new)
         except AlreadySubmitted:
@@ -3826,7 +3829,9 @@ class Run:
                 if (size := self._api.size_of(file_id)) == 0:
                     continue
                 self._api.download(file_id, size, spool, name)
-            except (NotFound, WrongSize, UnusableId) as failure:
+            except (Refused, WrongSize, UnusableId) as failure:
+                if isinstance(failure, ApiError) and failure.status in (401, 403, 429):
+                    raise
                 problem = "is no longer on the server" if isinstance(failure, NotFound) else f"cannot be had: {failure}"
                 if kind == "results":
                     reasons.append(f"the output file of batch {batch.id} {problem}")
@@ -3980,9 +3985,9 @@ def refuse_withheld(withheld: Sequence[Withheld], results: Results) -> None:
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
-        refuse_unwritable(args.output)
         checked = check_input(requests, console, args.endpoint, args.max_requests, hashes_lines=True)
         if not args.dry_run:
+            refuse_unwritable(args.output)
             sha256 = requests.sha256()
             note = stack.enter_context(locked_note(sha256, requests, console))
         results = known_results(args, checked.requests, console, stack)

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time as real_time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from builders import (
     error,
     expired,
     jsonl,
+    main,
+    nothing,
     numbered,
     posts,
     refused,
@@ -203,6 +206,12 @@ def test_a_dry_run_of_a_bad_file_or_over_a_bad_out_is_an_error(work: Path, capsy
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+def test_a_dry_run_makes_no_folder(work: Path) -> None:
+    write_requests("a1")
+    assert run("--dry-run", out="new/folder/results.jsonl") == 0
+    assert os.listdir() == ["requests.jsonl"]
+
+
 # ---- --max-new ----
 
 
@@ -294,6 +303,55 @@ def test_a_rejection_stays_although_an_earlier_batch_has_a_failure_of_the_reques
     assert run() == 1
     assert sent(api) == [["a1", "a2", "a3"], ["a1", "a2"], ["a2"]]
     assert OUT.read_bytes().splitlines()[0] == before
+
+
+# ---- while it waits ----
+
+
+def test_who_waits_is_told_until_when_and_how_long_it_has_been(api: FaultyAPI, capsys: Capture) -> None:
+    """The time is counted from the oldest batch, and the end is that of the batch that may take longest."""
+    api.hold = "in_progress"
+    moment = api.now()
+    content = write_requests(*numbered(3))
+    older = {"created_at": moment - 7200, "expires_at": moment + 7200}
+    batch = batch_of_a_run(api, "in_progress", jsonl(*map(request, ["a1", "a2"])), **older)
+    batch.status = "in_progress"
+
+    def complete() -> None:
+        batch.status, api.hold = "completed", None
+        batch.output_file_id = api.new_file(jsonl(success("a1"), success("a2")), "batch_output", "x").id
+
+    assert run(time=FakeTime(nothing, complete)) == 0
+    err = capsys.readouterr().err
+    (until,) = re.findall("the service may take until (.*?); you may close this window: the same command goes on", err)
+    assert abs(real_time.mktime(real_time.strptime(until, "%Y-%m-%d %H:%M:%S")) - (moment + 24 * 3600)) < 60
+    assert re.findall(r"(\d:\d\d):\d\d elapsed", err)[:2] == ["2:00", "2:00"]
+    assert err.index("1 of 3 requests to send") < err.index("everything is submitted") < err.index("elapsed")
+    assert len(content.splitlines()) == 3
+
+
+def test_an_error_that_a_later_round_has_mended_is_no_example(api: FaultyAPI, capsys: Capture) -> None:
+    errors = [expired("a1") | {"error": {"code": "server_error", "message": "mended"}}]
+    batch = batch_of_a_run(api, "completed", write_requests("a1", "a2", "a3"), done=["a3"])
+    batch.error_file_id = api.new_file(jsonl(*errors), "batch_output", "x").id
+    api.outcomes = {"a2": "500"}
+    assert run() == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("most common errors: ")]
+    assert line.startswith("most common errors: 1 × server_error: Internal Server Error, as the ")
+    assert ("mended" in line, line.count("×")) == (False, 1)
+
+
+def test_ctrl_c_names_every_batch_in_the_command_that_cancels_them(api: FaultyAPI, capsys: Capture) -> None:
+    api.hold = "in_progress"
+    write_requests("a1", "a2")
+    assert run("--max-requests", "1", time=FakeTime(lambda: signal.raise_signal(signal.SIGINT))) == 130
+    command = f"batch_tool.py cancel --batch-id {' '.join(api.batches)}"
+    assert (
+        "no output was written; the same command goes on where this one stopped; the batches go on at the server and "
+        f"will be charged; to stop them: {command}\n"
+    ) in capsys.readouterr().err
+    assert main(*command.split()[1:]) == 0
+    assert {batch.status for batch in api.batches.values()} <= {"cancelling", "cancelled"}
 
 
 # ---- --ask ----

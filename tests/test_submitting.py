@@ -466,11 +466,13 @@ def test_a_file_that_stays_unknown_ends_the_command(api: FaultyAPI, tool: Tool, 
     assert api.batches == {}
 
 
-@pytest.mark.parametrize("habit", ["limits-after-post", "copies-uploads"])
+@pytest.mark.parametrize("habits", [("limits-after-post",), ("copies-uploads",)], ids=in_short)
 @pytest.mark.parametrize("command", [create, run])
-def test_one_post_is_enough_and_its_file_stays(api: FaultyAPI, command: Callable[..., int], habit: str) -> None:
+def test_one_post_is_enough_and_its_file_stays(
+    api: FaultyAPI, command: Callable[..., int], habits: tuple[str, ...]
+) -> None:
     """A 429 to a POST that was carried out; a batch that names a copy of its input file."""
-    api.habits = {habit}
+    api.habits = {*habits}
     content = write_requests("a1", "a2")
     assert command() == 0
     assert (posts(api), posts(api, "/v1/files"), asked(api, "DELETE")) == (1, 1, 0)
@@ -753,6 +755,20 @@ def test_killed_in_the_second_post_of_a_file_the_next_run_looks_for_its_batch(ap
     assert posts(api) == 2
     assert run(time=time) == 0
     assert_paid_once(api, REQUESTS.read_bytes())
+
+
+@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("command", [create, run])
+def test_a_lost_answer_about_a_copy_makes_no_second_batch(
+    api: FaultyAPI, command: Callable[..., int], status: int
+) -> None:
+    api.habits = {"copies-uploads"}
+    api.faults = [Fault("POST", "/batches$", when="after", status=status)]
+    content = write_requests("a1", "a2")
+    assert command() == 0
+    assert run() == 0
+    assert posts(api) == 1
+    assert_paid_once(api, content)
 
 
 def test_an_answer_that_is_the_batch_of_another_file_is_not_believed(api: FaultyAPI) -> None:

@@ -192,6 +192,42 @@ def test_an_unreachable_server_is_named_without_its_password(
     assert "pass@word" not in log_text()
 
 
+def test_a_dead_proxy_is_named_without_its_password(
+    api: FaultyAPI, tool: Tool, capsys: Capture, monkeypatch: Environment
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "http://me:passphrase@127.0.0.1:1")
+            assert tool("list") == 1
+        assert capsys.readouterr().err == error(
+            f"cannot reach {api.base_url}/ through the proxy http://127.0.0.1:1: [Errno 111] Connection refused"
+        )
+
+
+def test_a_certificate_that_is_not_trusted_names_the_variable(monkeypatch: Environment) -> None:
+    import httpx2
+    import openai
+
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    failure = openai.APIConnectionError(request=httpx2.Request("GET", "https://x/v1"))
+    failure.__cause__ = httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    told = batch_tool.to_api_error(failure, "LIST_BATCHES", "https://x/v1")
+    assert str(told) == (
+        "cannot reach https://x/v1: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed; if your network has "
+        "certificates of its own, name their file in SSL_CERT_FILE"
+    )
+
+
+def test_a_422_is_told_in_words(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+    detail = [{"type": "missing", "loc": ["body", "file", 0], "msg": "Field required"}, {"loc": None, "msg": "Odd"}]
+    api.faults.append(Fault("POST", "/files$", status=422, body=json.dumps({"detail": detail}).encode()))
+    assert tool("create", "--in", requests_file()) == 1
+    assert capsys.readouterr().err == error("UPLOAD: HTTP 422: body.file.0: Field required; Odd")
+
+
 @pytest.mark.parametrize(
     "name, value, words",
     [

@@ -842,6 +842,28 @@ def test_a_job_of_single_commands_at_a_service_of_nearly_all_habits_ends_with_al
     assert {batch.output_file_id, batch.error_file_id} <= api.files.keys()
 
 
+def test_no_two_ids_share_a_file() -> None:
+    long = "batch_" + "x" * 300
+    ids = ["batch_1", "batch=1", "batch:1", "batch%1", "batch/1", "batch_1 ", "..", ".batch_1", "_batch_1", "ä", "ö",
+           long, long + "y", long[:100]]
+    paths = [path for batch_id in ids for path in batch_tool.batch_paths(batch_id).values()]
+    assert len({*paths}) == 2 * len(ids)
+    assert all(re.fullmatch(r"(results|errors)_[A-Za-z0-9_][A-Za-z0-9._-]{0,120}\.jsonl", path) for path in paths)
+    assert batch_tool.batch_paths("batch_1") == {"results": "results_batch_1.jsonl", "errors": "errors_batch_1.jsonl"}
+
+
+@pytest.mark.parametrize("habit", ["odd-ids", "long-ids"])
+def test_ids_of_any_shape_are_asked_for_and_saved(api: FaultyAPI, tool: Tool, habit: str) -> None:
+    api.habits = {habit}
+    requests_file()
+    assert tool("create", "--in", "requests.jsonl") == 0
+    (batch_id,) = api.batches
+    assert tool("wait", "--batch-id", batch_id) == 0
+    (path,) = Path().glob("results_*.jsonl")
+    assert (path.name, path.stat().st_size > 0) == (batch_tool.batch_paths(batch_id)["results"], True)
+    assert tool("cancel", "--batch-id", batch_id) == 1
+
+
 def test_a_stream_has_its_error_file_in_the_current_folder(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     batch = api.new_batch("completed", output=jsonl(success()), errors=jsonl(refused("a2")))
     assert tool("retrieve", "--batch-id", batch.id, "--out", "/dev/null") == 0
