@@ -1263,8 +1263,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def in_words(message: Any) -> str:
     """The message of an error. For a 422, many services send a list of objects: `loc`, what is wrong, and `msg`."""
-    if isinstance(message, dict):
-        message = message.get("detail") or message
     texts = []
     for problem in objects(message):
         where = problem.get("loc")
@@ -1275,15 +1273,11 @@ def in_words(message: Any) -> str:
 
 def error_fields(value: Any) -> tuple[str, str]:
     """Code and message of an error. It may be an object, nested objects as vLLM has them, or a plain string."""
-    if isinstance(value, str):
-        return "", value
-    if not isinstance(value, dict):
-        return "", "" if value is None else to_json(value)
-    code, message = value.get("code") or value.get("type") or "", value.get("message") or value.get("detail") or ""
-    if not message and value.get("error"):
-        inner_code, message = error_fields(value["error"])
-        code = inner_code or code
-    return str(code), in_words(message)
+    code: Any = ""
+    while isinstance(value, dict):
+        code = value.get("code") or value.get("type") or code
+        value = value.get("message") or value.get("detail") or value.get("error")
+    return str(code), in_words(value)
 
 
 def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError:
@@ -1934,9 +1928,11 @@ def json_answer(text: str) -> Json | None:
     return content if isinstance(content, dict) else None
 
 
-def says_something(error: Any) -> bool:
+def says_something(error: Any, depth: int = 9) -> bool:
     """Whether there is an error: null, {}, "" and an object of nulls and empty strings say nothing."""
-    return any(map(says_something, error.values())) if isinstance(error, dict) else bool(error)
+    if isinstance(error, dict) and depth:
+        return any(says_something(value, depth - 1) for value in error.values())
+    return bool(error)
 
 
 def token_usage(body: Json) -> Tokens:

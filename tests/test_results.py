@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import random
@@ -82,6 +83,7 @@ def failed(status: Any, body: Any, **fields: Any) -> Json:
     return {"response": response(body, status)} | fields
 
 
+DEEP = functools.reduce(lambda error, _: {"error": error}, range(900), 1)
 BIO = {"status": "completed", "output": [message(text("Bio."))]}
 NO_STATUS: Json = {"response": {"body": BIO}}
 
@@ -139,6 +141,8 @@ RESULTS: dict[str, tuple[Json, str, str, str]] = {
     "422 with details": (failed(422, {"detail": [{"type": "missing", "loc": ["body", "model"], "msg": "Field required"},
                                                  {"loc": ["body", "input", 0], "msg": "Too long"}]}),
                          REJECTED, "", "http_422: body.model: Field required; body.input.0: Too long"),
+    "422 with details in a message": (failed(422, {"message": {"detail": [{"loc": "body", "msg": "Too long"}]}}),
+                                      REJECTED, "", "http_422: body: Too long"),
     "an error in words": (failed(400, {"error": "No."}), REJECTED, "", "http_400: No."),
     "a nested error": (failed(400, ENGINE), REJECTED, "", "500: Engine dead."),
     "a nested error above a 400": (failed(400, None, **ENGINE), REJECTED, "", "500: Engine dead."),
@@ -166,6 +170,7 @@ RESULTS: dict[str, tuple[Json, str, str, str]] = {
     "an error above one that says nothing": (ok(BIO | {"error": {}}, **SORRY), REJECTED, "", "server_error: Sorry."),
     "an error of another shape": (ok(BIO | {"error": {"code": None, "reason": "x"}}), REJECTED, "", "error"),
     "an error in words in a 200": (ok({"error": "Overloaded"}), REJECTED, "", "error: Overloaded"),
+    "an error in an error in an error…": (ok({"error": DEEP}), REJECTED, "", "error: 1"),
     "an error in a 204": (failed("204", SORRY), REJECTED, "", "server_error: Sorry."),
     "unknown status": (ok({"status": "queued"}), REJECTED, "", 'not_understood: status is "queued"'),
     "no body": (ok(None), REJECTED, "", "not_understood: body is null"),
