@@ -1864,16 +1864,6 @@ def results_object(line: bytes) -> Json:
         raise
 
 
-def body_of(result: Json) -> Any:
-    """The body of the response, decoded if the service wrote it as a JSON string; None if there is none."""
-    response = result.get("response")
-    body = response.get("body") if isinstance(response, dict) else None
-    if isinstance(body, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(body)
-    return body
-
-
 def text_and_refusal(parts: Any, kind: str) -> tuple[str, str]:
     """The texts in the parts of a message that are of this type, joined, and its refusal."""
     text = refusal = ""
@@ -1886,18 +1876,18 @@ def text_and_refusal(parts: Any, kind: str) -> tuple[str, str]:
 
 
 def response_words(output: Any) -> tuple[str, str, str]:
-    """The text and the refusal of a Response, and the code that says why there is neither.
+    """The text and the refusal of a Response, and the code for it if it has neither.
 
     They are those of the last message that has one: those before it are drafts. Commentary is no answer.
     """
-    messages = [(PHASE_RANKS.get(str(item.get("phase") or ""), 1), item.get("content"))
-                for item in objects(output) if item.get("type") == "message"]
-    best = max([rank for rank, _ in messages], default=1)
-    for rank, parts in reversed(messages):
-        text, refusal = text_and_refusal(parts, "output_text")
-        if rank == best > 0 and (refusal or text.strip()):
-            return text, refusal, "no_text"
-    return "", "", "no_text" if best else "commentary"
+    best, text, refusal = -1, "", ""
+    for item in objects(output):
+        if item.get("type") == "message":
+            rank = PHASE_RANKS.get(str(item.get("phase") or ""), 1)
+            words, refused = text_and_refusal(item.get("content"), "output_text")
+            if rank > best or (rank == best and (refused or words.strip())):
+                best, text, refusal = rank, words, refused
+    return ("", "", "commentary") if best == 0 else (text, refusal, "no_text")
 
 
 def chat_words(choice: Json) -> tuple[str, str, str]:
@@ -1937,7 +1927,8 @@ def says_something(error: Any, depth: int = 9) -> bool:
 
 def token_usage(body: Json) -> Tokens:
     usage = child_object(body, "usage")
-    details = child_object(usage, "output_tokens_details") or child_object(usage, "completion_tokens_details")
+    prefix = "output" if "output_tokens_details" in usage else "completion"
+    details = child_object(usage, f"{prefix}_tokens_details")
     counts = (usage.get("input_tokens", usage.get("prompt_tokens")),
               usage.get("output_tokens", usage.get("completion_tokens")), details.get("reasoning_tokens"))
     return Tokens(*[count if type(count) is int and 0 <= count < 10**15 else None for count in counts])
@@ -1991,8 +1982,10 @@ def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
         code, message = error_fields(top_error)
         kind = {MISSING: MISSING, UNREADABLE: REJECTED}.get(code, RETRYABLE)
         return Outcome(kind, code or "no_response", message)
-    body = body_of(result)
-    status = response.get("status_code")
+    status, body = response.get("status_code"), response.get("body")
+    if isinstance(body, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            body = json.loads(body)
     if status is None and isinstance(body, dict) and ("output" in body or "choices" in body):
         status = 200
     digits = re.fullmatch(r"\s*([0-9]{3})(\.0)?\s*", str(status))  # it may stand in quotes
