@@ -24,10 +24,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import codecs
 import contextlib
-import csv
 import datetime
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -41,6 +39,7 @@ import re
 import stat
 import sys
 import time
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, cast
@@ -49,14 +48,14 @@ if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI, OpenAIError
 
 PROG = "batch_tool.py"
+if os.name == "nt":
+    sys.exit(f"{PROG}: error: it needs Linux or macOS; on Windows, run it in WSL (wsl --install)")
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
 
 # ==== common block: stands in gen_batch_jsonl.py and batch_tool.py, byte for byte the same =======================
 
 STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
-MAX_BATCH_REQUESTS = 50_000  # Batch API guide, "Rate limits"
-MAX_BATCH_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
 MAX_LISTED = 20  # problems shown one by one
 CHUNK_BYTES = 1 << 20  # read or written at a time
 
@@ -74,7 +73,7 @@ class Exit(BaseException):
 
 def escape_controls(text: str) -> str:
     """Keep the text on one line: write line breaks, control characters and undecodable bytes as JSON escapes."""
-    return re.sub("[^ -~]", lambda char: char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1], text)
+    return re.sub("[^ -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 
 def plural(number: int, noun: str, nouns: str = "") -> str:
@@ -309,11 +308,11 @@ def stopping_on_signals() -> Iterator[None]:
     work again: Python can lose the first Exit if it is raised in a callback of the interpreter. When the block ends
     after a signal, all three stay ignored, because the process is about to exit.
     """
-    stopped_at = -math.inf
+    stopped_at: float | None = None
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped_at
-        if time.monotonic() - stopped_at > 1:
+        if stopped_at is None or time.monotonic() - stopped_at > 1:
             stopped_at = time.monotonic()
             raise Exit(128 + number)
 
@@ -325,30 +324,65 @@ def stopping_on_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler if stopped_at == -math.inf else signal.SIG_IGN)
+            signal.signal(number, handler if stopped_at is None else signal.SIG_IGN)
 
 
-# ---- CSV headers, in both scripts
+# ---- rows of a CSV
 
-DELIMITERS = (",", ";", "\t", "|")
+COLUMNS = ("artist_id", "artist_name", "artist_data")
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
+MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
+MAX_EXTRA_FIELDS = 20  # a record of several lines with more extra fields than this is not read to its end
+MAX_HEADER_LINE = 20  # how far down a header is looked for, to tell that there are lines above it
+UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }
+ENDS_EARLY, TAKEN, REPEATED_HEADER = "ends early", "taken as it stands", "repeated header"
+MALFORMED, TOO_LONG, WRONG_WIDTH = "malformed quoting", "field too long", "wrong number of fields"
 
 
-def column_key(name: str) -> str:
-    """A column name for comparisons: casefolded, trimmed, with "_" for each run of blanks, hyphens and underscores."""
-    return re.sub(r"[\s_-]+", "_", name.strip(BLANKS).casefold())
+class Table(NamedTuple):
+    """How to read the rows of a CSV. `roles` has the positions of artist_id, artist_name and, if any, artist_data."""
+
+    delimiter: str
+    names: list[str]
+    keys: list[str]  # column_key() of each name
+    roles: dict[str, int]
+    has_header: bool
+
+
+class Record(NamedTuple):
+    """A row as it was read: with as many fields as the header if it is used, with none if it is blank."""
+
+    line: int
+    lines: int  # up to where reading goes on: one, if the row is not used
+    text: str  # its first line
+    fields: list[str]
+    width: int = 0  # how many fields it has in the file
+    oddity: str = ""  # why it is not used, or what is odd although it is
+    detail: str = ""  # what is wrong with the quoting, and where that was noticed
+
+    @property
+    def is_used(self) -> bool:
+        return self.oddity in ("", ENDS_EARLY, TAKEN)
 
 
 def encoding_of(start: bytes, encoding: str) -> str:
     """The encoding of a CSV by its first bytes: a byte-order mark beats the option."""
     return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip(BLANKS)
+
+
+def column_key(name: str) -> str:
+    """A column name for comparisons: NFC, casefolded, trimmed, "_" for each run of blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFC", name).strip(BLANKS).casefold())
 
 
 def listed_columns(names: Iterable[str]) -> str:
@@ -359,69 +393,232 @@ def listed_columns(names: Iterable[str]) -> str:
     return text[:300] + ("…" if len(text) > 300 else "") + advice
 
 
-class Header(NamedTuple):
-    """The header of a CSV: its delimiter, its column names, and its first and last line.
+@functools.cache
+def field_pattern(delimiter: str) -> re.Pattern[str]:
+    """Matches one field: what stands in its quotes and the closing quote if there is one, or a field without quotes."""
+    blanks = re.escape("".join({*BLANKS} - {"\r", "\n", delimiter}))
+    return re.compile(rf'[{blanks}]*+"([^"]*+(?:""[^"]*+)*+)("?)[{blanks}]*+|([^\r\n{delimiter}]*+)')
 
-    If its quoting is malformed, the names are those on its first line, split without regard to quotes.
+
+def read_on(lines: Iterator[str]) -> list[str]:
+    """The lines up to the one that closes a quoted field, or that makes it too long even if all is doubled quotes."""
+    read, size = [], 0
+    for line in lines:
+        read.append(line)
+        size += len(line)
+        if size > 2 * MAX_FIELD_CHARS or re.match('[^"]*+(?:""[^"]*+)*+"', line):
+            break
+    return read
+
+
+def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
+    """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
+
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record of several lines is
+    not read beyond `max_fields` fields.
     """
+    first = text = next(lines)
+    read, at = 1, 0
+    fields: list[str] = []
+
+    def malformed(oddity: str, what: str, end: int) -> Record:
+        noticed = number + text.count("\n", 0, end) + text.count("\r", 0, end) - text.count("\r\n", 0, end)
+        return Record(number, 1, first, [], 0, oddity, f"{what} line {noticed})")
+
+    while True:
+        match = cast(re.Match[str], field_pattern(delimiter).match(text, at))
+        if match[1] is not None and not match[2]:
+            more = read_on(lines)
+            read, text = read + len(more), text + "".join(more)
+            match = cast(re.Match[str], field_pattern(delimiter).match(text, at))
+        fields.append(match[3] if match[1] is None else match[1].replace('""', '"'))
+        at = match.end()
+        if len(fields[-1]) > MAX_FIELD_CHARS:
+            end = at - len(fields[-1]) + MAX_FIELD_CHARS
+            return malformed(TOO_LONG, f"a field exceeds {MAX_FIELD_CHARS} characters (noticed on", end)
+        if match[2] == "":
+            end = len(text.removesuffix("\n").removesuffix("\r"))
+            return malformed(MALFORMED, "a quote is never closed (noticed at the end,", end)
+        if not text.startswith(delimiter, at) or (len(fields) > max_fields and at > len(first)):
+            break
+        at += 1
+    if text[at : at + 1] not in ("", "\r", "\n", delimiter):
+        return malformed(MALFORMED, "text after a closing quote (noticed on", at)
+    return Record(number, read, first, fields, len(fields))
+
+
+def repeats_header(fields: list[str], table: Table, number: int) -> bool:
+    """Whether the row on that line is the header again. Raises CommandError if it is a header, but another one."""
+    if column_key(fields[table.roles["artist_id"]]) not in table.keys:
+        return False
+    keys = [*map(column_key, fields)]
+    if not {table.keys[table.roles[role]] for role in COLUMNS[:2]} <= {*keys}:
+        return False
+    if not table.has_header and number <= MAX_HEADER_LINE:
+        raise CommandError(f"line {number} is the header; delete the lines above it")
+    if keys != table.keys:
+        raise CommandError(f"line {number}: a second header that differs from the first; "
+                           "split the file before this line and convert the parts one by one")
+    return True
+
+
+def read_record(lines: Iterator[str], number: int, table: Table) -> Record:
+    """The row at the beginning of `lines`, of which the first has that number."""
+    width = len(table.names)
+    record = parse_record(lines, number, table.delimiter, width + MAX_EXTRA_FIELDS)
+    line, fields = record.text.rstrip("\r\n"), record.fields
+    if record.oddity == MALFORMED:
+        fields = line.split(table.delimiter)
+        is_half = any(field.lstrip(BLANKS).startswith('"') and field.count('"') == 1 for field in fields)
+        if len(fields) == width and not is_half and max(map(len, fields)) <= MAX_FIELD_CHARS:
+            record = record._replace(width=width, oddity=TAKEN)
+    if not record.is_used:
+        return record._replace(fields=[line])
+    if is_blank("".join(fields[width:])):
+        fields = fields[:width]
+        if is_blank("".join(fields)):
+            return record._replace(fields=[])
+    whole = fields + [""] * (width - len(fields))
+    if repeats_header(whole, table, number):
+        return record._replace(fields=whole, oddity=REPEATED_HEADER)
+    if len(fields) < width and not any(is_blank(whole[table.roles[role]]) for role in COLUMNS[:2]):
+        return record._replace(fields=whole, oddity=ENDS_EARLY)
+    if len(fields) != width:
+        return record._replace(lines=1, fields=fields if record.lines == 1 else [line], oddity=WRONG_WIDTH)
+    return record._replace(fields=fields)
+
+
+class LineReader:
+    """Lines of a CSV that can be looked at before they are skipped. `line` is the number of the next one."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.line = 1
+        self._lines = lines
+        self._ahead: deque[str] = deque()
+
+    def peek_lines(self) -> Iterator[str]:
+        for at in itertools.count():
+            if at == len(self._ahead):
+                self._ahead.extend(itertools.islice(self._lines, 1))
+            if at == len(self._ahead):
+                return
+            yield self._ahead[at]
+
+    def skip_lines(self, number: int) -> None:
+        for _ in range(number):
+            self._ahead.popleft()
+        self.line += number
+
+    def records(self, table: Table) -> Iterator[Record]:
+        """The rows that are not blank."""
+        while next(self.peek_lines(), ""):
+            record = read_record(self.peek_lines(), self.line, table)
+            self.skip_lines(record.lines)
+            if record.fields:
+                yield record
+
+
+class Header(NamedTuple):
+    """The header of a CSV. If its quoting is malformed, the names are those on its first line, quotes and all."""
 
     delimiter: str
     names: list[str]
-    line: int
-    last_line: int
-    is_malformed: bool
-
-    def find(self, name: str) -> list[int]:
-        """The positions of the columns of that name."""
-        return [at for at, each in enumerate(self.names) if column_key(each) == column_key(name)]
-
-    def position(self, name: str) -> int:
-        """The position of the one column of that name. Raises CommandError if there is none, or more than one."""
-        found = self.find(name)
-        if len(found) != 1:
-            problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
-            raise CommandError(f"line {self.line}: the header {problem}; its columns are {listed_columns(self.names)}")
-        return found[0]
+    keys: list[str]  # column_key() of each name
+    record: Record
 
 
-def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
-    """Read up to the end of the header, the first record that is not blank. Returns None if every record is blank.
+def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
+    """Read the header, the first record that is not blank, and leave the reader before it.
 
-    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most required columns
-    or, among equals, the most columns.
+    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most wanted columns or,
+    among equals, the most columns. Raises CommandError if every record is blank.
     """
-    delimiters: Sequence[str] = DELIMITERS
-    number = 0
-    for line in lines:
-        number += 1
-        line = line.lstrip("\ufeff\u200b")
-        if separator := re.fullmatch(r'"?sep=([,;\t|])"?[,;\t| ]*[\r\n]*', line, re.IGNORECASE):
+    delimiters: Iterable[str] = DELIMITERS
+    while line := next(reader.peek_lines(), ""):
+        if separator := re.fullmatch(r'[\ufeff\u200b]*"?sep=([,;\t|])"?[,;\t| ]*[\r\n]*', line, re.IGNORECASE):
             delimiters = [separator[1]]
         elif line.strip(BLANKS + '",;|'):
             break
+        reader.skip_lines(1)
     else:
-        return None
-    text, last = line, number
-    while text.count('"') % 2 and last < number + 100 and (more := next(lines, "")):  # a name may hold a line end
-        text, last = text + more, last + 1
-    keys = {column_key(name) for name in required}
+        raise CommandError("the CSV is empty; it needs a header and at least one row")
+    headers = []
+    for each in delimiters:
+        lines = itertools.islice(reader.peek_lines(), 100)  # a name may hold line ends
+        record = parse_record(lines, reader.line, each, sys.maxsize)
+        names = [field.strip(BLANKS) for field in (line.split(each) if record.oddity else record.fields)]
+        headers.append(Header(each, names, [*map(column_key, names)], record))
+    keys = {*map(column_key, wanted)}
+    return max(headers, key=lambda header: (len(keys.intersection(header.keys)), len(header.names)))
 
-    def split(delimiter: str) -> Header:
-        try:
-            fields = next(csv.reader([text], delimiter=delimiter, strict=True))
-        except csv.Error:
-            names = [field.strip(BLANKS) for field in line.split(delimiter)]
-            return Header(delimiter, names, number, number, is_malformed=True)
-        return Header(delimiter, [field.strip(BLANKS) for field in fields], number, last, is_malformed=False)
 
-    def fit(header: Header) -> tuple[int, int]:
-        return len(keys.intersection(map(column_key, header.names))), len(header.names)
+def find_roles(header: Header, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
+    """The position of the column of each role. Raises CommandError if there is not exactly one.
 
-    return max(map(split, delimiters), key=fit)
+    `columns` are the names for the roles. One that no option names may be missing, if it is not needed.
+    """
+    where, listed = f"line {header.record.line}: the header", f"its columns are {listed_columns(header.names)}"
+    if header.record.oddity:
+        raise CommandError(f"{where} has a quote too many or too few; {listed}")
+    roles = {}
+    for role, name in columns.items():
+        found = [at for at, key in enumerate(header.keys) if key == column_key(name)]
+        if len(found) > 1:
+            raise CommandError(f'{where} names "{name}" {len(found)} times; {listed}')
+        if not found and name != role:
+            raise CommandError(f'{where} has no column "{name}"; {listed}')
+        if found:
+            roles[role] = found[0]
+    if missing := [role for role in needed if role not in roles]:
+        options = " and ".join(f"--{role.removeprefix('artist_')}-column" for role in missing)
+        advice = f"name the right ones with {options}, or use --skip-header if there is no header"
+        raise CommandError(f"{where} has no {' and no '.join(missing)}; {listed}; {advice}")
+    return roles
+
+
+def read_table(reader: LineReader, chosen: dict[str, str | None], needed: Sequence[str], skip_header: bool) -> Table:
+    """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows.
+
+    `chosen` are the columns that options name, `needed` the roles that the header must have.
+    """
+    columns = {role: chosen.get(role) or role for role in COLUMNS}
+    header = read_header(reader, columns.values())
+    if not skip_header or {*COLUMNS} <= {*header.keys}:
+        roles = find_roles(header, columns, needed)
+        roles.setdefault("artist_name", roles["artist_id"])
+        reader.skip_lines(header.record.lines)
+        return Table(header.delimiter, header.names, header.keys, roles, True)
+    roles = {role: at for at, role in enumerate(COLUMNS)}
+    tables = [Table(each, [*COLUMNS], [*COLUMNS], roles, False) for each in (header.delimiter, *DELIMITERS)]
+    sound = (each for each in tables if not read_record(reader.peek_lines(), reader.line, each).oddity)
+    return next(sound, tables[0])
+
+
+def looks_like(path: str, kind: str) -> bool:
+    """Whether a file begins like requests, results or exported bios."""
+    with os_errors_as(f"read {path}"), open(path, "rb") as file:
+        line = file.readline().removeprefix(codecs.BOM_UTF8)
+    if kind == "exported bios":
+        keys = {column_key(name.strip('"')) for name in re.split("[,;\t|]", line.decode(errors="replace"))}
+        return keys >= {"error", "output_tokens"}
+    try:
+        keys = {*json.loads(line)}
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return keys >= {"custom_id", "body"} if kind == "requests" else keys >= {"custom_id", "error"}
+
+
+def refuse_to_replace(path: str, kind: str) -> None:
+    """Raise CommandError if --out is a file that is not empty and holds something other than what will be written."""
+    if path != STDOUT and os.path.isfile(path) and os.path.getsize(path) and not looks_like(path, kind):
+        problem = f"{path} holds something other than {kind}, so it was left as it is"
+        raise CommandError(f"{problem}; choose another --out")
 
 
 # ==== end of the common block ====================================================================================
 
+MAX_BATCH_REQUESTS = 50_000  # Batch API guide, "Rate limits"
+MAX_BATCH_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 DAY_SECONDS = 24 * 60 * 60
 FILE_LIFETIME_SECONDS = 30 * DAY_SECONDS  # of an uploaded file; Batch API guide
@@ -2292,8 +2489,6 @@ def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, floa
     """What tokens cost. `prices` are dollars per million input and output tokens."""
     amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
     return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
-
-
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
     body = child_object(request, "body")
@@ -2332,20 +2527,20 @@ def bio_cells(outcome: Outcome, fields: Collection[str]) -> list[str]:
     return [*answer_texts(outcome, fields), "", *tokens]
 
 
-def csv_field(field: str) -> str:
-    if "," in field or '"' in field or "\n" in field or "\r" in field:
+def csv_field(field: str, delimiter: str) -> str:
+    if delimiter in field or '"' in field or "\n" in field or "\r" in field:
         return '"' + field.replace('"', '""') + '"'
     return field
 
 
-def csv_line(fields: Iterable[str]) -> bytes:
+def csv_line(fields: Iterable[str], delimiter: str = ",") -> bytes:
     """The fields as csv.writer writes them, in a quarter of the time. A lone surrogate becomes a question mark."""
-    return (",".join(map(csv_field, fields)) + "\r\n").encode(errors="replace")
+    return (delimiter.join([csv_field(field, delimiter) for field in fields]) + "\r\n").encode(errors="replace")
 
 
-def excel_line(fields: Iterable[str]) -> bytes:
-    """Like csv_line, with a `'` before each cell that Excel would treat as a formula."""
-    return csv_line("'" + field if field.startswith(FORMULA_STARTS) else field for field in fields)
+def guarded(fields: Iterable[str]) -> Iterator[str]:
+    """The fields with a `'` before each that Excel would treat as a formula."""
+    return ("'" + field if field.startswith(FORMULA_STARTS) else field for field in fields)
 
 
 # ---- submitting
@@ -2412,6 +2607,8 @@ def remove_old_notes(directory: str) -> None:
 
 def open_note_file(path: str) -> BinaryIO:
     """Open and lock a note. Raises BlockingIOError if another process has locked it."""
+    import fcntl  # does not exist on Windows
+
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+b", buffering=0)
         try:
@@ -3199,6 +3396,9 @@ def retrieve(args: argparse.Namespace, api: Api, batch_id: str) -> None:
 def cmd_retrieve(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     if args.output:
         refuse_unwritable(args.output)
+    for batch_id in args.batch_ids:
+        for path in batch_paths(batch_id, args.output).values():
+            refuse_to_replace(path, "results")
     with connect(args, console, clock) as api:
         return each_batch(args.batch_ids, console, lambda batch_id: retrieve(args, api, batch_id))
 
@@ -3296,6 +3496,7 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         outcomes = results.outcomes()
         count = sum(outcomes[kind] for kind in kinds)
         if count:
+            refuse_to_replace(args.output, "requests")
             with open_output(args.output) as out:
                 lines = enumerate(inputs[0].lines())
                 out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
@@ -3314,100 +3515,91 @@ def bio_rows(requests: Input, results: Results) -> Iterator[Sequence[str]]:
         yield request["custom_id"], artist_name(request), *bio_cells(outcome_of(best, fields), fields)
 
 
-def records(spreadsheet: Input, encoding: str, id_column: str) -> Iterator[tuple[int, list[str]]]:
-    """The header of a CSV and its rows, each with its line number; without blank rows and repeated headers.
+@contextlib.contextmanager
+def open_sheet(sheet: Input, args: argparse.Namespace) -> Iterator[tuple[Table, Iterator[Record]]]:
+    """The artists' spreadsheet: how to read it, and its rows without repeated headers.
 
-    Raises CommandError if a row's quoting is malformed, or if the header has no such id column.
+    It needs a column of names only if an option names one; the converter has looked at the names.
     """
-    descriptor = spreadsheet.file.fileno()
+    descriptor = sheet.file.fileno()
     start = os.pread(descriptor, 4, 0)
     if start == b"PK\x03\x04":
-        raise CommandError(f"{spreadsheet.name} is an Excel workbook or another zip file; save it as CSV UTF-8")
-    encoding = encoding_of(start, encoding)
-    number = 0
+        raise CommandError(f"{sheet.name} is an Excel workbook or another zip file; open it and save it as CSV UTF-8")
+    encoding = encoding_of(start, args.encoding or "utf-8")
     try:
-        with open(descriptor, encoding=encoding, errors="surrogateescape", newline="", closefd=False) as text:
+        with open(descriptor, encoding=encoding, errors=UNDECODABLE, newline="", closefd=False) as text:
             text.seek(0)
-            lines = iter(text)
-            header = read_header(lines, [id_column])
-            if header is None:
-                raise CommandError(f"{spreadsheet.name} is empty; it needs a header and at least one row")
-            if header.is_malformed:
-                raise CommandError(f"{spreadsheet.name} line {header.line}: malformed quoting; correct the quotes")
+            reader = LineReader(text)
+            chosen = {"artist_id": args.id_column, "artist_name": args.name_column}
             try:
-                header.position(id_column)
+                table = read_table(reader, chosen, COLUMNS[:1], args.skip_header)
             except CommandError as error:
-                raise CommandError(f"{spreadsheet.name} {error}; see --id-column") from None
-            yield header.line, header.names
-            keys = [*map(column_key, header.names)]
-            number = header.last_line
-            reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
-            for row in reader:
-                if any(field.strip(BLANKS) for field in row) and [*map(column_key, row)] != keys:
-                    yield number + 1, row
-                number = header.last_line + reader.line_num
-    except csv.Error as error:
-        problem = f"malformed quoting ({error}); correct the quotes"
-        raise CommandError(f"{spreadsheet.name} line {number + 1}: {problem}") from None
+                raise CommandError(f"{sheet.name} {str(error).removeprefix('the CSV ')}") from None
+            yield table, (record for record in reader.records(table) if record.oddity != REPEATED_HEADER)
     except UnicodeError as error:
-        raise CommandError(f"{spreadsheet.name} cannot be decoded: {error}; see --encoding") from None
+        raise CommandError(f"{sheet.name} cannot be decoded: {error}; see --encoding") from None
 
 
-def check_spreadsheet(spreadsheet: Input, encoding: str, id_column: str, console: Console) -> int:
-    """The number of columns: those of the header, or more if a row has more.
+def survey_sheet(
+    sheet: Input, args: argparse.Namespace, index: RequestIndex, console: Console
+) -> tuple[int, dict[str, int]]:
+    """The number of columns of the spreadsheet, and the line of each request's row: the one that the converter took.
 
-    Warns of rows that cannot be decoded. Raises CommandError if there are so many that the encoding must be wrong.
+    That is the first one with its id that can be used. The converter looks only at the values that the prompt uses, so
+    a row with an undecodable value is taken if there is no better one.
     """
-    width = rows = 0  # the header is a row, too
-    undecodable = []  # line numbers
-    for number, row in records(spreadsheet, encoding, id_column):
-        filled = [at for at, field in enumerate(row, 1) if field.strip(BLANKS)]
-        width = max(width, filled[-1] if rows else len(row))  # blank cells behind the header's last column do not count
-        rows += 1
-        if re.search("[\udc80-\udcff]", "\0".join(row)):
-            undecodable.append(number)
+    width = rows = undecodable = first = 0
+    best: dict[str, tuple[int, int]] = {}  # the lowest rank and its line
+    with open_sheet(sheet, args) as (table, records):
+        for record in records:
+            rows += 1
+            width = max(width, len(record.fields))
+            is_decodable = "\udcff" not in "".join(record.fields)
+            undecodable += not is_decodable
+            first = first or (0 if is_decodable else record.line)
+            if record.is_used:
+                artist_id, name = (record.fields[table.roles[role]].strip(BLANKS) for role in COLUMNS[:2])
+                if artist_id in index.position_of and name:
+                    row = (not is_decodable) + ("\udcff" in name), record.line
+                    best[artist_id] = min(row, best.get(artist_id, row))
     if undecodable:
-        counted = f"{len(undecodable)} of {plural(rows - 1, 'row')}"
-        problem = f"{spreadsheet.name}: {counted} cannot be decoded, first on line {undecodable[0]}"
-        if len(undecodable) > 1 and len(undecodable) > 0.05 * rows:  # the limits of gen_batch_jsonl.py
+        problem = f"{sheet.name}: {undecodable} of {plural(rows, 'row')} cannot be decoded, first on line {first}"
+        if undecodable > 1 and undecodable > 0.05 * rows:  # the limits of gen_batch_jsonl.py
             raise CommandError(f"{problem}; name the encoding with --encoding")
         console.warn(f"{problem}; each undecodable byte becomes a question mark; see --encoding")
-    return width
+    if not best:
+        raise CommandError(f"{sheet.name} has no row for any of {plural(len(index.position_of), 'request')}; "
+                           "choose the file that the requests were made of, or see --id-column")
+    return max(width, len(table.names)), {artist_id: line for artist_id, (_, line) in best.items()}
 
 
-def spreadsheet_rows(
-    spreadsheet: Input, encoding: str, id_column: str, results: Results, console: Console
-) -> Iterator[Sequence[str]]:
-    """The header and rows of a spreadsheet, each with the bio columns added."""
-    width = check_spreadsheet(spreadsheet, encoding, id_column, console)
-    rows = (row for _, row in records(spreadsheet, encoding, id_column))
-    header = next(rows)
-    id_at = [*map(column_key, header)].index(column_key(id_column))  # records has checked that there is exactly one
-    position_of, fields = results.requests.position_of, results.requests.fields
-    yield *header, *[""] * (width - len(header)), *bio_columns(fields)[2:]
-    exported: set[str] = set()
-    unsent = 0
-    for row in rows:
-        artist_id = row[id_at].strip(BLANKS) if id_at < len(row) else ""
-        outcome = Outcome(MISSING, "no request")
-        if artist_id in position_of and artist_id not in exported:
-            exported.add(artist_id)
-            outcome = outcome_of(results.best[position_of[artist_id]], fields)
-        else:
-            unsent += 1
-        yield *row[:width], *[""] * (width - len(row)), *bio_cells(outcome, fields)
+def sheet_lines(sheet: Input, args: argparse.Namespace, results: Results, console: Console) -> Iterator[bytes]:
+    """The spreadsheet as it came, with the bio columns behind its own."""
+    index = results.requests
+    ours = bio_columns(index.fields)[2:]
+    width, line_of = survey_sheet(sheet, args, index, console)
+    with open_sheet(sheet, args) as (table, records):
+        for name in ours:
+            if column_key(name) in table.keys:
+                console.warn(f'{sheet.name} has a column "{name}" already; the new one is the last of that name')
+        if encoding_of(os.pread(sheet.file.fileno(), 4, 0), "") and not args.excel:
+            yield codecs.BOM_UTF8
+        yield csv_line([*table.names, *[""] * (width - len(table.names)), *ours], table.delimiter)
+        unsent = 0
+        for record in records:
+            artist_id = record.fields[table.roles["artist_id"]].strip(BLANKS) if record.is_used else ""
+            outcome = Outcome(MISSING, "no request")
+            if line_of.get(artist_id) == record.line:
+                outcome = outcome_of(results.best[index.position_of[artist_id]], index.fields)
+            cells = bio_cells(outcome, index.fields)
+            fields = record.fields + [""] * (width - len(record.fields))
+            yield csv_line([*fields, *(guarded(cells) if args.excel else cells)], table.delimiter)
+            unsent += line_of.get(artist_id) != record.line
     if unsent:
-        console.message(f"{spreadsheet.name}: {with_commas(unsent, 'row')} without a request")
-    if left := len(position_of) - len(exported):
-        missing = f"{spreadsheet.name} has no row for {plural(left, 'request')}"
+        console.message(f"{sheet.name}: {with_commas(unsent, 'row')} without a request")
+    if left := len(index.position_of) - len(line_of):
+        missing = f"{sheet.name} has no row for {plural(left, 'request')}"
         console.warn(f"{missing}, whose results are left out; see --id-column")
-
-
-def write_csv(args: argparse.Namespace, rows: Iterable[Sequence[str]]) -> None:
-    with open_output(args.output) as out:
-        if args.excel:
-            out.write("\ufeff".encode())
-        out.writelines(map(excel_line if args.excel else csv_line, rows))
 
 
 def report_bios(path: str, requests: Input, results: Results, console: Console) -> None:
@@ -3432,12 +3624,15 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         inputs = open_inputs(args, stack)
         results = read_results(inputs, console)
         if args.csv:
-            spreadsheet = stack.enter_context(open_input(args.csv))
-            csv.field_size_limit(sys.maxsize)
-            rows = spreadsheet_rows(spreadsheet, args.encoding, args.id_column, results, console)
+            lines = sheet_lines(stack.enter_context(open_input(args.csv)), args, results, console)
         else:
             rows = bio_rows(inputs[0], results)
-        write_csv(args, rows)
+            lines = map(csv_line, map(guarded, rows) if args.excel else rows)
+        refuse_to_replace(args.output, "exported bios")
+        with open_output(args.output) as out:
+            if args.excel:
+                out.write(codecs.BOM_UTF8)
+            out.writelines(lines)
         report_results(wrote_prefix(args.output), results, console)
         report_bios(args.output, inputs[0], results, console)
     return 0
@@ -4093,6 +4288,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
               "help": "the artists' spreadsheet: write its rows, with the bio columns added"},
     "--id-column": {"type": text_argument, "metavar": "NAME",
                     "help": "column of --csv that holds the ids (default: artist_id)"},
+    "--name-column": {"type": text_argument, "metavar": "NAME",
+                      "help": "column of --csv that holds the names (default: artist_name)"},
+    "--skip-header": {"action": "store_true", "help": f"--csv has no header; its columns are {','.join(COLUMNS)}"},
     "--encoding": {"type": encoding_name, "metavar": "NAME", "help": "encoding of --csv (default: utf-8)"},
     "--excel": {"action": "store_true",
                 "help": "write for Excel: add a byte-order mark, and put a ' before cells that look like formulas"},
@@ -4142,7 +4340,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(cmd_list, "list batches, newest first", "--limit", "--json", *ONLINE)
     add(cmd_retry, "write the requests that have no result yet", "--in", "--results", "--out", "--include-rejected")
     add(cmd_export, "write one CSV row per request, or the spreadsheet with the bios",
-        "--in", "--results", "--out", "--csv", "--id-column", "--encoding", "--excel")
+        "--in", "--results", "--out", "--csv", "--id-column", "--name-column", "--encoding", "--skip-header", "--excel")
     add(cmd_run, "the whole job: bring a results file up to date with a request file",
         "--in", "--out", "--results", "--ask", "--dry-run", "--prices", "--max-new", "--include-rejected", "--force",
         "--endpoint", "--completion-window", "--max-requests", "--interval", "--timeout", "--attempts", *ONLINE)
@@ -4169,9 +4367,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.output and len(args.batch_ids) > 1:
         parser.error("--out works with a single --batch-id only")
     if args.command is cmd_export:
-        if not args.csv and (args.id_column or args.encoding):
-            parser.error("--id-column and --encoding need --csv")
-        args.id_column, args.encoding = args.id_column or "artist_id", args.encoding or "utf-8"
+        if not args.csv and (args.id_column or args.name_column or args.encoding or args.skip_header):
+            parser.error("--id-column, --name-column, --encoding and --skip-header need --csv")
+        if args.skip_header and (args.id_column or args.name_column):
+            parser.error("--id-column and --name-column need a header; they do not go with --skip-header")
+        if args.output.lower().endswith((".xlsx", ".xls")):
+            parser.error(f"export writes CSV, not Excel's own format; choose an --out that ends in .csv: {args.output}")
     args.argv = [*(sys.argv[1:] if argv is None else argv)]
     return args
 

@@ -30,22 +30,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import codecs
 import contextlib
-import csv
+import functools
 import gc
 import io
+import itertools
 import json
-import math
 import os
 import re
 import stat
 import sys
 import time
-from collections import Counter
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, cast
 
 PROG = "gen_batch_jsonl.py"
+if os.name == "nt":
+    sys.exit(f"{PROG}: error: it needs Linux or macOS; on Windows, run it in WSL (wsl --install)")
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
 
@@ -53,8 +55,6 @@ if sys.version_info < (3, 11):  # noqa: UP036
 # ==== common block: stands in gen_batch_jsonl.py and batch_tool.py, byte for byte the same =======================
 
 STDIN, STDOUT = "/dev/stdin", "/dev/stdout"  # what - stands for
-MAX_BATCH_REQUESTS = 50_000  # Batch API guide, "Rate limits"
-MAX_BATCH_BYTES = 200_000_000  # of one input file; Batch API guide, "Rate limits"
 MAX_LISTED = 20  # problems shown one by one
 CHUNK_BYTES = 1 << 20  # read or written at a time
 
@@ -72,7 +72,7 @@ class Exit(BaseException):
 
 def escape_controls(text: str) -> str:
     """Keep the text on one line: write line breaks, control characters and undecodable bytes as JSON escapes."""
-    return re.sub("[^ -~]", lambda char: char[0] if char[0].isprintable() else json.dumps(char[0])[1:-1], text)
+    return re.sub("[^ -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 
 def plural(number: int, noun: str, nouns: str = "") -> str:
@@ -307,11 +307,11 @@ def stopping_on_signals() -> Iterator[None]:
     work again: Python can lose the first Exit if it is raised in a callback of the interpreter. When the block ends
     after a signal, all three stay ignored, because the process is about to exit.
     """
-    stopped_at = -math.inf
+    stopped_at: float | None = None
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped_at
-        if time.monotonic() - stopped_at > 1:
+        if stopped_at is None or time.monotonic() - stopped_at > 1:
             stopped_at = time.monotonic()
             raise Exit(128 + number)
 
@@ -323,30 +323,65 @@ def stopping_on_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler if stopped_at == -math.inf else signal.SIG_IGN)
+            signal.signal(number, handler if stopped_at is None else signal.SIG_IGN)
 
 
-# ---- CSV headers, in both scripts
+# ---- rows of a CSV
 
-DELIMITERS = (",", ";", "\t", "|")
+COLUMNS = ("artist_id", "artist_name", "artist_data")
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
+MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
+MAX_EXTRA_FIELDS = 20  # a record of several lines with more extra fields than this is not read to its end
+MAX_HEADER_LINE = 20  # how far down a header is looked for, to tell that there are lines above it
+UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
 BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }
+ENDS_EARLY, TAKEN, REPEATED_HEADER = "ends early", "taken as it stands", "repeated header"
+MALFORMED, TOO_LONG, WRONG_WIDTH = "malformed quoting", "field too long", "wrong number of fields"
 
 
-def column_key(name: str) -> str:
-    """A column name for comparisons: casefolded, trimmed, with "_" for each run of blanks, hyphens and underscores."""
-    return re.sub(r"[\s_-]+", "_", name.strip(BLANKS).casefold())
+class Table(NamedTuple):
+    """How to read the rows of a CSV. `roles` has the positions of artist_id, artist_name and, if any, artist_data."""
+
+    delimiter: str
+    names: list[str]
+    keys: list[str]  # column_key() of each name
+    roles: dict[str, int]
+    has_header: bool
+
+
+class Record(NamedTuple):
+    """A row as it was read: with as many fields as the header if it is used, with none if it is blank."""
+
+    line: int
+    lines: int  # up to where reading goes on: one, if the row is not used
+    text: str  # its first line
+    fields: list[str]
+    width: int = 0  # how many fields it has in the file
+    oddity: str = ""  # why it is not used, or what is odd although it is
+    detail: str = ""  # what is wrong with the quoting, and where that was noticed
+
+    @property
+    def is_used(self) -> bool:
+        return self.oddity in ("", ENDS_EARLY, TAKEN)
 
 
 def encoding_of(start: bytes, encoding: str) -> str:
     """The encoding of a CSV by its first bytes: a byte-order mark beats the option."""
     return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip(BLANKS)
+
+
+def column_key(name: str) -> str:
+    """A column name for comparisons: NFC, casefolded, trimmed, "_" for each run of blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFC", name).strip(BLANKS).casefold())
 
 
 def listed_columns(names: Iterable[str]) -> str:
@@ -357,101 +392,261 @@ def listed_columns(names: Iterable[str]) -> str:
     return text[:300] + ("…" if len(text) > 300 else "") + advice
 
 
-class Header(NamedTuple):
-    """The header of a CSV: its delimiter, its column names, and its first and last line.
+@functools.cache
+def field_pattern(delimiter: str) -> re.Pattern[str]:
+    """Matches one field: what stands in its quotes and the closing quote if there is one, or a field without quotes."""
+    blanks = re.escape("".join({*BLANKS} - {"\r", "\n", delimiter}))
+    return re.compile(rf'[{blanks}]*+"([^"]*+(?:""[^"]*+)*+)("?)[{blanks}]*+|([^\r\n{delimiter}]*+)')
 
-    If its quoting is malformed, the names are those on its first line, split without regard to quotes.
+
+def read_on(lines: Iterator[str]) -> list[str]:
+    """The lines up to the one that closes a quoted field, or that makes it too long even if all is doubled quotes."""
+    read, size = [], 0
+    for line in lines:
+        read.append(line)
+        size += len(line)
+        if size > 2 * MAX_FIELD_CHARS or re.match('[^"]*+(?:""[^"]*+)*+"', line):
+            break
+    return read
+
+
+def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
+    """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
+
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record of several lines is
+    not read beyond `max_fields` fields.
     """
+    first = text = next(lines)
+    read, at = 1, 0
+    fields: list[str] = []
+
+    def malformed(oddity: str, what: str, end: int) -> Record:
+        noticed = number + text.count("\n", 0, end) + text.count("\r", 0, end) - text.count("\r\n", 0, end)
+        return Record(number, 1, first, [], 0, oddity, f"{what} line {noticed})")
+
+    while True:
+        match = cast(re.Match[str], field_pattern(delimiter).match(text, at))
+        if match[1] is not None and not match[2]:
+            more = read_on(lines)
+            read, text = read + len(more), text + "".join(more)
+            match = cast(re.Match[str], field_pattern(delimiter).match(text, at))
+        fields.append(match[3] if match[1] is None else match[1].replace('""', '"'))
+        at = match.end()
+        if len(fields[-1]) > MAX_FIELD_CHARS:
+            end = at - len(fields[-1]) + MAX_FIELD_CHARS
+            return malformed(TOO_LONG, f"a field exceeds {MAX_FIELD_CHARS} characters (noticed on", end)
+        if match[2] == "":
+            end = len(text.removesuffix("\n").removesuffix("\r"))
+            return malformed(MALFORMED, "a quote is never closed (noticed at the end,", end)
+        if not text.startswith(delimiter, at) or (len(fields) > max_fields and at > len(first)):
+            break
+        at += 1
+    if text[at : at + 1] not in ("", "\r", "\n", delimiter):
+        return malformed(MALFORMED, "text after a closing quote (noticed on", at)
+    return Record(number, read, first, fields, len(fields))
+
+
+def repeats_header(fields: list[str], table: Table, number: int) -> bool:
+    """Whether the row on that line is the header again. Raises CommandError if it is a header, but another one."""
+    if column_key(fields[table.roles["artist_id"]]) not in table.keys:
+        return False
+    keys = [*map(column_key, fields)]
+    if not {table.keys[table.roles[role]] for role in COLUMNS[:2]} <= {*keys}:
+        return False
+    if not table.has_header and number <= MAX_HEADER_LINE:
+        raise CommandError(f"line {number} is the header; delete the lines above it")
+    if keys != table.keys:
+        raise CommandError(f"line {number}: a second header that differs from the first; "
+                           "split the file before this line and convert the parts one by one")
+    return True
+
+
+def read_record(lines: Iterator[str], number: int, table: Table) -> Record:
+    """The row at the beginning of `lines`, of which the first has that number."""
+    width = len(table.names)
+    record = parse_record(lines, number, table.delimiter, width + MAX_EXTRA_FIELDS)
+    line, fields = record.text.rstrip("\r\n"), record.fields
+    if record.oddity == MALFORMED:
+        fields = line.split(table.delimiter)
+        is_half = any(field.lstrip(BLANKS).startswith('"') and field.count('"') == 1 for field in fields)
+        if len(fields) == width and not is_half and max(map(len, fields)) <= MAX_FIELD_CHARS:
+            record = record._replace(width=width, oddity=TAKEN)
+    if not record.is_used:
+        return record._replace(fields=[line])
+    if is_blank("".join(fields[width:])):
+        fields = fields[:width]
+        if is_blank("".join(fields)):
+            return record._replace(fields=[])
+    whole = fields + [""] * (width - len(fields))
+    if repeats_header(whole, table, number):
+        return record._replace(fields=whole, oddity=REPEATED_HEADER)
+    if len(fields) < width and not any(is_blank(whole[table.roles[role]]) for role in COLUMNS[:2]):
+        return record._replace(fields=whole, oddity=ENDS_EARLY)
+    if len(fields) != width:
+        return record._replace(lines=1, fields=fields if record.lines == 1 else [line], oddity=WRONG_WIDTH)
+    return record._replace(fields=fields)
+
+
+class LineReader:
+    """Lines of a CSV that can be looked at before they are skipped. `line` is the number of the next one."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.line = 1
+        self._lines = lines
+        self._ahead: deque[str] = deque()
+
+    def peek_lines(self) -> Iterator[str]:
+        for at in itertools.count():
+            if at == len(self._ahead):
+                self._ahead.extend(itertools.islice(self._lines, 1))
+            if at == len(self._ahead):
+                return
+            yield self._ahead[at]
+
+    def skip_lines(self, number: int) -> None:
+        for _ in range(number):
+            self._ahead.popleft()
+        self.line += number
+
+    def records(self, table: Table) -> Iterator[Record]:
+        """The rows that are not blank."""
+        while next(self.peek_lines(), ""):
+            record = read_record(self.peek_lines(), self.line, table)
+            self.skip_lines(record.lines)
+            if record.fields:
+                yield record
+
+
+class Header(NamedTuple):
+    """The header of a CSV. If its quoting is malformed, the names are those on its first line, quotes and all."""
 
     delimiter: str
     names: list[str]
-    line: int
-    last_line: int
-    is_malformed: bool
-
-    def find(self, name: str) -> list[int]:
-        """The positions of the columns of that name."""
-        return [at for at, each in enumerate(self.names) if column_key(each) == column_key(name)]
-
-    def position(self, name: str) -> int:
-        """The position of the one column of that name. Raises CommandError if there is none, or more than one."""
-        found = self.find(name)
-        if len(found) != 1:
-            problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
-            raise CommandError(f"line {self.line}: the header {problem}; its columns are {listed_columns(self.names)}")
-        return found[0]
+    keys: list[str]  # column_key() of each name
+    record: Record
 
 
-def read_header(lines: Iterator[str], required: Iterable[str]) -> Header | None:
-    """Read up to the end of the header, the first record that is not blank. Returns None if every record is blank.
+def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
+    """Read the header, the first record that is not blank, and leave the reader before it.
 
-    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most required columns
-    or, among equals, the most columns.
+    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most wanted columns or,
+    among equals, the most columns. Raises CommandError if every record is blank.
     """
-    delimiters: Sequence[str] = DELIMITERS
-    number = 0
-    for line in lines:
-        number += 1
-        line = line.lstrip("\ufeff\u200b")
-        if separator := re.fullmatch(r'"?sep=([,;\t|])"?[,;\t| ]*[\r\n]*', line, re.IGNORECASE):
+    delimiters: Iterable[str] = DELIMITERS
+    while line := next(reader.peek_lines(), ""):
+        if separator := re.fullmatch(r'[\ufeff\u200b]*"?sep=([,;\t|])"?[,;\t| ]*[\r\n]*', line, re.IGNORECASE):
             delimiters = [separator[1]]
         elif line.strip(BLANKS + '",;|'):
             break
+        reader.skip_lines(1)
     else:
-        return None
-    text, last = line, number
-    while text.count('"') % 2 and last < number + 100 and (more := next(lines, "")):  # a name may hold a line end
-        text, last = text + more, last + 1
-    keys = {column_key(name) for name in required}
+        raise CommandError("the CSV is empty; it needs a header and at least one row")
+    headers = []
+    for each in delimiters:
+        lines = itertools.islice(reader.peek_lines(), 100)  # a name may hold line ends
+        record = parse_record(lines, reader.line, each, sys.maxsize)
+        names = [field.strip(BLANKS) for field in (line.split(each) if record.oddity else record.fields)]
+        headers.append(Header(each, names, [*map(column_key, names)], record))
+    keys = {*map(column_key, wanted)}
+    return max(headers, key=lambda header: (len(keys.intersection(header.keys)), len(header.names)))
 
-    def split(delimiter: str) -> Header:
-        try:
-            fields = next(csv.reader([text], delimiter=delimiter, strict=True))
-        except csv.Error:
-            names = [field.strip(BLANKS) for field in line.split(delimiter)]
-            return Header(delimiter, names, number, number, is_malformed=True)
-        return Header(delimiter, [field.strip(BLANKS) for field in fields], number, last, is_malformed=False)
 
-    def fit(header: Header) -> tuple[int, int]:
-        return len(keys.intersection(map(column_key, header.names))), len(header.names)
+def find_roles(header: Header, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
+    """The position of the column of each role. Raises CommandError if there is not exactly one.
 
-    return max(map(split, delimiters), key=fit)
+    `columns` are the names for the roles. One that no option names may be missing, if it is not needed.
+    """
+    where, listed = f"line {header.record.line}: the header", f"its columns are {listed_columns(header.names)}"
+    if header.record.oddity:
+        raise CommandError(f"{where} has a quote too many or too few; {listed}")
+    roles = {}
+    for role, name in columns.items():
+        found = [at for at, key in enumerate(header.keys) if key == column_key(name)]
+        if len(found) > 1:
+            raise CommandError(f'{where} names "{name}" {len(found)} times; {listed}')
+        if not found and name != role:
+            raise CommandError(f'{where} has no column "{name}"; {listed}')
+        if found:
+            roles[role] = found[0]
+    if missing := [role for role in needed if role not in roles]:
+        options = " and ".join(f"--{role.removeprefix('artist_')}-column" for role in missing)
+        advice = f"name the right ones with {options}, or use --skip-header if there is no header"
+        raise CommandError(f"{where} has no {' and no '.join(missing)}; {listed}; {advice}")
+    return roles
+
+
+def read_table(reader: LineReader, chosen: dict[str, str | None], needed: Sequence[str], skip_header: bool) -> Table:
+    """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows.
+
+    `chosen` are the columns that options name, `needed` the roles that the header must have.
+    """
+    columns = {role: chosen.get(role) or role for role in COLUMNS}
+    header = read_header(reader, columns.values())
+    if not skip_header or {*COLUMNS} <= {*header.keys}:
+        roles = find_roles(header, columns, needed)
+        roles.setdefault("artist_name", roles["artist_id"])
+        reader.skip_lines(header.record.lines)
+        return Table(header.delimiter, header.names, header.keys, roles, True)
+    roles = {role: at for at, role in enumerate(COLUMNS)}
+    tables = [Table(each, [*COLUMNS], [*COLUMNS], roles, False) for each in (header.delimiter, *DELIMITERS)]
+    sound = (each for each in tables if not read_record(reader.peek_lines(), reader.line, each).oddity)
+    return next(sound, tables[0])
+
+
+def looks_like(path: str, kind: str) -> bool:
+    """Whether a file begins like requests, results or exported bios."""
+    with os_errors_as(f"read {path}"), open(path, "rb") as file:
+        line = file.readline().removeprefix(codecs.BOM_UTF8)
+    if kind == "exported bios":
+        keys = {column_key(name.strip('"')) for name in re.split("[,;\t|]", line.decode(errors="replace"))}
+        return keys >= {"error", "output_tokens"}
+    try:
+        keys = {*json.loads(line)}
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return keys >= {"custom_id", "body"} if kind == "requests" else keys >= {"custom_id", "error"}
+
+
+def refuse_to_replace(path: str, kind: str) -> None:
+    """Raise CommandError if --out is a file that is not empty and holds something other than what will be written."""
+    if path != STDOUT and os.path.isfile(path) and os.path.getsize(path) and not looks_like(path, kind):
+        problem = f"{path} holds something other than {kind}, so it was left as it is"
+        raise CommandError(f"{problem}; choose another --out")
 
 
 # ==== end of the common block ====================================================================================
 
-COLUMNS = ("artist_id", "artist_name", "artist_data")
-RESPONSES = "/v1/responses"
-CHAT_COMPLETIONS = "/v1/chat/completions"
+# UTF-8 that was read as Windows-1252: the first byte of a letter, but for those of phonetic signs (É in `CAFÉ»`) and
+# rare scripts, and then a byte that only a following one can be
+GARBLED_BYTES = re.compile(rb"\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
+AS_BYTES = {at: 0xDC00 + at for at in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # Windows-1252 has no characters for these
+RESPONSES, CHAT_COMPLETIONS = "/responses", "/chat/completions"  # how endpoints end
+OUR_COLUMNS = ("artist_id", "artist_name", "error", "input_tokens", "output_tokens")  # of exported bios
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
-
-# limits
-MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
 MAX_METADATA_CHARS = 512  # of one metadata value; Batch API reference
-MAX_EXTRA_FIELDS = 20  # a record with more extra fields than this is not read to its end
 MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
+MIN_ALIKE = 3  # rows of one wrong width, whose cause is named once more at the end
 BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
-CAREFUL_BYTES = 1 << 14  # how much to read record by record before trying a block again
-
-# reading
+CAREFUL_ROWS = 100  # how many rows to read one by one before trying a block again
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
-LINE_END = re.compile(rb"\r\n|\r|\n|\Z")
-UNQUOTED = {delimiter.encode(): re.compile(f"[^\r\n{delimiter}]*".encode()) for delimiter in DELIMITERS}
-UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
-codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
+NULL_NAMES = frozenset(
+    b"NaN nan NAN NULL null Null N/A n/a NA None none NONE undefined Undefined UNDEFINED (null) (NULL) (Null) #N/A "
+    b"#n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split()
+)
 
-# messages
-DELIMITER_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
-NULL_NAMES = frozenset(b"NaN nan NAN NULL null Null N/A n/a #N/A #n/a #REF! #NAME? #VALUE! #DIV/0! <NA> \\N".split())
-FOREIGN_FILES = {  # by their first bytes
-    b"PK\x03\x04": "an Excel workbook or another zip file; open it and save it as CSV UTF-8",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook; open it and save it as CSV UTF-8",
-    b"%PDF-": "a PDF file; export the table as CSV",
-    b"SQLite format 3": "an SQLite database; export the table as CSV",
-    b"\x1f\x8b": "a gzip file; unpack it first: zcat FILE | gen_batch_jsonl.py --in - ...",
-    b"BZh91AY&SY": "a bzip2 file; unpack it first: bzcat FILE | gen_batch_jsonl.py --in - ...",
-    b"\xfd7zXZ\x00": "an xz file; unpack it first: xzcat FILE | gen_batch_jsonl.py --in - ...",
-    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: zstdcat FILE | gen_batch_jsonl.py --in - ...",
+FOREIGN_FILES = {  # by how they begin
+    rb"PK\x03\x04": "an Excel workbook or another zip file; open it and save it as CSV UTF-8",
+    rb"\xd0\xcf\x11\xe0": "an old Excel workbook; open it and save it as CSV UTF-8",
+    rb"%PDF-": "a PDF file; export the table as CSV",
+    rb"SQLite format 3": "an SQLite database; export the table as CSV",
+    rb"\x1f\x8b": "a gzip file; unpack it first: zcat FILE | gen_batch_jsonl.py --in - ...",
+    rb"BZh91AY&SY": "a bzip2 file; unpack it first: bzcat FILE | gen_batch_jsonl.py --in - ...",
+    rb"\xfd7zXZ\x00": "an xz file; unpack it first: xzcat FILE | gen_batch_jsonl.py --in - ...",
+    rb"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: zstdcat FILE | gen_batch_jsonl.py --in - ...",
+    rb"\{\\rtf": "an RTF document; save the table as CSV",
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
+    rb"\s*[\[{]\s*([\[{\"]|$)": "JSON, not CSV; convert it to a CSV with a header",
+    rb"\s*<[!?a-z]": "HTML or XML, not CSV; open it in a spreadsheet and save it as CSV UTF-8",
 }
 
 # hiding: inside the quotes of a block, bytes that UTF-8 never contains stand in for special characters
@@ -467,33 +662,19 @@ UNESCAPED_BYTES = bytes({*range(256)} - {*b"".join(JSON_ESCAPES)})
 LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
 
 # blanks
-BLANK_STAND_INS = STAND_INS[b"\t"] + STAND_INS[b"\n"] + STAND_INS[b"\r"]
-ALL_BLANKS = BLANKS + BLANK_STAND_INS.decode("utf-8", "surrogateescape")
-SHORT_BLANKS = bytes(char for char in BLANKS.encode() if char < 128) + BLANK_STAND_INS
-LONG_BLANKS = frozenset(char.encode() for char in BLANKS if not char.isascii())  # two or three bytes each
-BLANK_BYTES = bytes({*BLANKS.encode(), *BLANK_STAND_INS})
+ALL_BLANKS = BLANKS + "".join(STAND_INS[char].decode("utf-8", "surrogateescape") for char in (b"\t", b"\n", b"\r"))
+BLANK_EDGES = frozenset(char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS)  # of one to three bytes
+BLANK_BYTES = b"".join(BLANK_EDGES)
 SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))  # for str.translate: leaves these out
 
 
-class Problem(NamedTuple):
-    """Why a row is skipped: the reason it is counted under, the details, and what to do."""
+class RowProblem(NamedTuple):
+    """Why a row is not used: the reason it is counted under, the details, what to do, and what such rows share."""
 
     reason: str
     detail: str
     advice: str = ""
-
-
-REPEATED_HEADER = Problem("repeated header", "repeats the header")
-
-
-class Layout(NamedTuple):
-    """How to read the rows. `used` are the positions of the columns that the requests need: id, name, then others."""
-
-    delimiter: bytes
-    width: int
-    used: list[int]
-    names: list[str]  # of the used columns, for messages
-    header_keys: list[str]  # column_key() of each name in the header
+    shared: str = ""
 
 
 class Rows(NamedTuple):
@@ -504,23 +685,10 @@ class Rows(NamedTuple):
     next_line: int
     swallowed: dict[int, list[int]]  # by the line of a row: lines in it that look like rows
     needs_escapes: bool  # some values may contain characters that JSON escapes, apart from the hidden ones
+    is_suspect: bool  # some values may have been decoded wrongly before
 
 
-class Record(NamedTuple):
-    """A record that was read by itself, with its problem if it has one."""
-
-    line: int
-    fields: list[bytes]
-    problem: Problem | None
-    size: int  # in bytes, up to where reading goes on: the next line for an invalid row, else the next record
-
-
-# -- text --------------------------------------------------------------------------------------------------------
-
-
-def quoted(text: str) -> str:
-    """The text in quotes for a message, cut to a readable length."""
-    return f'"{text[:80]}{"…" if len(text) > 80 else ""}"'
+# ---- text
 
 
 def to_text(value: bytes) -> str:
@@ -532,21 +700,22 @@ def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def is_blank(value: bytes) -> bool:
-    return not to_text(value).strip(BLANKS)
-
-
-def trim_value(value: bytes) -> bytes:
-    """Remove the blanks around a value, also those that a block hides."""
-    edges = (value[:2], value[:3], value[-2:], value[-3:])
-    if value.strip(SHORT_BLANKS) is value and LONG_BLANKS.isdisjoint(edges):
-        return value
-    return to_bytes(to_text(value).strip(ALL_BLANKS))
+def in_quotes(text: str) -> str:
+    """The text in quotes for a message, cut to a readable length."""
+    return f'"{text[:80]}{"…" if len(text) > 80 else ""}"'
 
 
 def trim(values: list[bytes]) -> list[bytes]:
-    """Remove the blanks around values. `strip` returns the same object if it removes nothing, which is fast to test."""
-    return [value if value.strip(BLANK_BYTES) is value else trim_value(value) for value in values]
+    """Remove the blanks around values, also those that a block hides."""
+    stripped = [*map(bytes.strip, values, itertools.repeat(BLANK_BYTES))]  # lacks parts of other characters, too
+    if stripped == values:
+        return values
+    return [
+        value if value == short or BLANK_EDGES.isdisjoint(
+            (value[:1], value[:2], value[:3], value[-1:], value[-2:], value[-3:])
+        ) else to_bytes(to_text(value).strip(ALL_BLANKS))
+        for value, short in zip(values, stripped, strict=True)
+    ]
 
 
 def escape_line_separators(text: bytes) -> bytes:
@@ -565,39 +734,29 @@ def escape(text: bytes) -> bytes:
     return escape_line_separators(text)
 
 
-def count_line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
-    """Count the line ends: LF, CRLF or CR."""
-    found = data.count(b"\n", start, end)
-    if data.find(b"\r", start, end) >= 0:
-        found += data.count(b"\r", start, end) - data.count(b"\r\n", start, end)
-    return found
-
-
 def shape_of(artist_id: str) -> str:
     """An id with its runs of digits and of letters collapsed: `a12-b` and `x7-abc` are both `a0-a`."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", artist_id.strip(BLANKS)))
 
 
-def lines_like_rows(text: bytes, line: int, artist_id: bytes, layout: Layout) -> list[int]:
+def lines_like_rows(text: bytes, line: int, artist_id: bytes, table: Table) -> list[int]:
     """The lines of a record, after its first, that look like rows: as many fields, and an id of the same shape.
 
     Prose can match a shape of only letters or only digits by accident; with such a shape, a line that has a blank after
     a delimiter is taken for prose. `text` is the record without quotes, `line` is its first line.
     """
-    shape, found = "", []
+    found = []
     for number, each in enumerate(text.splitlines()[1:], line + 1):
-        fields = each.split(layout.delimiter)
-        if len(fields) == layout.width:
-            shape = shape or shape_of(to_text(artist_id))
-            may_be_prose = not {"a", "0"} <= {*shape}
-            if shape_of(to_text(fields[layout.used[0]])) == shape and not (
-                may_be_prose and any(field[:1].isspace() for field in fields[1:])
-            ):
+        if each.count(table.delimiter.encode()) == len(table.names) - 1:
+            fields = to_text(each).split(table.delimiter)
+            shape = shape_of(to_text(artist_id))
+            may_be_prose = not {"a", "0"} <= {*shape} and any(field[:1].isspace() for field in fields[1:])
+            if shape_of(fields[table.roles["artist_id"]]) == shape and not may_be_prose:
                 found.append(number)
     return found
 
 
-# -- CSV: a block as a whole -------------------------------------------------------------------------------------
+# ---- a block as a whole
 
 
 def last_line_end(data: bytes, start: int, end: int) -> int:
@@ -645,20 +804,26 @@ def hide_quoted(block: bytes, delimiter: bytes) -> bytes | None:
     return b"".join(pieces)
 
 
-def lines_of_records(
-    records: list[bytes], artist_ids: list[bytes], line: int, layout: Layout
-) -> tuple[list[int], int, dict[int, list[int]]]:
-    """The line where each record begins, the line after them, and the lines in records that look like rows."""
-    lines, swallowed = [], {}
-    for record, artist_id in zip(records, artist_ids, strict=True):
-        lines.append(line)
-        if STAND_INS[b"\n"] in record or STAND_INS[b"\r"] in record:
-            text = record.translate(REVEAL)
-            if held := lines_like_rows(text, line, artist_id, layout):
-                swallowed[line] = held
-            line += count_line_ends(text)
-        line += 1
-    return lines, line, swallowed
+def lines_of_rows(plain: bytes, ids: list[bytes], line: int, table: Table) -> tuple[list[int], dict[int, list[int]]]:
+    """The line where each row of a plain block begins, and the next one; by row, the lines in it that look like rows.
+
+    `ids` are those of the rows that are wanted, `line` is the first one.
+    """
+    line_end = STAND_INS[b"\n"]
+    if STAND_INS[b"\r"] in plain:
+        plain = plain.replace(STAND_INS[b"\r"] + line_end, line_end).replace(STAND_INS[b"\r"], line_end)
+    lines: list[int] = []
+    swallowed = {}
+    end = 0
+    while len(lines) < len(ids) and (inside := plain.find(line_end, end)) >= 0:
+        lines += range(line, line + plain.count(b"\n", end, inside) + 1)
+        start, end = max(end, plain.rfind(b"\n", end, inside) + 1), plain.index(b"\n", inside) + 1
+        text = plain[start:end].translate(REVEAL)
+        if len(lines) <= len(ids) and (held := lines_like_rows(text, lines[-1], ids[len(lines) - 1], table)):
+            swallowed[lines[-1]] = held
+        line = lines[-1] + text.count(b"\n")
+    lines += range(line, line + len(ids) + 1 - len(lines))
+    return lines[: len(ids) + 1], swallowed
 
 
 def plain_block(block: bytes, delimiter: bytes) -> bytes | None:
@@ -684,7 +849,7 @@ def split_rows(plain: bytes, delimiter: bytes) -> tuple[list[bytes], int] | None
     return (fields, width) if is_even else None
 
 
-def has_special_ids(artist_ids: list[bytes], layout: Layout) -> bool:
+def has_special_ids(artist_ids: list[bytes], table: Table) -> bool:
     """Whether rows have to be read by themselves because of an id.
 
     An empty id may be that of a blank row, and a column name that of a repeated header. An id with hidden characters
@@ -693,148 +858,99 @@ def has_special_ids(artist_ids: list[bytes], layout: Layout) -> bool:
     if not all(artist_ids):
         return True
     ids = b",".join([b"", *artist_ids, b""])
-    squeezed = to_text(ids).casefold().translate(SQUEEZED)
-    keys = [key.translate(SQUEEZED) for key in layout.header_keys if key]
+    squeezed = unicodedata.normalize("NFC", to_text(ids)).casefold().translate(SQUEEZED)
+    keys = [key.translate(SQUEEZED) for key in table.keys if key]
     return ids.translate(REVEAL) != ids or any(f",{key}," in squeezed for key in keys)
 
 
-def rows_of_block(block: bytes, first_line: int, layout: Layout, limit: int) -> Rows | None:
+def rows_of_block(block: bytes, first_line: int, table: Table, used: list[int], limit: int) -> Rows | None:
     """The first `limit` rows of a block. None if the block has to be read record by record.
 
     Each step handles the whole block at once, which is ten times as fast as handling its records one by one.
     """
+    delimiter = table.delimiter.encode()
     try:
         text = block.decode()
     except UnicodeDecodeError:
         return None
-    plain = plain_block(block, layout.delimiter)
-    if not plain or not (split := split_rows(plain, layout.delimiter)):
+    plain = plain_block(block, delimiter)
+    if not plain or not (split := split_rows(plain, delimiter)):
         return None
     fields, width = split
     step = width + 1
-    if width < layout.width or any(any(trim(fields[column:-1:step])) for column in range(layout.width, width)):
+    if width < len(table.names) or any(any(trim(fields[column:-1:step])) for column in range(len(table.names), width)):
         return None
     number = min(len(fields) // step, limit)
-    columns = [trim(fields[column : number * step : step]) for column in layout.used]
-    if has_special_ids(columns[0], layout):
+    columns = [trim(fields[column : number * step : step]) for column in used]
+    if has_special_ids(columns[0], table):
         return None
-    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + layout.delimiter)
+    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + delimiter)
     needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
+    is_suspect = not block.isascii() and ("\ufffd" in text or GARBLED_BYTES.search(block) is not None)
+    lines: Sequence[int] = range(first_line, first_line + number + 1)
+    swallowed: dict[int, list[int]] = {}
     if STAND_INS[b"\n"] in plain or STAND_INS[b"\r"] in plain:
-        records = plain.split(b"\n", number)[:number]
-        lines, next_line, swallowed = lines_of_records(records, columns[0], first_line, layout)
-        return Rows(lines, columns, next_line, swallowed, needs_escapes)
-    next_line = first_line + number
-    return Rows(range(first_line, next_line), columns, next_line, {}, needs_escapes)
+        lines, swallowed = lines_of_rows(plain, columns[0], first_line, table)
+    return Rows(lines[:-1], columns, lines[-1], swallowed, needs_escapes, is_suspect)
 
 
-# -- CSV: a record by itself -------------------------------------------------------------------------------------
+# ---- a row by itself
 
 
-class Parsed(NamedTuple):
-    """The record at the beginning of some data: its fields and its end, or what is wrong with it."""
-
-    fields: list[bytes]
-    end: int
-    problem: Problem | None = None
-    is_open: bool = False  # more data could change the outcome
-
-
-def read_field(data: bytes, at: int, delimiter: bytes) -> tuple[bytes, int]:
-    """The field that begins at `at`, and where it ends: past the end of the data if its closing quote is missing."""
-    if not data.startswith(b'"', at):
-        unquoted = cast(re.Match[bytes], UNQUOTED[delimiter].match(data, at))
-        return unquoted[0], unquoted.end()
-    closing = data.find(b'"', at + 1)
-    while closing >= 0 and data.startswith(b'"', closing + 1):  # a doubled quote
-        closing = data.find(b'"', closing + 2)
-    end = len(data) if closing < 0 else closing
-    return data[at + 1 : end].replace(b'""', b'"'), end + 1
-
-
-def parse_record(data: bytes, start: int, line: int, layout: Layout, max_chars: int = MAX_FIELD_CHARS) -> Parsed:
-    """Read the record that begins on `line`, by the rules of csv.reader(strict=True)."""
-
-    def line_at(end: int) -> int:
-        return line + count_line_ends(data, start, end)
-
-    fields: list[bytes] = []
-    at = start
-    while True:
-        value, end = read_field(data, at, layout.delimiter)
-        if len(value) > max_chars and len(text := to_text(value)) > max_chars:
-            noticed = line_at(at) + count_line_ends(to_bytes(text[: max_chars + 1]))
-            detail = f"a field exceeds {max_chars} characters (noticed on line {noticed})"
-            return Parsed([], at, Problem("field too long", detail))
-        if end > len(data):
-            last_line = line_at(len(data)) - data.endswith((b"\n", b"\r"))
-            detail = f"a quote is never closed (noticed at the end, line {last_line})"
-            return Parsed([], at, Problem("malformed quoting", detail), is_open=True)
-        fields.append(value)
-        at = end
-        if len(fields) > layout.width + MAX_EXTRA_FIELDS and not is_blank(value):
-            return Parsed(fields, at)  # the wrong number of fields, whatever follows
-        if not data.startswith(layout.delimiter, at):
-            break
-        at += len(layout.delimiter)
-    line_end = LINE_END.match(data, at)
-    if not line_end:
-        detail = f"text after a closing quote (noticed on line {line_at(at)})"
-        return Parsed([], at, Problem("malformed quoting", detail))
-    end = line_end.end()
-    return Parsed(fields, end, is_open=end == len(data) and not data.endswith(b"\n"))
-
-
-def wrong_width(number: int, row: str, layout: Layout) -> Problem:
-    """The problem of a row with `number` fields: it shows the beginning of the row, and the likely cause."""
-    delimiter = to_text(layout.delimiter)
-    ours = DELIMITER_NAMES[delimiter]
-    others = [other for other in DELIMITERS if other != delimiter and row.count(other) == layout.width - 1]
-    if number == 1 and others:
-        cause = f"{DELIMITER_NAMES[others[0]]} separates its fields, and {ours} those of the header"
-    elif number > layout.width:
+def wrong_width(record: Record, table: Table) -> RowProblem:
+    width, ours = len(table.names), DELIMITERS[table.delimiter]
+    row = record.text.rstrip("\r\n")
+    others = [other for other in DELIMITERS if other != table.delimiter and row.count(other) == width - 1]
+    if record.width == 1 and others:
+        cause = f"{DELIMITERS[others[0]]} separates its fields, and {ours} those of the header"
+    elif record.width > width:
         cause = f"a value with {ours} in it needs quotes around it"
     else:
         cause = "a value is missing, or has a line break but no quotes around it"
-    fields = plural(number, "field")
-    if number > layout.width + MAX_EXTRA_FIELDS:
-        fields = f"more than {number - 1} fields"
-    return Problem("wrong number of fields", f"{fields} instead of {layout.width} in {quoted(row)}; {cause}")
+    fields = plural(record.width, "field")
+    shared = f"instead of {width}; {cause}" if table.has_header else f"; --skip-header takes {width}: add a header line"
+    detail = f"{fields} instead of {width} in {in_quotes(row)}; {cause}"
+    return RowProblem(WRONG_WIDTH, detail, "", f"{fields}{' ' * table.has_header}{shared}")
 
 
-def header_or_width_problem(line: int, fields: list[bytes], beginning: bytes, layout: Layout) -> Problem | None:
-    """A repeated header, or a wrong number of fields. Raises CommandError for a header that differs from the first."""
-    width, id_column = layout.width, layout.used[0]
-    if len(fields) > id_column and column_key(to_text(fields[id_column])) in layout.header_keys:
-        keys = [column_key(to_text(field)) for field in fields]
-        if keys == layout.header_keys:
-            return REPEATED_HEADER
-        if {layout.header_keys[column] for column in layout.used[:2]} <= {*keys}:
-            raise CommandError(f"line {line}: a second header that differs from the first; "
-                               "split the file before this line and convert the parts one by one")
-    return None if len(fields) == width else wrong_width(len(fields), to_text(beginning.splitlines()[0]), layout)
+def problem_of(record: Record, table: Table) -> RowProblem:
+    """What is odd about a row, apart from its values."""
+    if record.oddity in (WRONG_WIDTH, ENDS_EARLY):
+        return wrong_width(record, table)
+    return RowProblem(record.oddity, record.detail or "repeats the header")
 
 
 def not_valid(encoding: str) -> str:
     return f"not valid {encoding.upper() if encoding.lower().startswith('utf') else encoding}"
 
 
-def undecodable(line: int, fields: list[bytes], layout: Layout, encoding: str) -> Problem | None:
+def undecodable(record: Record, table: Table, used: list[int], encoding: str) -> RowProblem | None:
     """The problem of the first used value that is not valid in the file's encoding."""
-    for column, name in zip(layout.used, layout.names, strict=True):
+    for column in used:
+        value = to_bytes(record.fields[column])
         try:
-            fields[column].decode()
+            value.decode()
         except UnicodeDecodeError as error:
-            around = fields[column][max(0, error.start - 30) : error.start + 30]
+            around = value[max(0, error.start - 30) : error.start + 30]
             reading = around.decode("windows-1252", "replace").strip(BLANKS)
             advice = "name the encoding of the CSV with --encoding"
             if encoding == "utf-8" and reading and "\ufffd" not in reading:
-                advice = f'if "{reading}" on line {line} looks right, add --encoding windows-1252'
-            return Problem(not_valid(encoding), f"{name} is {not_valid(encoding)}", advice)
+                advice = f'if "{reading}" on line {record.line} looks right, add --encoding windows-1252'
+            name = next((role for role, at in table.roles.items() if at == column), table.names[column])
+            return RowProblem(not_valid(encoding), f"{name} is {not_valid(encoding)}", advice)
     return None
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
+def as_meant(value: str) -> str:
+    """The value as it was before its UTF-8 was read as Windows-1252. "" if that has not happened."""
+    try:
+        meant = value.translate(AS_BYTES).encode("windows-1252", "surrogateescape").decode()
+    except ValueError:
+        return ""
+    return meant if GARBLED_BYTES.search(value.encode()) else ""
+
+
+# ---- reading
 
 
 @contextlib.contextmanager
@@ -858,43 +974,37 @@ def read_text(path: str) -> str:
         raise CommandError(f"{shown(path)}: not valid UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
 
 
-class CsvReader:
-    """Reads a CSV in any encoding, and hands it out as UTF-8: in blocks, or record by record.
+class BlockReader(LineReader):
+    """Reads a CSV in any encoding as UTF-8, in lines or in blocks of several rows.
 
-    `line` is the number of the line that comes next. The reader never waits for more than the caller needs, so that a
-    run with --limit ends while its pipe is still open.
+    It never waits for more than the caller needs, so that a run with --limit ends while its pipe is still open.
     """
 
-    def __init__(self, source: io.BufferedReader, path: str, encoding: str, block_bytes: int = BLOCK_BYTES) -> None:
-        self.line = 1
+    def __init__(self, source: io.BufferedReader, name: str, encoding: str, block_bytes: int = BLOCK_BYTES) -> None:
+        super().__init__(iter(()))
         self._source = source
-        self._name = shown(path)
+        self._name = name
         self._block_bytes = block_bytes
         self._data = b""  # what has been read; the part before `_at` is used up
         self._at = 0
         self._is_ended = False
         self._decoder: codecs.IncrementalDecoder | None = None
-        while len(self._data) < 16 and b"\n" not in self._data and self._fill():
+        while len(self._data) < 32 and b"\n" not in self._data and self._fill():
             pass
-        self.encoding = self._detect_encoding(encoding)
-
-    def _detect_encoding(self, encoding: str) -> str:
-        """Choose the encoding by the first bytes, and convert them. Raises CommandError for a file that is no CSV."""
-        for mark, kind in FOREIGN_FILES.items():
-            if self._data.startswith(mark):
-                raise CommandError(f"{self._name} is {kind}")
-        encoding = encoding_of(self._data, encoding)
-        codec = codecs.lookup(encoding).name
-        if codec in ("utf-8", "utf-8-sig"):
-            self._data = self._data.removeprefix(codecs.BOM_UTF8)
-            encoding = "utf-8"
-        elif self._data:
-            self._decoder = codecs.getincrementaldecoder(encoding)(UNDECODABLE)
-            self._data = self._to_utf_8(self._data)
+        start = self._data
+        self.encoding = encoding_of(start, encoding)
+        if codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig"):
+            self._data = start.removeprefix(codecs.BOM_UTF8)
+            self.encoding = "utf-8"
+        elif start:
+            self._decoder = codecs.getincrementaldecoder(self.encoding)(UNDECODABLE)
+            self._data = self._to_utf_8(start)
+        for beginning, kind in FOREIGN_FILES.items():
+            if re.match(beginning, start) or re.match(beginning, self._data, re.IGNORECASE):
+                raise CommandError(f"{name} is {kind}")
         for byte_order, zeros in (("be", self._data[0:4:2]), ("le", self._data[1:4:2])):
             if zeros == b"\0\0":
-                raise CommandError(f"{self._name} looks like UTF-16; if it is, add --encoding utf-16-{byte_order}")
-        return encoding
+                raise CommandError(f"{name} looks like UTF-16; if it is, add --encoding utf-16-{byte_order}")
 
     def _to_utf_8(self, chunk: bytes) -> bytes:
         """Convert a chunk. What is not valid in its encoding becomes bytes that are not valid in UTF-8."""
@@ -922,13 +1032,12 @@ class CsvReader:
             pass
         return self._at == len(self._data)
 
-    def peek_lines(self, max_bytes: float = MAX_FIELD_CHARS) -> Iterator[str]:
-        """The lines from here on. A longer line is not read to its end."""
+    def peek_lines(self) -> Iterator[str]:
         offset = 0
         while True:
             line = cast(re.Match[bytes], LINE.match(self._data, self._at + offset))[0]
             is_last = self._at + offset + len(line) == len(self._data)
-            if is_last and not line.endswith(b"\n") and len(line) < max_bytes and self._fill():
+            if is_last and not line.endswith(b"\n") and self._fill():
                 continue
             if not line:
                 return
@@ -936,16 +1045,11 @@ class CsvReader:
             offset += len(line)
 
     def skip_lines(self, number: int) -> None:
-        for _ in range(number):
-            self.skip(self._line_size(), self.line + 1)
+        self.skip(sum(len(to_bytes(line)) for line in itertools.islice(self.peek_lines(), number)), self.line + number)
 
     def skip(self, size: int, next_line: int) -> None:
         self._at += size
         self.line = next_line
-
-    def _line_size(self) -> int:
-        """The size of the line that begins here, also of one that is not read to its end yet."""
-        return len(to_bytes(next(self.peek_lines(math.inf), "")))
 
     def peek_block(self) -> bytes:
         """The data from here to the last line end outside of quotes. Empty if there is none nearby."""
@@ -956,101 +1060,39 @@ class CsvReader:
             if end > self._at or len(self._data) >= self._at + self._block_bytes or not self._fill():
                 return self._data[self._at : end]
 
-    def peek_record(self, layout: Layout) -> Record:
-        """The record that begins here. A blank record has no fields and no problem."""
-        parsed = parse_record(self._data, self._at, self.line, layout)
-        while parsed.is_open and self._fill():
-            parsed = parse_record(self._data, self._at, self.line, layout)
-        if parsed.problem:
-            return Record(self.line, [], parsed.problem, self._line_size())
-        fields, size = parsed.fields, parsed.end - self._at
-        if all(map(is_blank, fields[layout.width :])):
-            fields = fields[: layout.width]
-        if all(map(is_blank, fields)):
-            return Record(self.line, [], None, size)
-        problem = header_or_width_problem(self.line, fields, self._data[self._at : self._at + 500], layout)
-        if problem not in (None, REPEATED_HEADER):
-            size = self._line_size()
-        return Record(self.line, fields, problem or undecodable(self.line, fields, layout, self.encoding), size)
 
-    def records(self, layout: Layout, size: int) -> Iterator[Record]:
-        """Read records for at least `size` bytes, and yield those that are not blank."""
-        while size > 0 and not self.is_at_end():
-            record = self.peek_record(layout)
-            self.skip(record.size, self.line + count_line_ends(self._data, self._at, self._at + record.size))
-            size -= record.size
-            if record.fields or record.problem:
-                yield record
+def refuse_odd_start(reader: LineReader, wanted: set[str]) -> None:
+    """Raise CommandError if the header stands further down, or if whole lines stand in quotes."""
+    for number, line in enumerate(itertools.islice(reader.peek_lines(), 1, MAX_HEADER_LINE), reader.line + 1):
+        if wanted <= {column_key(name.strip(BLANKS + '"')) for name in re.split("[,;\t|]", line)}:
+            raise CommandError(f"line {number} is the header; delete the lines above it")
+    header = read_header(reader, wanted)
+    is_quoted = len(header.names) == 1 and header.record.text.lstrip(BLANKS).startswith('"')
+    if is_quoted and re.search("[,;\t|]", header.names[0]):
+        raise CommandError(f"line {reader.line}: the whole line stands in quotes, so it is a single field; "
+                           "remove the quotes around every line, or export the table again")
 
 
-# -- columns -----------------------------------------------------------------------------------------------------
+def read_columns(reader: LineReader, args: argparse.Namespace, console: Console) -> Table:
+    """Read the header, or with --skip-header take the columns in their order."""
+    chosen = {role: getattr(args, role) for role in COLUMNS}
+    wanted = {column_key(chosen[role] or role) for role in COLUMNS[:2]}
+    try:
+        table = read_table(reader, chosen, COLUMNS[:2], args.skip_header)
+    except CommandError:
+        if next(reader.peek_lines(), ""):
+            refuse_odd_start(reader, wanted)
+        raise
+    if args.skip_header and table.has_header:
+        names = f"line {reader.line - 1}: names the columns"
+        console.warn(f"{names}, so it is taken as the header despite --skip-header")
+    if not table.has_header and read_record(reader.peek_lines(), reader.line, table).oddity:
+        refuse_odd_start(reader, wanted)
+    return table
 
 
-class Table(NamedTuple):
-    """A CSV's delimiter, its column names, and the positions of artist_id, artist_name and, if any, artist_data."""
+# ---- requests
 
-    delimiter: str
-    names: list[str]
-    roles: dict[str, int]
-
-    def layout(self, used: list[int]) -> Layout:
-        names = {position: role for role, position in reversed(self.roles.items())}  # a column's first role wins
-        keys = [column_key(name) for name in self.names]
-        return Layout(self.delimiter.encode(), len(keys), used, [names.get(at, self.names[at]) for at in used], keys)
-
-
-def find_roles(header: Header, chosen: dict[str, str | None]) -> dict[str, int]:
-    """The position of each role's column: the one an option names, or the one with the role's own name."""
-    where = f"line {header.line}: the header"
-    columns = listed_columns(header.names)
-    if header.is_malformed:
-        raise CommandError(f"{where} has a quote too many or too few; its columns are {columns}")
-    missing = [role for role in COLUMNS[:2] if not chosen[role] and not header.find(role)]
-    if missing:
-        options = " and ".join(f"--{role.removeprefix('artist_')}-column" for role in missing)
-        advice = f"name the right ones with {options}, or use --skip-header if there is no header"
-        raise CommandError(f"{where} has no {' and no '.join(missing)}; its columns are {columns}; {advice}")
-    return {role: header.position(name or role) for role, name in chosen.items() if name or header.find(role)}
-
-
-def delimiter_of_row(reader: CsvReader, likely: str) -> str:
-    """The delimiter that splits the first row into three fields: the likely one if it does, or if none does."""
-
-    def width(delimiter: str) -> int:
-        return len(reader.peek_record(Layout(delimiter.encode(), len(COLUMNS), [0], [""], [])).fields)
-
-    return next((delimiter for delimiter in (likely, *DELIMITERS) if width(delimiter) == len(COLUMNS)), likely)
-
-
-def read_table(reader: CsvReader, args: argparse.Namespace, console: Console) -> Table:
-    """Read the header, or with --skip-header take the columns in their order. The reader then stands at the rows."""
-    chosen = {"artist_id": args.id_column, "artist_name": args.name_column, "artist_data": args.data_column}
-    header = read_header(reader.peek_lines(), [name or role for role, name in chosen.items()])
-    if not header:
-        raise CommandError("the CSV is empty; it needs a header and at least one row")
-    if args.skip_header and not all(map(header.find, COLUMNS)):
-        reader.skip_lines(header.line - 1)
-        roles = {role: position for position, role in enumerate(COLUMNS)}
-        return Table(delimiter_of_row(reader, header.delimiter), [*COLUMNS], roles)
-    if args.skip_header:
-        console.warn(f"line {header.line}: names the columns, so it is taken as the header despite --skip-header")
-    reader.skip_lines(header.last_line)
-    return Table(header.delimiter, header.names, find_roles(header, chosen))
-
-
-def warn_of_missing_data(table: Table, is_stored_prompt: bool, console: Console) -> None:
-    if "artist_data" in table.roles:
-        return
-    advice = "if another column holds the data, name it with --data-column"
-    others = [name for at, name in enumerate(table.names) if name and at not in table.roles.values()]
-    if is_stored_prompt and others:
-        advice += "; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
-    console.warn(f"the CSV has no artist_data column, so artist_data is empty in every request; {advice}")
-
-
-# -- requests ----------------------------------------------------------------------------------------------------
-
-SHORT_NAME = -1  # the artist's name, shortened for the metadata; RequestWriter appends it as the last column
 Slot = Callable[[int], str]
 
 
@@ -1058,10 +1100,11 @@ class RequestTemplate(NamedTuple):
     """A request as JSON: constant pieces, and for each gap between two of them the column whose value goes there."""
 
     constants: list[bytes]
-    columns: list[int]  # indexes into the used columns, or SHORT_NAME
+    columns: list[int]  # indexes into `used`; one more is the name, shortened for the metadata
+    used: list[int]  # the positions of the columns that the requests need: id, name, then others
 
     def render(self, columns: list[list[bytes]]) -> bytes:
-        """The rows as requests, one per line. `columns` are escaped; short names, if used, are the last one."""
+        """The rows as requests, one per line. `columns` are escaped."""
         height, step = len(columns[0]), 2 * len(self.columns) + 1
         pieces = [b""] * (height * step)
         for at, constant in enumerate(self.constants):
@@ -1071,16 +1114,26 @@ class RequestTemplate(NamedTuple):
         return b"".join(pieces)
 
 
-def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[str, Any]:
+def data_slot(table: Table, slot: Slot, console: Console, advice: str = "") -> str:
+    """The slot of artist_data; "" with a warning if the CSV has no such column."""
+    if "artist_data" in table.roles:
+        return slot(table.roles["artist_data"])
+    console.warn("the CSV has no artist_data column, so artist_data is empty in every request; "
+                 f"if another column holds the data, name it with --data-column{advice}")
+    return ""
+
+
+def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot, console: Console) -> dict[str, Any]:
     prompt: dict[str, Any] = {"id": args.prompt_id}
     if args.prompt_version:
         prompt["version"] = args.prompt_version
-    facts = slot(table.roles["artist_data"]) if "artist_data" in table.roles else ""
-    prompt["variables"] = {"artist_name": slot(table.roles["artist_name"]), "artist_data": facts}
+    advice = "; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
+    data = data_slot(table, slot, console, advice if len(table.names) > 2 else "")
+    prompt["variables"] = {"artist_name": slot(table.roles["artist_name"]), "artist_data": data}
     return {"model": args.model, "prompt": prompt} if args.model else {"prompt": prompt}
 
 
-def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str:
+def fill_placeholders(template: str, path: str, table: Table, slot: Slot, console: Console) -> str:
     """Replace the placeholders of a template by slots. {{artist_data}} is empty if the CSV has no such column.
 
     Raises CommandError if another one does not name exactly one column, or if the artist's name is not used.
@@ -1091,8 +1144,8 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str
         if key in table.roles:
             return slot(table.roles[key])
         if key == "artist_data":
-            return ""
-        found = [at for at, name in enumerate(table.names) if key and column_key(name) == key]
+            return data_slot(table, slot, console)
+        found = [at for at, each in enumerate(table.keys) if key and each == key]
         if len(found) == 1:
             return slot(found[0])
         line = template.count("\n", 0, match.start()) + 1
@@ -1106,30 +1159,41 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot) -> str
     return filled
 
 
-def template_body(args: argparse.Namespace, table: Table, slot: Slot) -> dict[str, Any]:
-    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot)
+def template_body(args: argparse.Namespace, table: Table, slot: Slot, console: Console) -> dict[str, Any]:
+    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot, console)
     instructions = read_text(args.instructions_file) if args.instructions_file else None
+    schema = answer_format(args.schema) if args.schema else None
     body: dict[str, Any] = {"model": args.model}
-    if args.endpoint == CHAT_COMPLETIONS:
+    if args.endpoint.endswith(CHAT_COMPLETIONS):
         system = [] if instructions is None else [{"role": "system", "content": instructions}]
-        return body | {"messages": [*system, {"role": "user", "content": text}]}
+        body["messages"] = [*system, {"role": "user", "content": text}]
+        return body | ({"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {})
     if instructions is not None:
         body["instructions"] = instructions
-    return body | {"input": text, "metadata": {"artist_name": slot(SHORT_NAME)}}
+    body |= {"input": text, "metadata": {"artist_name": slot(len(table.names))}}
+    return body | ({"text": {"format": {"type": "json_schema", **schema}}} if schema else {})
 
 
-def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Read --body-file. Raises CommandError if it has a field that this tool writes itself."""
+def read_json(path: str) -> Any:
+    """The content of a small JSON file."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not allowed")
 
     text = read_text(path)
     try:
-        fields = json.loads(text, parse_constant=refuse)
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogate, no number out of range
+        content = json.loads(text, parse_constant=refuse)
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogate, no number out of range
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{shown(path)}: not valid JSON: {error}") from None
+        quotes = re.search("[“”„‟«»]", text)
+        advice = f"; it has typographic quotes ({quotes[0]}), where JSON needs plain ones" if quotes else ""
+        raise CommandError(f"{shown(path)}: not valid JSON: {error}{advice}") from None
+    return content
+
+
+def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Read --body-file. Raises CommandError if it has a field that this tool writes itself."""
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
     if "model" in fields:
@@ -1140,8 +1204,39 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTemplate, list[int]]:
-    """The template of the requests, and the positions of the columns that it uses.
+def made_strict(schema: Any) -> Any:
+    """A JSON Schema with what strict mode wants at every level: all properties required, and no others allowed."""
+    if isinstance(schema, list):
+        return [made_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    filled = {key: made_strict(value) if key in ("items", "anyOf") else value for key, value in schema.items()}
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(filled.get(key), dict):
+            filled[key] = {name: made_strict(each) for name, each in filled[key].items()}
+    if "properties" in filled:
+        filled |= {"required": [*filled["properties"]], "additionalProperties": False}
+    return filled
+
+
+def answer_format(path: str) -> dict[str, Any]:
+    """The name and the strict schema of the answers, from --schema. Raises CommandError if it is none of an object."""
+    schema = read_json(path)
+    properties = schema.get("properties") if isinstance(schema, dict) and schema.get("type") == "object" else None
+    if not isinstance(properties, dict) or not properties:
+        example = '{"type": "object", "properties": {"bio": {"type": "string"}}}'
+        raise CommandError(f"{shown(path)}: not a JSON Schema of an object with properties, such as {example}")
+    for name, each in properties.items():
+        if column_key(name) in OUR_COLUMNS:
+            raise CommandError(f'{shown(path)}: the property "{name}" has the name of a column of bios; rename it')
+        if not isinstance(each, dict):
+            raise CommandError(f'{shown(path)}: the property "{name}" is no schema, such as {{"type": "string"}}')
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return {"name": re.sub("[^A-Za-z0-9_-]", "_", stem)[:64], "strict": True, "schema": made_strict(schema)}
+
+
+def build_request(args: argparse.Namespace, table: Table, console: Console) -> RequestTemplate:
+    """The template of the requests.
 
     One request is written as JSON, with marks (slots) in place of a row's values, and then cut at these marks. They are
     random, so that no text contains one by accident.
@@ -1151,45 +1246,80 @@ def build_request(args: argparse.Namespace, table: Table) -> tuple[RequestTempla
     def slot(position: int) -> str:
         return f"<{nonce} {position}>"
 
-    body = stored_prompt_body(args, table, slot) if args.prompt_id else template_body(args, table, slot)
+    make_body = stored_prompt_body if args.prompt_id else template_body
+    body = make_body(args, table, slot, console)
     if args.body_file:
         body |= read_body_fields(args.body_file, body)
-    id_column, name_column = table.roles["artist_id"], table.roles["artist_name"]
+    id_column, name_column, short_name = table.roles["artist_id"], table.roles["artist_name"], len(table.names)
     request = {"custom_id": slot(id_column), "method": "POST", "url": args.endpoint, "body": body}
-    pieces = re.split(f"<{nonce} (-?[0-9]+)>", json.dumps(request, ensure_ascii=False) + "\n")
+    pieces = re.split(f"<{nonce} ([0-9]+)>", json.dumps(request, ensure_ascii=False) + "\n")
     positions = [int(position) for position in pieces[1::2]]
-    used = [id_column, name_column, *sorted({*positions} - {id_column, name_column, SHORT_NAME})]
-    columns = [SHORT_NAME if position == SHORT_NAME else used.index(position) for position in positions]
-    return RequestTemplate([escape_line_separators(piece.encode()) for piece in pieces[::2]], columns), used
+    used = [id_column, name_column, *sorted({*positions} - {id_column, name_column, short_name})]
+    columns = [[*used, short_name].index(position) for position in positions]
+    return RequestTemplate([escape_line_separators(piece.encode()) for piece in pieces[::2]], columns, used)
 
 
-# -- conversion --------------------------------------------------------------------------------------------------
+# ---- conversion
 
 
-class SkipReport:
-    """Counts the skipped rows by reason, and lists the first ones, or all with --verbose.
+class RowReport:
+    """Counts the rows with something odd about them. Lists the first ones of a kind at once, or all with --verbose.
 
-    With --strict, an invalid row raises CommandError.
+    With --strict, a row that is skipped, filled or taken as it stands raises CommandError.
     """
 
     def __init__(self, console: Console, strict: bool, verbose: bool) -> None:
-        self.reasons: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()  # of the skipped rows
         self.advice: dict[str, str] = {}  # the first for each reason
+        self.null_names: Counter[bytes] = Counter()
+        self.swallowed: dict[int, list[int]] = {}  # by the line of a row: lines in it that look like rows
+        self.shared: Counter[str] = Counter()  # what skipped rows have in common
+        self.filled = self.taken = 0  # rows that end early and were filled, and rows that were taken as they stand
+        self.filled_lines: list[int] = []  # of the first ones
+        self.garbled = self.undecoded = 0  # values whose text was spoilt before it came here, with a sign of it
+        self.first_garbled = ""  # for the message
         self._console = console
         self._strict = strict
         self._max_listed = sys.maxsize if verbose else MAX_LISTED
 
-    def add(self, line: int, problem: Problem) -> None:
-        if self._strict and problem != REPEATED_HEADER:
+    def skip(self, line: int, problem: RowProblem) -> None:
+        if self._strict and problem.reason != REPEATED_HEADER:
             advice = problem.advice or "without --strict the row is skipped"
             raise CommandError(f"line {line}: {problem.detail}; {advice}")
         self.reasons[problem.reason] += 1
         self.advice.setdefault(problem.reason, problem.advice)
-        skipped = self.reasons.total()
-        if skipped <= self._max_listed:
-            self._console.warn(f"line {line}: {problem.detail}; row skipped")
-        elif skipped == self._max_listed + 1:
-            self._console.warn("more rows were skipped; --verbose lists all of them")
+        self.shared.update(filter(None, [problem.shared]))
+        self._list(self.reasons.total(), f"line {line}: {problem.detail}; row skipped", "rows were skipped")
+
+    def note(self, line: int, oddity: str, remark: RowProblem) -> None:
+        """Report a row that is used although it ends early, or has stray quotes."""
+        if self._strict:
+            way = "filled with empty values" if oddity == ENDS_EARLY else "taken as it stands"
+            raise CommandError(f"line {line}: {remark.detail}; without --strict the row is {way}")
+        if oddity == ENDS_EARLY:
+            self.filled += 1
+            self.filled_lines += [line] * (self.filled <= MAX_LISTED)
+        else:
+            self.taken += 1
+            taken = f"line {line}: {remark.detail}; taken as it stands, with its quotes"
+            self._list(self.taken, taken, "lines are taken as they stand")
+
+    def _list(self, number: int, warning: str, others: str) -> None:
+        """Warn of the first rows of a kind one by one, and once of the others."""
+        if number <= self._max_listed:
+            self._console.warn(warning)
+        elif number == self._max_listed + 1:
+            self._console.warn(f"more {others}; --verbose lists all of them")
+
+    def look_for_garbled(self, line: int, values: Iterable[bytes]) -> None:
+        """Count the values whose text was decoded wrongly before it came here."""
+        for value in (to_text(value.translate(REVEAL)) for value in values):
+            meant = as_meant(value)
+            self.garbled += meant != ""
+            self.undecoded += "\ufffd" in value
+            if not self.first_garbled and (meant or "\ufffd" in value):
+                would_read = f", which would read {in_quotes(meant)}" if meant else ""
+                self.first_garbled = f"first on line {line}: {in_quotes(value)}{would_read}"
 
     def row_summary(self, written: int) -> str:
         """Account for the rows: how many were read, and how many were skipped for which reason."""
@@ -1219,26 +1349,6 @@ class Progress:
         self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
 
 
-class BatchCounter:
-    """Counts the batches that `batch_tool.py create` will split the requests into."""
-
-    def __init__(self) -> None:
-        self.count = 1
-        self._requests_left = MAX_BATCH_REQUESTS
-        self._bytes_left = MAX_BATCH_BYTES
-
-    def add(self, lines: bytes, requests: int) -> None:
-        if requests <= self._requests_left and len(lines) <= self._bytes_left:
-            self._requests_left -= requests
-            self._bytes_left -= len(lines)
-        elif requests > 1:
-            for line in lines.splitlines(keepends=True):
-                self.add(line, 1)
-        else:
-            self.count += 1
-            self._requests_left, self._bytes_left = MAX_BATCH_REQUESTS - 1, MAX_BATCH_BYTES - len(lines)
-
-
 def restore_hidden(lines: bytes, delimiter: bytes) -> bytes:
     """Replace the stand-ins in lines of JSON by what they stand for."""
     for char in (delimiter, b"\n", b"\r", b'"'):
@@ -1248,7 +1358,7 @@ def restore_hidden(lines: bytes, delimiter: bytes) -> bytes:
 
 def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
     """Escape all values at once, which is faster than one by one."""
-    values = escape(SEPARATOR.join(chain.from_iterable(columns))).split(SEPARATOR)
+    values = escape(SEPARATOR.join(itertools.chain.from_iterable(columns))).split(SEPARATOR)
     height = len(columns[0])
     return [values[at : at + height] for at in range(0, len(values), height)]
 
@@ -1260,186 +1370,171 @@ def shorten_names(names: list[bytes]) -> list[bytes]:
     return [to_bytes(to_text(name)[:MAX_METADATA_CHARS]) for name in names]
 
 
-class UsedIds:
-    """The ids of the requests, and the line of each.
-
-    A set is enough as long as no id is repeated, and takes 0.6 of the time of a dict. The dict is filled only when rows
-    have to be looked at one by one.
-    """
-
-    def __init__(self) -> None:
-        self._ids: set[bytes] = set()
-        self._line_of: dict[bytes, int] = {}
-        self._later_ids: list[bytes] = []  # not in `_line_of` yet
-        self._later_lines: list[int] = []
-
-    def add_all(self, ids: list[bytes], lines: Sequence[int]) -> bool:
-        """Add new ids. Returns False if one of them is not new; then call `add` for each."""
-        before = len(self._ids)
-        self._ids.update(ids)
-        if len(self._ids) < before + len(ids):
-            return False
-        self._later_ids += ids
-        self._later_lines += lines
-        return True
-
-    def add(self, artist_id: bytes, line: int) -> int:
-        """Add an id. Returns the line where it was used first, which is `line` if it is new."""
-        self._line_of.update(zip(self._later_ids, self._later_lines, strict=True))
-        self._later_ids, self._later_lines = [], []
-        self._ids.add(artist_id)
-        return self._line_of.setdefault(artist_id, line)
+def why_unused(first_line: int, artist_id: bytes, name: bytes) -> RowProblem:
+    """The problem of a row without an id or a name, or with the id of an earlier row on `first_line`."""
+    if first_line:
+        detail = f"artist_id {in_quotes(artist_id.decode())} was already used on line {first_line}"
+        return RowProblem("duplicate artist_id", detail)
+    empty = "artist_name" if artist_id else "artist_id"
+    return RowProblem(f"empty {empty}", f"{empty} is empty")
 
 
 class RequestWriter:
     """Writes a request for every valid row, and reports the other rows as skipped."""
 
-    def __init__(self, template: RequestTemplate, layout: Layout, out: BinaryIO, skipped: SkipReport) -> None:
+    def __init__(self, template: RequestTemplate, table: Table, out: BinaryIO, report: RowReport) -> None:
+        self.template = template
+        self.table = table
         self.written = 0
-        self._used_ids = UsedIds()
-        self.null_names: Counter[bytes] = Counter()
-        self.swallowed: dict[int, list[int]] = {}
-        self.batches = BatchCounter()
-        self._template = template
-        self._layout = layout
+        self._line_of: dict[bytes, int] = {}  # by the id of each request
         self._out = out
-        self._skipped = skipped
+        self._report = report
 
     def write_block(self, rows: Rows) -> None:
-        self.swallowed |= rows.swallowed
-        self._write_rows(rows.lines, rows.columns, rows.needs_escapes)
+        self._report.swallowed |= rows.swallowed
+        self._write_rows(rows.lines, rows.columns, rows.needs_escapes, rows.is_suspect)
 
-    def write_record(self, record: Record) -> None:
-        if record.problem:
-            self._skipped.add(record.line, record.problem)
+    def write_record(self, record: Record, encoding: str) -> None:
+        if not record.is_used:
+            self._report.skip(record.line, problem_of(record, self.table))
             return
-        values = [trim_value(record.fields[column]) for column in self._layout.used]
-        if held := lines_like_rows(self._layout.delimiter.join(record.fields), record.line, values[0], self._layout):
-            self.swallowed[record.line] = held
-        self._write_rows([record.line], [[value] for value in values], needs_escapes=True)
+        if problem := undecodable(record, self.table, self.template.used, encoding):
+            self._report.skip(record.line, problem)
+            return
+        if record.oddity:
+            self._report.note(record.line, record.oddity, problem_of(record, self.table))
+        values = [to_bytes(record.fields[column].strip(BLANKS)) for column in self.template.used]
+        text = to_bytes(self.table.delimiter.join(record.fields))
+        if held := lines_like_rows(text, record.line, values[0], self.table):
+            self._report.swallowed[record.line] = held
+        self._write_rows([record.line], [[value] for value in values], needs_escapes=True, is_suspect=True)
 
-    def _write_rows(self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool) -> None:
+    def _write_rows(
+        self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool, is_suspect: bool
+    ) -> None:
         """Write the rows that have a name and an id of their own; report the others as skipped."""
         ids, names = columns[:2]
-        if not all(ids) or not all(names) or not self._used_ids.add_all(ids, lines):
-            kept = [at for at, row in enumerate(zip(lines, ids, names, strict=True)) if self._accept(*row)]
-            columns = [[column[at] for at in kept] for column in columns]
-        if columns[0]:
-            self._write_requests(columns, needs_escapes)
-
-    def _write_requests(self, columns: list[list[bytes]], needs_escapes: bool) -> None:
-        names = columns[1]
-        if SHORT_NAME in self._template.columns:
-            columns = [*columns, shorten_names(names)]
+        line_of = self._line_of
+        first_lines = [
+            line_of.setdefault(artist_id, line) if artist_id and name else 0
+            for line, artist_id, name in zip(lines, ids, names, strict=True)
+        ]
+        if first_lines != [*lines]:
+            kept = [at for at, line in enumerate(lines) if first_lines[at] == line]
+            for line, first_line, *row in zip(lines, first_lines, ids, names, strict=True):
+                if first_line != line:
+                    self._report.skip(line, why_unused(first_line, *row))
+            lines, columns = [lines[at] for at in kept], [[column[at] for at in kept] for column in columns]
+        if not lines:
+            return
+        if is_suspect:
+            for line, values in zip(lines, zip(*columns, strict=True), strict=True):
+                self._report.look_for_garbled(line, values)
+        if not NULL_NAMES.isdisjoint(columns[1]):
+            self._report.null_names.update(filter(NULL_NAMES.__contains__, columns[1]))
+        self.written += len(lines)
+        if len(columns) in self.template.columns:
+            columns = [*columns, shorten_names(columns[1])]
         if needs_escapes:
             columns = escape_columns(columns)
-        requests = restore_hidden(self._template.render(columns), self._layout.delimiter)
-        self._out.write(requests)
-        self.written += len(names)
-        self.batches.add(requests, len(names))
-        if not NULL_NAMES.isdisjoint(names):
-            self.null_names.update(filter(NULL_NAMES.__contains__, names))
-
-    def _accept(self, line: int, artist_id: bytes, name: bytes) -> bool:
-        """Note the line of an id, or report why its row cannot be written."""
-        if not artist_id or not name:
-            empty = "artist_name" if artist_id else "artist_id"
-            problem = Problem(f"empty {empty}", f"{empty} is empty")
-        elif (first_line := self._used_ids.add(artist_id, line)) != line:
-            detail = f"artist_id {quoted(artist_id.decode())} was already used on line {first_line}"
-            problem = Problem("duplicate artist_id", detail)
-        else:
-            return True
-        self._skipped.add(line, problem)
-        return False
+        self._out.write(restore_hidden(self.template.render(columns), self.table.delimiter.encode()))
 
 
-def convert_rows(
-    reader: CsvReader, layout: Layout, writer: RequestWriter, limit: int, report: Callable[[], None]
-) -> None:
+def convert_rows(reader: BlockReader, writer: RequestWriter, limit: int, progress: Callable[[], None]) -> None:
     """Convert the rows in blocks. A block that cannot be handled as a whole is converted record by record."""
     left = limit
     while left and not reader.is_at_end():
         block = reader.peek_block()
-        rows = rows_of_block(block, reader.line, layout, left) if block else None
+        rows = rows_of_block(block, reader.line, writer.table, writer.template.used, left) if block else None
         if rows:
             writer.write_block(rows)
             reader.skip(len(block), rows.next_line)  # if the limit is reached inside the block, nothing more is read
             left -= len(rows.lines)
         else:
-            for record in reader.records(layout, CAREFUL_BYTES):
-                writer.write_record(record)
-                left -= record.problem != REPEATED_HEADER
+            for record in itertools.islice(reader.records(writer.table), CAREFUL_ROWS):
+                writer.write_record(record, reader.encoding)
+                left -= record.oddity != REPEATED_HEADER
                 if not left:
                     break
-        report()
+        progress()
 
 
-def check_encoding(skipped: SkipReport, written: int, encoding: str, console: Console) -> None:
+def check_encoding(report: RowReport, written: int, encoding: str, console: Console) -> None:
     """Raise CommandError if many rows are not valid in the file's encoding; warn if only a few are."""
     what = not_valid(encoding)
-    invalid, rows = skipped.reasons[what], written + skipped.reasons.total()
+    invalid, rows = report.reasons[what], written + report.reasons.total()
     if invalid >= 2 and invalid > MAX_INVALID_SHARE * rows:
         share = f"{invalid} of {rows} rows are {what}"
-        raise CommandError(f"{share}, so the CSV has another encoding; {skipped.advice[what]}")
+        raise CommandError(f"{share}, so the CSV has another encoding; {report.advice[what]}")
     if invalid:
-        console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {skipped.advice[what]}")
+        console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {report.advice[what]}")
 
 
-def warn_of_swallowed_rows(swallowed: dict[int, list[int]], console: Console) -> None:
-    for began, lines in islice(swallowed.items(), MAX_LISTED):
-        listed = ", ".join(map(str, lines[:MAX_LISTED])) + (", …" if len(lines) > MAX_LISTED else "")
-        held = f"lines {listed}, which look like rows" if len(lines) > 1 else f"line {listed}, which looks like a row"
+def listed_lines(lines: Sequence[int], number: int) -> str:
+    """The first of that number of lines, for a message: `line 3` or `lines 3, 7, …`."""
+    return f"line{'s' if number > 1 else ''} {', '.join(map(str, lines[:MAX_LISTED]))}{', …' * (number > MAX_LISTED)}"
+
+
+def warn_of_used_rows(report: RowReport, console: Console) -> None:
+    """Warn of what was written although it looks odd."""
+    if report.filled:
+        filled = plural(report.filled, "row ends early and was", "rows end early and were")
+        console.warn(f"{filled} filled with empty values: {listed_lines(report.filled_lines, report.filled)}")
+    if report.undecoded or report.garbled > 1:
+        spoilt = plural(report.undecoded + report.garbled, "value looks", "values look")
+        console.warn(f"{spoilt} as if read in the wrong encoding before; {report.first_garbled}; written as they are")
+    for began, lines in itertools.islice(report.swallowed.items(), MAX_LISTED):
+        look = "which look like rows" if len(lines) > 1 else "which looks like a row"
+        held = f"{listed_lines(lines, len(lines))}, {look}"
         console.warn(f"line {began}: a quoted field holds {held}; check the quotes on line {began}")
-    if len(swallowed) > MAX_LISTED:
-        fields = plural(len(swallowed) - MAX_LISTED, "more quoted field holds", "more quoted fields hold")
+    if len(report.swallowed) > MAX_LISTED:
+        fields = plural(len(report.swallowed) - MAX_LISTED, "more quoted field holds", "more quoted fields hold")
         console.warn(f"{fields} lines that look like rows")
-
-
-def warn_of_null_names(null_names: Counter[bytes], console: Console) -> None:
-    if null_names:
-        listed = ", ".join(f"{name.decode()} ({number})" for name, number in null_names.most_common())
-        names = plural(null_names.total(), "name looks like an empty cell", "names look like empty cells")
+    if report.null_names:
+        listed = ", ".join(f"{name.decode()} ({number})" for name, number in report.null_names.most_common())
+        names = plural(report.null_names.total(), "name looks like an empty cell", "names look like empty cells")
         console.warn(f"{names}: {listed}; the requests were written anyway")
-
-
-def column_positions(table: Table) -> str:
-    roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
-    return f"{roles} of {len(table.names)}, separated by {DELIMITER_NAMES[table.delimiter]}"
 
 
 def convert(args: argparse.Namespace, console: Console) -> None:
     if not args.model:
         console.warn("no --model (or MODEL): the Batch API refuses requests without body.model")
-    skipped = SkipReport(console, args.strict, args.verbose)
+    if args.prompt_id:
+        console.warn("OpenAI shuts stored prompts down on 2026-11-30; put the prompt into a file and use --prompt-file")
+    report = RowReport(console, args.strict, args.verbose)
     with open_input(args.input) as source:
-        reader = CsvReader(source, args.input, args.encoding)
-        table = read_table(reader, args, console)
-        template, used = build_request(args, table)
-        layout = table.layout(used)
-        warn_of_missing_data(table, bool(args.prompt_id), console)
+        reader = BlockReader(source, shown(args.input), args.encoding)
+        table = read_columns(reader, args, console)
+        template = build_request(args, table, console)
         if args.verbose:
-            console.message(f"{column_positions(table)}, read as {reader.encoding}")
+            roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
+            separated = f"separated by {DELIMITERS[table.delimiter]}, read as {reader.encoding}"
+            console.message(f"{roles} of {len(table.names)}, {separated}")
         progress = Progress(console, source)
+        refuse_to_replace(args.output, "requests")
         with open_output(args.output) as out:
-            writer = RequestWriter(template, layout, out, skipped)
-            convert_rows(
-                reader, layout, writer, args.limit or sys.maxsize,
-                lambda: progress.report(writer.written + skipped.reasons.total()),
-            )
+            writer = RequestWriter(template, table, out, report)
+            limit = args.limit or sys.maxsize
+            convert_rows(reader, writer, limit, lambda: progress.report(writer.written + report.reasons.total()))
             written = writer.written
-            summary = skipped.row_summary(written)
-            check_encoding(skipped, written, reader.encoding, console)
+            summary = report.row_summary(written)
+            check_encoding(report, written, reader.encoding, console)
+            for shared, number in report.shared.items():
+                if number >= MIN_ALIKE:
+                    console.warn(f"{number} rows were skipped for one reason: these rows have {shared}")
             if not written:
                 raise CommandError(f"no valid row in {shown(args.input)} ({summary}); nothing was written")
-    warn_of_swallowed_rows(writer.swallowed, console)
-    warn_of_null_names(writer.null_names, console)
-    number = writer.batches.count
-    batches = f"; batch_tool.py create will split them into {number} batches" if number > 1 else ""
-    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({summary}){batches}")
+    warn_of_used_rows(report, console)
+    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({summary})")
 
 
-# -- command line ------------------------------------------------------------------------------------------------
+# ---- command line
+
+
+def endpoint(text: str) -> str:
+    if not re.fullmatch(rf"(/[\w.~-]+)*({RESPONSES}|{CHAT_COMPLETIONS})", text):
+        raise argparse.ArgumentTypeError(f"not a path that ends in {RESPONSES} or {CHAT_COMPLETIONS}: {text!a}")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1453,15 +1548,18 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", type=input_path, metavar="FILE", help=text)
     add("--prompt-version", type=text_argument, metavar="V", help="version of the stored prompt [PROMPT_VERSION]")
     add("--instructions-file", type=input_path, metavar="FILE", help="file with the instructions for every request")
-    text = "API endpoint of the requests; /v1/chat/completions only with --prompt-file (default: %(default)s)"
-    add("--endpoint", choices=(RESPONSES, CHAT_COMPLETIONS), default=RESPONSES, help=text)
+    text = f"path of the API endpoint; ends in {CHAT_COMPLETIONS} only with --prompt-file (default: %(default)s)"
+    add("--endpoint", type=endpoint, default=f"/v1{RESPONSES}", metavar="PATH", help=text)
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
+    text = "JSON Schema of the answers, which become columns; only with --prompt-file"
+    add("--schema", type=input_path, metavar="JSON", help=text)
     text = "encoding of the CSV, unless it has a byte-order mark (default: %(default)s)"
     add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help=text)
     for role in COLUMNS:
         text = f"column of the CSV that holds the {role} (default: {role})"
-        add(f"--{role.removeprefix('artist_')}-column", type=text_argument, metavar="NAME", help=text)
+        flag = f"--{role.removeprefix('artist_')}-column"
+        add(flag, dest=role, type=text_argument, metavar="NAME", help=text)
     add("--limit", type=positive_int, metavar="N", help="read only the first N data rows")
     add("--skip-header", action="store_true", help=f"the CSV has no header; its columns are {','.join(COLUMNS)}")
     add("--strict", action="store_true", help="stop at the first invalid row and write nothing")
@@ -1495,11 +1593,12 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--prompt-version goes with --prompt-id, not with a prompt file")
     if args.prompt_file and not args.model:
         parser.error("--model is required with a prompt file (or MODEL)")
-    if args.prompt_id and (args.instructions_file or args.endpoint != RESPONSES):
-        parser.error("--instructions-file and --endpoint go with --prompt-file, not with a stored prompt")
-    if args.skip_header and (args.id_column or args.name_column or args.data_column):
+    if args.prompt_id and (args.instructions_file or args.schema or args.endpoint.endswith(CHAT_COMPLETIONS)):
+        parser.error("--instructions-file, --schema and --endpoint go with --prompt-file, not with a stored prompt")
+    if args.skip_header and any(getattr(args, role) for role in COLUMNS):
         parser.error("--id-column, --name-column and --data-column need a header; they do not go with --skip-header")
-    inputs = [path for path in (args.input, args.prompt_file, args.instructions_file, args.body_file) if path]
+    files = (args.input, args.prompt_file, args.instructions_file, args.body_file, args.schema)
+    inputs = [path for path in files if path]
     if inputs.count(STDIN) > 1:
         parser.error("only one input can be stdin (-)")
     for path in inputs:
@@ -1507,7 +1606,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             parser.error(f"{shown(path)} is both an input and the output; choose another --out")
 
 
-# -- main --------------------------------------------------------------------------------------------------------
+# ---- main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -138,7 +139,7 @@ WORDS = {
     "ascii": "post rock trio from Leeds known for three records and one long tour with many guests born in Berlin",
 }
 SHARES = {"latin": 50, "cyrillic": 15, "japanese": 15, "korean": 8, "arabic": 6, "greek": 6}
-CORPORA = ("mixed scripts, a fifth quoted", "ASCII, a fifth quoted", "all quoted")
+CORPORA = ("mixed scripts, a fifth quoted", "line breaks and quotes", "ASCII, a fifth quoted", "all quoted")
 
 
 def artist(at: int, script: str, rng: random.Random) -> list[str]:
@@ -149,15 +150,18 @@ def artist(at: int, script: str, rng: random.Random) -> list[str]:
 
 
 def rows_of(corpus: str, number: int) -> Iterator[str]:
+    """Rows. Every fifth has a comma; of "line breaks and quotes", 5 % have a line break and 10 % doubled quotes."""
     rng = random.Random(number)
     scripts = rng.choices([*SHARES], [*SHARES.values()], k=number)
     for at, script in enumerate(scripts):
         fields = artist(at, "ascii" if corpus.startswith("ASCII") else script, rng)
         if at % 5 == 0:
-            fields[2] += ', and "more"' if at % 20 == 0 else ", and more"
-        quote_all = corpus == "all quoted"
+            fields[2] += ", and more"
+        if corpus == "line breaks and quotes":
+            fields[2] += '\nSays: "more"' if at % 20 == 0 else ' says "more"' if at % 20 == 7 else ""
         yield ",".join(
-            '"' + field.replace('"', '""') + '"' if quote_all or "," in field else field for field in fields
+            '"' + field.replace('"', '""') + '"' if corpus == "all quoted" or re.search('[,"\n]', field) else field
+            for field in fields
         ) + "\n"
 
 
@@ -200,7 +204,7 @@ def benchmark_converter(folder: Path, quick: bool) -> None:
     template = folder / "prompt.md"
     template.write_text("Write a biography.\n\nName: {{artist_name}}\nFacts: {{artist_data}}\n" + "Be brief. " * 10)
     prompt = ("--prompt-file", str(template))
-    one = write_csv(folder / "one.csv", CORPORA[1], 1)
+    one = write_csv(folder / "one.csv", CORPORA[0], 1)
     ratios, tools = [], []
     for corpus in CORPORA:
         source = write_csv(folder / "artists.csv", corpus, number)

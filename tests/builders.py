@@ -501,6 +501,24 @@ def variables(path: str = "out.jsonl") -> list[tuple[str, str, str]]:
     return [(request["custom_id"], *request["body"]["prompt"]["variables"].values()) for request in requests(path)]
 
 
+OLD = '{"custom_id": "z9", "body": {}, "response": null, "error": null}\n'  # may be replaced by requests and by results
+OLD_BIOS = "artist_id,bio,error,input_tokens,output_tokens\n"
+SHUTDOWN = (
+    "gen_batch_jsonl.py: warning: OpenAI shuts stored prompts down on 2026-11-30; put the prompt into a file and use "
+    "--prompt-file\n"
+)
+
+
+def printed(capsys: Capture) -> tuple[str, str]:
+    """What the converter has printed to stdout and stderr, without the warning that stored prompts end."""
+    out, err = capsys.readouterr()
+    return out, err.replace(SHUTDOWN, "")
+
+
+def said(capsys: Capture) -> str:
+    return printed(capsys)[1]
+
+
 def convert(content: str | bytes, *options: str) -> int:
     """main on a CSV of that content, with a stored prompt and a model."""
     write("in.csv", content)

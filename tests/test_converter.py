@@ -28,12 +28,15 @@ from builders import (
     FILES,
     HEADER,
     MISSING,
+    OLD,
     ROOT,
     STORED,
     TEMPLATE_ARGS,
     convert,
+    printed,
     requests,
     run_script,
+    said,
     variables,
     write,
 )
@@ -45,6 +48,7 @@ pytestmark = pytest.mark.usefixtures("work")
 
 SCRIPT = "gen_batch_jsonl.py"
 SAMPLE = ROOT / "samples" / "input.csv"
+TEMPLATED = ("--prompt-file", str(ROOT / "samples" / "bio_prompt.md"), "--model", "m")
 
 
 def feed_stdin(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
@@ -89,7 +93,7 @@ def test_a_long_value_is_cut_in_a_message(capsys: pytest.CaptureFixture[str]) ->
     long = "x" * 100
     assert convert(f"{HEADER}{long},A,\n{long},B,\n") == 0
     shown = f'"{"x" * 80}…"'
-    assert f"line 3: artist_id {shown} was already used on line 2; row skipped\n" in capsys.readouterr().err
+    assert f"line 3: artist_id {shown} was already used on line 2; row skipped\n" in said(capsys)
 
 
 # ---- files ----
@@ -103,7 +107,7 @@ def test_the_current_directory_holds_the_output_and_nothing_else() -> None:
 def test_missing_parent_directories_are_made(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--in", str(SAMPLE), "--out", "new dir/é/out.jsonl", *STORED]) == 0
     assert len(requests("new dir/é/out.jsonl")) == 3
-    assert capsys.readouterr().err == "Wrote 3 requests to new dir/é/out.jsonl (3 rows read, 0 skipped)\n"
+    assert said(capsys) == "Wrote 3 requests to new dir/é/out.jsonl (3 rows read, 0 skipped)\n"
 
 
 def test_a_new_file_has_the_permissions_of_the_umask() -> None:
@@ -116,7 +120,7 @@ def test_a_new_file_has_the_permissions_of_the_umask() -> None:
 
 
 def test_an_existing_file_keeps_its_permissions() -> None:
-    write("out.jsonl", "old").chmod(0o604)
+    write("out.jsonl", OLD).chmod(0o604)
     assert convert(f"{HEADER}1,A,x\n") == 0
     assert stat.S_IMODE(os.stat("out.jsonl").st_mode) == 0o604
 
@@ -125,7 +129,7 @@ def test_an_existing_file_keeps_its_permissions() -> None:
 def test_a_symlink_is_followed(exists: bool) -> None:
     Path("there").mkdir()
     if exists:
-        write("there/real.jsonl", "old")
+        write("there/real.jsonl", OLD)
     Path("out.jsonl").symlink_to("there/real.jsonl")
     assert convert(f"{HEADER}1,A,x\n") == 0
     assert Path("out.jsonl").is_symlink()
@@ -134,9 +138,9 @@ def test_a_symlink_is_followed(exists: bool) -> None:
 
 
 def test_after_a_failure_the_old_file_is_as_it_was() -> None:
-    write("out.jsonl", "old")
+    write("out.jsonl", OLD)
     assert convert(f"{HEADER}{'1,A,x' + 9000 * 'y'}\n" + "2,,x\n" * 3000, "--strict") == 1
-    assert Path("out.jsonl").read_text() == "old"
+    assert Path("out.jsonl").read_text() == OLD
     assert sorted(os.listdir()) == ["in.csv", "out.jsonl"]
 
 
@@ -148,7 +152,7 @@ def test_an_input_that_cannot_be_read_is_named(
     source: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--in", source, "--out", "out.jsonl", *STORED]) == 1
-    assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
+    assert printed(capsys) == ("", f"gen_batch_jsonl.py: error: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_an_output_that_cannot_be_written_is_named(
 ) -> None:
     write("in.csv", f"{HEADER}1,A,x\n")
     assert main(["--in", "in.csv", "--out", destination, *STORED]) == 1
-    assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
+    assert printed(capsys) == ("", f"gen_batch_jsonl.py: error: {message}\n")
 
 
 def test_an_error_of_reading_is_not_blamed_on_the_output() -> None:
@@ -175,7 +179,7 @@ def test_an_error_of_reading_is_not_blamed_on_the_output() -> None:
                 raise OSError(errno.EIO, "Input/output error")
             return super().read1(size)
 
-    reader = gen.CsvReader(Failing(f"{HEADER}1,A,x\n".encode()), "in.csv", "utf-8")  # type: ignore[arg-type]
+    reader = gen.BlockReader(Failing(f"{HEADER}1,A,x\n".encode()), "in.csv", "utf-8")  # type: ignore[arg-type]
     with (
         pytest.raises(gen.CommandError, match=r"^cannot read in\.csv: Input/output error$"),
         gen.open_output("out.jsonl") as out,
@@ -190,7 +194,7 @@ def test_stdin_and_stdout_are_dashes(monkeypatch: pytest.MonkeyPatch, capsys: py
     for source, destination in [("-", "-"), ("/dev/stdin", "/dev/stdout")]:
         feed_stdin(monkeypatch, f"{HEADER}1,A,x\n")
         assert main(["--in", source, "--out", destination, *STORED]) == 0
-        out, err = capsys.readouterr()
+        out, err = printed(capsys)
         assert json.loads(out)["custom_id"] == "1"
         assert err == "Wrote 1 request to stdout (1 row read, 0 skipped)\n"
 
@@ -198,7 +202,7 @@ def test_stdin_and_stdout_are_dashes(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_what_was_written_to_stdout_before_a_failure_stays(capsys: pytest.CaptureFixture[str]) -> None:
     write("in.csv", f"{HEADER}1,A,{'x' * 300_000}\n2,,x\n")  # more than a block
     assert main(["--in", "in.csv", "--out", "-", *STORED, "--strict"]) == 1
-    out, err = capsys.readouterr()
+    out, err = printed(capsys)
     assert json.loads(out)["custom_id"] == "1"
     assert err == "gen_batch_jsonl.py: error: line 3: artist_name is empty; without --strict the row is skipped\n"
 
@@ -233,7 +237,7 @@ def test_a_symlink_to_itself_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
     Path("out.jsonl").symlink_to("out.jsonl")
     assert convert(f"{HEADER}1,A,x\n") == 1
     error = "gen_batch_jsonl.py: error: cannot write out.jsonl: Too many levels of symbolic links\n"
-    assert capsys.readouterr().err == error
+    assert said(capsys) == error
     assert sorted(os.listdir()) == ["in.csv", "out.jsonl"]
 
 
@@ -419,9 +423,10 @@ BAD_TEMPLATES = pytest.mark.parametrize(
 @BAD_TEMPLATES
 def test_a_bad_template_is_refused(text: str, message: str) -> None:
     roles = {role: at for at, role in enumerate(gen.COLUMNS)}
-    table = gen.Table(",", [*gen.COLUMNS, "born", "Born", "", "country"], roles)
+    names = [*gen.COLUMNS, "born", "Born", "", "country"]
+    table = gen.Table(",", names, [*map(gen.column_key, names)], roles, True)
     with pytest.raises(gen.CommandError) as error:
-        gen.fill_placeholders(text, "prompt.md", table, str)
+        gen.fill_placeholders(text, "prompt.md", table, str, gen.Console(None))
     assert gen.escape_controls(str(error.value)) == message
 
 
@@ -430,7 +435,7 @@ def test_a_bad_template_ends_the_run(text: str, message: str, capsys: pytest.Cap
     write("prompt.md", text)
     write("in.csv", "artist_id,artist_name,artist_data,born,Born,,country\n1,A,x,1,2,,3\n")
     assert main([*FILES, *TEMPLATE_ARGS]) == 1
-    assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
+    assert printed(capsys) == ("", f"gen_batch_jsonl.py: error: {message}\n")
     assert not Path("out.jsonl").exists()
 
 
@@ -442,11 +447,11 @@ def test_a_text_file_that_is_missing_or_not_utf_8_ends_the_run(
     write("in.csv", f"{HEADER}1,A,x\n")
     write("bad", b"ab\xff")
     assert main([*FILES, *TEMPLATE_ARGS, option, "bad"]) == 1
-    assert capsys.readouterr().err == (
+    assert said(capsys) == (
         "gen_batch_jsonl.py: error: bad: not valid UTF-8 (byte 3); save it as UTF-8\n"
     )
     assert main([*FILES, *TEMPLATE_ARGS, option, "no"]) == 1
-    assert capsys.readouterr().err == "gen_batch_jsonl.py: error: cannot read no: No such file or directory\n"
+    assert said(capsys) == "gen_batch_jsonl.py: error: cannot read no: No such file or directory\n"
 
 BAD_BODY_FILES = pytest.mark.parametrize(
     ("text", "message"),
@@ -473,7 +478,7 @@ def test_a_bad_body_file_is_refused(text: str, message: str) -> None:
 def test_a_bad_body_file_ends_the_run(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     write("body.json", text)
     assert convert(f"{HEADER}1,A,x\n", "--body-file", "body.json") == 1
-    assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {message}\n")
+    assert printed(capsys) == ("", f"gen_batch_jsonl.py: error: {message}\n")
 
 
 @pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": "\\ud800"}', "[" * 100_000])
@@ -500,15 +505,15 @@ def test_only_fields_that_this_run_writes_are_refused_in_the_body_file(field: st
 
 def test_without_a_model_one_warning_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--in", str(SAMPLE), "--out", "out.jsonl", "--prompt-id", "p"]) == 0
-    assert capsys.readouterr() == ("", (
+    assert printed(capsys) == ("", (
         "gen_batch_jsonl.py: warning: no --model (or MODEL): the Batch API refuses requests without body.model\n"
         "Wrote 3 requests to out.jsonl (3 rows read, 0 skipped)\n"
     ))
 
 
 def test_skips_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert(f"{HEADER}1,A,x\n,B,x\n1,C,x\n,D,x\n3,E\n") == 0
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert convert(f"{HEADER}1,A,x\n,B,x\n1,C,x\n,D,x\n3,E,y,z\n") == 0
+    assert said(capsys).splitlines()[-1] == (
         "Wrote 1 request to out.jsonl (5 rows read, 4 skipped: 2 empty artist_id, 1 duplicate artist_id, "
         "1 wrong number of fields)"
     )
@@ -516,16 +521,16 @@ def test_skips_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_twenty_skipped_rows_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}1,A,x\n" + "1,B,x\n" * 20) == 0
-    assert capsys.readouterr().err.count("; row skipped\n") == 20
+    assert said(capsys).count("; row skipped\n") == 20
     assert convert(f"{HEADER}1,A,x\n" + "1,B,x\n" * 25) == 0
-    *listed, more, _ = capsys.readouterr().err.splitlines()
+    *listed, more, _ = said(capsys).splitlines()
     assert len(listed) == 20
     assert more == "gen_batch_jsonl.py: warning: more rows were skipped; --verbose lists all of them"
 
 
 def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("artist_name;artist_id;x;artist_data\nA;1;;x\n" + "B;1;;x\n" * 25, "--verbose") == 0
-    first, *listed, _ = capsys.readouterr().err.splitlines()
+    first, *listed, _ = said(capsys).splitlines()
     assert first == (
         "artist_id is column 2, artist_name is column 1, artist_data is column 4 of 4, separated by a semicolon, "
         "read as utf-8"
@@ -537,13 +542,13 @@ def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureF
     ("row", "detail"),
     [
         ("2,,x\n", "line 3: artist_name is empty"),
-        ("2,B\n", f'line 3: 2 fields instead of 3 in "2,B"; {MISSING}'),
+        ("2\n", f'line 3: 1 field instead of 3 in "2"; {MISSING}'),
         ('2,B,"x\n', "line 3: a quote is never closed (noticed at the end, line 4)"),
     ],
 )
 def test_strict_ends_at_the_first_invalid_row(row: str, detail: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}1,A,x\n{row},,y\n", "--strict") == 1
-    assert capsys.readouterr() == ("", f"gen_batch_jsonl.py: error: {detail}; without --strict the row is skipped\n")
+    assert printed(capsys) == ("", f"gen_batch_jsonl.py: error: {detail}; without --strict the row is skipped\n")
     assert not Path("out.jsonl").exists()
 
 
@@ -559,12 +564,12 @@ def test_strict_writes_a_file_of_valid_rows() -> None:
 def test_no_valid_row_is_an_error_and_no_output(
     rows: str, accounted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("out.jsonl", "old")
+    write("out.jsonl", OLD)
     assert convert(HEADER + rows) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert said(capsys).splitlines()[-1] == (
         f"gen_batch_jsonl.py: error: no valid row in in.csv ({accounted}); nothing was written"
     )
-    assert Path("out.jsonl").read_text() == "old"
+    assert Path("out.jsonl").read_text() == OLD
 
 
 def test_random_rows_of_all_kinds_are_written_in_order() -> None:
@@ -588,12 +593,12 @@ def test_limit_reads_only_the_first_rows(
 ) -> None:
     assert main(["--in", str(SAMPLE), "--out", "out.jsonl", *STORED, "--limit", limit]) == 0
     assert len(requests()) == written
-    assert f"({written} row{'s' if written > 1 else ''} read, 0 skipped)" in capsys.readouterr().err
+    assert f"({written} row{'s' if written > 1 else ''} read, 0 skipped)" in said(capsys)
 
 
 def test_limit_counts_skipped_rows_and_not_blank_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}\n1,,x\n\n2,B,x\n3,,x\n", "--limit", "2") == 0
-    assert capsys.readouterr().err.endswith("(2 rows read, 1 skipped: 1 empty artist_name)\n")
+    assert said(capsys).endswith("(2 rows read, 1 skipped: 1 empty artist_name)\n")
 
 
 @pytest.mark.parametrize("rows", ["1,A,x\n2,B,y\n", '1,A,x\n2,B,"y\nz"\n', "1,A,x\n2\n"])
@@ -670,7 +675,7 @@ def test_progress_fits_the_terminal(columns: int, width: int) -> None:
 
 def test_a_terminal_shows_messages_as_they_are() -> None:
     terminal = Terminal(80)
-    finished = run_script(SCRIPT, "--in", SAMPLE, "--out", "out.jsonl", *STORED, capture_output=False,
+    finished = run_script(SCRIPT, "--in", SAMPLE, "--out", "out.jsonl", *TEMPLATED, capture_output=False,
                           stderr=terminal.stream)
     assert finished.returncode == 0
     assert terminal.shown() == "Wrote 3 requests to out.jsonl (3 rows read, 0 skipped)\r\n"
@@ -698,9 +703,9 @@ USAGE_ERRORS = pytest.mark.parametrize(
         ("--in i --out o --prompt-version 1", {"PROMPT_FILE": "f", "MODEL": "m"},
          "--prompt-version goes with --prompt-id, not with a prompt file"),
         ("--in i --out o --prompt-id p --instructions-file f", {},
-         "--instructions-file and --endpoint go with --prompt-file, not with a stored prompt"),
+         "--instructions-file, --schema and --endpoint go with --prompt-file, not with a stored prompt"),
         ("--in i --out o --prompt-id p --endpoint /v1/chat/completions", {},
-         "--instructions-file and --endpoint go with --prompt-file, not with a stored prompt"),
+         "--instructions-file, --schema and --endpoint go with --prompt-file, not with a stored prompt"),
         ("--in i --out o --prompt-id p --limit 0", {}, "argument --limit: not a whole number of 1 or more: '0'"),
         ("--in i --out o --prompt-id p --limit ١", {}, "argument --limit: not a whole number of 1 or more: '\\u0661'"),
         ("--in i --out o --prompt-id p --str", {}, "unrecognized arguments: --str"),
@@ -728,7 +733,7 @@ def test_invalid_arguments_exit_2(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
-    out, err = capsys.readouterr()
+    out, err = printed(capsys)
     assert (ended.value.code, out) == (2, "")
     assert err.splitlines()[-1] == f"gen_batch_jsonl.py: error: {message}"
     assert os.listdir() == []
@@ -745,7 +750,7 @@ def test_an_endpoint_that_is_not_offered_is_invalid(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main([*FILES, *TEMPLATE_ARGS, "--endpoint", "/v1/embeddings"])
     assert ended.value.code == 2
-    assert "argument --endpoint: invalid choice: '/v1/embeddings'" in capsys.readouterr().err
+    assert "not a path that ends in /responses or /chat/completions: '/v1/embeddings'" in said(capsys)
 
 
 @pytest.mark.parametrize(
@@ -827,19 +832,19 @@ def test_the_output_may_not_be_another_input(option: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         main(["--in", str(SAMPLE), "--out", "text", *TEMPLATE_ARGS, option, "text"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("text is both an input and the output; choose another --out\n")
+    assert said(capsys).endswith("text is both an input and the output; choose another --out\n")
 
 
 def test_a_terminal_or_dev_null_may_be_read_and_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--in", "/dev/null", "--out", "/dev/null", *STORED]) == 1
-    assert "the CSV is empty" in capsys.readouterr().err
+    assert "the CSV is empty" in said(capsys)
 
 
 def test_help_is_the_manual_page(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    out, err = capsys.readouterr()
+    out, err = printed(capsys)
     assert err == ""
     assert gen.__doc__ and gen.__doc__.strip() in out
     options = ("--in CSV", "--out JSONL", "--prompt-id ID", "--prompt-file FILE", "--prompt-version V", "--endpoint",
@@ -862,8 +867,8 @@ def wait_for_temporary_file() -> None:
 @contextlib.contextmanager
 def waiting_conversion(**options: Any) -> Iterator[subprocess.Popen[str]]:
     """A conversion over an old out.jsonl that has begun its output and waits for more rows on stdin."""
-    write("out.jsonl", "old")
-    command = [sys.executable, str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *STORED]
+    write("out.jsonl", OLD)
+    command = [sys.executable, str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *TEMPLATED]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stderr=pipe, encoding="utf-8", **options) as process:
         assert process.stdin
@@ -883,13 +888,13 @@ def test_a_signal_leaves_the_old_file_and_no_other(number: int, code: int) -> No
         assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == code
     assert os.listdir() == ["out.jsonl"]
-    assert Path("out.jsonl").read_text() == "old"
+    assert Path("out.jsonl").read_text() == OLD
 
 
 def test_a_kill_leaves_the_old_file() -> None:
     with waiting_conversion() as process:
         process.kill()
-    assert Path("out.jsonl").read_text() == "old"
+    assert Path("out.jsonl").read_text() == OLD
 
 
 def test_a_hangup_that_nohup_ignores_is_ignored() -> None:
@@ -905,14 +910,15 @@ def test_a_signal_at_any_moment_leaves_a_whole_file_or_the_old_one() -> None:
     rng = random.Random(1)
     codes: Counter[int] = Counter()
     for _ in range(6):
-        write("out.jsonl", "old")
-        with subprocess.Popen([sys.executable, ROOT / SCRIPT, *FILES, *STORED], stderr=subprocess.DEVNULL) as process:
+        write("out.jsonl", OLD)
+        command = [sys.executable, ROOT / SCRIPT, *FILES, *TEMPLATED]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             time.sleep(rng.uniform(0.03, 0.2))
             process.terminate()
         codes[process.returncode] += 1
         assert sorted(os.listdir()) == ["in.csv", "out.jsonl"]
         content = Path("out.jsonl").read_bytes()
-        assert content == b"old" or content.count(b"\n") == 20_000
+        assert content == OLD.encode() or content.count(b"\n") == 20_000
     assert set(codes) <= {0, 143, -signal.SIGTERM}
 
 
@@ -921,7 +927,7 @@ def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
     write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5_000)))
     os.mkfifo("fifo")
     destination = "-" if output == "stdout" else "fifo"
-    command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", destination, *STORED]
+    command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", destination, *TEMPLATED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         reading = open("fifo", "rb") if output == "fifo" else process.stdout
         assert reading and process.stderr
@@ -934,7 +940,7 @@ def test_a_signal_ends_a_run_whose_reader_stands_still(output: str) -> None:
 
 
 def test_an_interrupt_during_the_imports_is_no_traceback() -> None:
-    command = [sys.executable, "-X", "importtime", str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *STORED]
+    command = [sys.executable, "-X", "importtime", str(ROOT / SCRIPT), "--in", "-", "--out", "out.jsonl", *TEMPLATED]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stderr=pipe, encoding="utf-8") as process:
         assert process.stderr
@@ -952,7 +958,7 @@ def test_every_byte_reaches_a_slow_reader_of_a_pipe_that_does_not_block() -> Non
     for unbuffered in ("", "1"):
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", "-", *STORED]
+        command = [sys.executable, str(ROOT / SCRIPT), "--in", "in.csv", "--out", "-", *TEMPLATED]
         environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
         with subprocess.Popen(command, stdout=writing, stderr=subprocess.DEVNULL, env=environment) as process:
             os.close(writing)
@@ -963,8 +969,8 @@ def test_every_byte_reaches_a_slow_reader_of_a_pipe_that_does_not_block() -> Non
 
 
 def shell(command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a bash command in which GEN stands for the script with a stored prompt."""
-    command = command.replace("GEN", f"{sys.executable} {ROOT / SCRIPT} {' '.join(STORED)}")
+    """Run a bash command in which GEN stands for the script with a prompt template."""
+    command = command.replace("GEN", f"{sys.executable} {ROOT / SCRIPT} {' '.join(TEMPLATED)}")
     return subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", timeout=60, **options)
 
 
@@ -1006,12 +1012,12 @@ def test_messages_never_go_to_stdout_where_stderr_is_closed() -> None:
 
 def test_a_file_that_outgrows_its_limit_leaves_the_old_one() -> None:
     write("in.csv", HEADER + "".join(f"{number},A,{'x' * 200}\n" for number in range(5000)))
-    write("out.jsonl", "old")
+    write("out.jsonl", OLD)
     finished = shell("ulimit -f 100; GEN --in in.csv --out out.jsonl")
     assert finished.returncode == 1
     assert finished.stderr == "gen_batch_jsonl.py: error: cannot write out.jsonl: File too large\n"
     assert sorted(os.listdir()) == ["in.csv", "out.jsonl"]
-    assert Path("out.jsonl").read_text() == "old"
+    assert Path("out.jsonl").read_text() == OLD
 
 
 def test_the_reader_of_a_fifo_that_goes_away_is_an_error() -> None:
@@ -1035,7 +1041,7 @@ def test_the_c_locale_changes_nothing() -> None:
 
 def test_the_script_runs_alone_on_the_standard_library() -> None:
     command = [sys.executable, "-S", "-I", str(write("copy.py", (ROOT / SCRIPT).read_bytes()))]
-    finished = subprocess.run([*command, "--in", SAMPLE, "--out", "out.jsonl", *STORED], capture_output=True)
+    finished = subprocess.run([*command, "--in", SAMPLE, "--out", "out.jsonl", *TEMPLATED], capture_output=True)
     assert (finished.returncode, finished.stdout) == (0, b"")
     assert len(requests()) == 3
 
@@ -1049,6 +1055,6 @@ def test_importing_the_script_is_cheap_and_does_nothing() -> None:
 
 
 def test_the_exit_code_of_the_process_is_that_of_main() -> None:
-    assert run_script(SCRIPT, "--in", SAMPLE, "--out", "out.jsonl", *STORED).returncode == 0
-    assert run_script(SCRIPT, "--in", "missing.csv", "--out", "out.jsonl", *STORED).returncode == 1
+    assert run_script(SCRIPT, "--in", SAMPLE, "--out", "out.jsonl", *TEMPLATED).returncode == 0
+    assert run_script(SCRIPT, "--in", "missing.csv", "--out", "out.jsonl", *TEMPLATED).returncode == 1
     assert run_script(SCRIPT, "--in", SAMPLE).returncode == 2

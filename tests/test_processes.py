@@ -25,6 +25,7 @@ from builders import (
     KEY,
     LEFT_BEHIND,
     OFFLINE,
+    OLD,
     ONLINE,
     ROOT,
     RUN,
@@ -233,8 +234,8 @@ def test_help_is_a_result_within_80_columns(command: str | None, work: Path, cap
         (["preview", "--in", "x", "--prices", "1,nan"], "not two prices like 0.05,0.25: '1,nan'"),
         (["preview", "--in", "x", "--prices", "1,2,3"], "not two prices like 0.05,0.25: '1,2,3'"),
         (["export", *USAGE["export"], "--encoding", "nope", "--csv", "c"], "not an encoding that Python knows: 'nope'"),
-        (["export", *USAGE["export"], "--id-column", "x"], "--id-column and --encoding need --csv"),
-        (["export", *USAGE["export"], "--encoding", "ascii"], "--id-column and --encoding need --csv"),
+        (["export", *USAGE["export"], "--id-column", "x"], "--encoding and --skip-header need --csv"),
+        (["export", *USAGE["export"], "--encoding", "ascii"], "--encoding and --skip-header need --csv"),
         (["export", "--in", "-", "--csv", "-", "--results", "s", "--out", "o"], "only one input can be stdin (-)"),
         (["retry", "--in", "-", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),
         (["retry", "--in", "/dev/stdin", "--results", "-", "--out", "x"], "only one input can be stdin (-)"),
@@ -451,12 +452,12 @@ def test_a_stream_that_takes_or_gives_nothing_is_foreseen(
 
 def test_a_full_disk_leaves_the_old_file(work: Path) -> None:
     requests_file(*[request(str(number)) for number in range(500)])
-    Path("out").write_text("old")
+    Path("out").write_text(OLD)
     command = f"ulimit -f 8; trap '' XFSZ; exec {sys.executable} {ROOT / 'batch_tool.py'} " \
               "retry --in requests.jsonl --results /dev/null --out out"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, error("cannot write out: File too large"))
-    assert (Path("out").read_text(), leftovers()) == ("old", [])
+    assert (Path("out").read_text(), leftovers()) == (OLD, [])
 
 
 def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(api: FaultyAPI) -> None:
@@ -513,11 +514,11 @@ class Signalled(Fault):
 
 def test_a_signal_during_a_download_leaves_the_old_file(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     done_batch(api)
-    Path("results_batch_1.jsonl").write_text("old")
+    Path("results_batch_1.jsonl").write_text(OLD)
     api.faults.append(Signalled("GET", "/content$", action="delay", seconds=30, status=signal.SIGTERM))
     assert tool("retrieve", "--batch-id", "batch_1") == 143
     assert capsys.readouterr() == ("", "batch_tool.py: stopped\n")
-    assert (Path("results_batch_1.jsonl").read_text(), leftovers()) == ("old", [])
+    assert (Path("results_batch_1.jsonl").read_text(), leftovers()) == (OLD, [])
 
 
 def test_a_create_whose_reader_is_gone_is_run_again(

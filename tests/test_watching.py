@@ -17,6 +17,7 @@ import pytest
 from builders import (
     LATE,
     MORNING,
+    OLD,
     Capture,
     Environment,
     FakeTime,
@@ -552,7 +553,7 @@ def test_retrieve_saves_both_files(api: FaultyAPI, tool: Tool, capsys: Capture) 
 def test_out_names_the_results_and_the_errors_beside_them(api: FaultyAPI, tool: Tool) -> None:
     done_batch(api)
     Path("deep").mkdir()
-    Path("deep/bios.jsonl").write_bytes(b"old")
+    Path("deep/bios.jsonl").write_text(OLD)
     assert tool("retrieve", "--batch-id", "batch_1", "--out", "deep/bios.jsonl") == 0
     assert Path("deep/bios.jsonl").read_bytes() == jsonl(success("a1"))
     assert Path("deep/bios.errors.jsonl").read_bytes() == jsonl(refused("a2"))
@@ -698,12 +699,12 @@ def test_a_download_that_stays_broken_leaves_the_old_file(
     broken: Json, api: FaultyAPI, tool: Tool, capsys: Capture
 ) -> None:
     done_batch(api)
-    Path("results_batch_1.jsonl").write_bytes(b"old\n")
+    Path("results_batch_1.jsonl").write_text(OLD)
     api.faults.append(Fault("GET", "/content$", times=3, **broken))
     assert tool("retrieve", "--batch-id", "batch_1") == 1
     out, err = capsys.readouterr()
     assert re.fullmatch(r"batch_tool.py: error: batch_1: .*\w.*\n", err)
-    assert (Path("results_batch_1.jsonl").read_bytes(), leftovers()) == (b"old\n", [])
+    assert (Path("results_batch_1.jsonl").read_bytes(), leftovers()) == (OLD.encode(), [])
     assert out.startswith("Errors saved: errors_batch_1.jsonl")  # it is not given up for the other one
     assert asked(api, "GET", "/content$") == 4
 
