@@ -1549,7 +1549,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-version", type=text_argument, metavar="V", help="version of the stored prompt [PROMPT_VERSION]")
     add("--instructions-file", type=input_path, metavar="FILE", help="file with the instructions for every request")
     text = f"path of the API endpoint; ends in {CHAT_COMPLETIONS} only with --prompt-file (default: %(default)s)"
-    add("--endpoint", type=endpoint, default=f"/v1{RESPONSES}", metavar="PATH", help=text)
+    add("--endpoint", type=endpoint, default=f"/v1{RESPONSES}", metavar="E", help=text)
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
     text = "JSON Schema of the answers, which become columns; only with --prompt-file"
