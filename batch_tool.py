@@ -2367,7 +2367,8 @@ class Results:
         if not isinstance(custom_id, str):
             raise ValueError("not a results line (no custom_id)")
         if not ("response" in result or "error" in result):
-            raise ValueError("not a results line (no response and no error)")
+            missing = "it is a request" if "body" in result else "no response and no error"
+            raise ValueError(f"not a results line ({missing})")
         sha256 = str_field(result, "request_sha256") or sha256
         outcome = classify(result, self.requests.fields)
         line = ResultsLine(outcome.kind, sys.intern(outcome.key[:80]), *place)

@@ -294,7 +294,8 @@ UNUSABLE = pytest.mark.parametrize(
         (b"[]\n", "not a JSON object"),
         (b"\n", "blank line"),
         (result(None), "not a results line (no custom_id)"),  # type: ignore[arg-type]
-        (request(), "not a results line (no response and no error)"),
+        (request(), "not a results line (it is a request)"),
+        ({"custom_id": "a1"}, "not a results line (no response and no error)"),
         (success("zz\n"), 'custom_id "zz\\n" is not in the request file'),
     ],
     ids=in_short,
@@ -485,6 +486,24 @@ def test_a_bad_request_file_is_an_error(
     assert out == ""
     assert err.startswith(f"batch_tool.py: error: {reason}")
     assert err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("lines, seems", [
+    ([request()], "not a results line (it is a request)"),
+    ([b"artist_id,artist_name\n", b"a1,Perfume\n"], "not JSONL; it looks like a CSV"),
+    ([b"x\n"] * 30, "not JSONL; it looks like text"),
+], ids=["requests", "CSV", "text"])
+@pytest.mark.parametrize("command", ["retry", "export"])
+def test_a_file_without_results_is_named_once(
+    command: str, lines: list[Any], seems: str, tool: Tool, capsys: Capture
+) -> None:
+    requests_file(request())
+    Path("results.jsonl").write_bytes(jsonl(*lines))
+    assert tool(command, "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "out") == 1
+    assert capsys.readouterr() == ("", error(
+        f"results.jsonl has no results line ({seems}); name a file that run, status, wait or retrieve wrote"
+    ))
     assert not Path("out").exists()
 
 
