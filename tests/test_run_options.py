@@ -295,6 +295,23 @@ def test_a_rejection_of_an_earlier_batch_is_sent_again_once_it_is_known(api: Fau
     assert sent(api) == [["a1", "a2"], ["a1"]]
 
 
+def test_a_rejection_that_comes_while_it_waits_is_the_answer(api: FaultyAPI) -> None:
+    """A run with --include-rejected was interrupted: its batch has the request, and rejects it once more."""
+    lines = write_requests("a1", "a2").splitlines()
+    before = known(lines[0], refused("a1", 400, "bad_request")) + known(lines[1], success("a2"))
+    OUT.write_bytes(before)
+    batch = batch_of_a_run(api, "in_progress", jsonl(request("a1")))
+    errors = api.new_file(jsonl(refused("a1", 400, "again")), "batch_output", "x")
+
+    def complete() -> None:
+        batch.status, batch.error_file_id = "completed", errors.id
+
+    assert run("--include-rejected", time=FakeTime(complete)) == 1
+    assert (posts(api), OUT.read_bytes()) == (0, before)
+    assert run("--include-rejected") == 0
+    assert sent(api)[1:] == [["a1"]]
+
+
 def test_a_rejection_stays_although_an_earlier_batch_has_a_failure_of_the_request(api: FaultyAPI) -> None:
     api.outcomes = {"a1": ["500", "400", "200"], "a2": ["500", "500", "200"]}
     write_requests("a1", "a2", "a3")
