@@ -2063,13 +2063,9 @@ def results_object(line: bytes) -> Json:
 
 def text_and_refusal(parts: Any, kind: str) -> tuple[str, str]:
     """The texts in the parts of a message that are of this type, joined, and its refusal."""
-    text = refusal = ""
-    for part in objects(parts):
-        if part.get("type") == kind:
-            text += str(part.get("text") or "")
-        elif part.get("type") == "refusal":
-            refusal += str(part.get("refusal") or "")
-    return text, refusal
+    found = objects(parts)
+    text = "".join(str(part.get("text") or "") for part in found if part.get("type") == kind)
+    return text, "".join(str(part.get("refusal") or "") for part in found if part.get("type") == "refusal")
 
 
 def response_words(output: Any) -> tuple[str, str, str]:
@@ -2207,40 +2203,34 @@ def ranked(counts: Counter[str], shown_as: Callable[[str], str] = str) -> str:
 
 
 class ResultsLine(NamedTuple):
-    """A results line: the outcome, and where its bytes are."""
+    """A results line: the outcome, and where its bytes are.
+
+    `sha256` is the hash of the request, if that is another one than in the request file: `unknown` if its batch did not
+    send it, empty if nothing says it.
+    """
 
     outcome: str
     code: str
     file: BinaryIO
     offset: int
     size: int
+    sha256: str = ""
 
     def read(self) -> bytes:
-        """The line without its line end."""
-        return os.pread(self.file.fileno(), self.size, self.offset).rstrip()
-
-
-class OtherLine(NamedTuple):
-    """An answer to a request that is not in the request file.
-
-    `sha256` is the hash of that request, `unknown` if its batch did not send it, or empty if the line does not say.
-    """
-
-    line: ResultsLine
-    sha256: str
+        """The line without a byte-order mark and its line end."""
+        return os.pread(self.file.fileno(), self.size, self.offset).removeprefix(codecs.BOM_UTF8).rstrip()
 
 
 class Match(NamedTuple):
     """What a results line belongs to.
 
     `position` is that of the request with its custom_id, None if there is none. `is_current` says whether that request
-    is the one that was answered, and `other` is the line if not, but if it is an answer to another request.
+    is the one that was answered.
     """
 
     position: int | None
     is_current: bool
     outcome: Outcome
-    other: OtherLine | None
 
 
 class BatchLines(NamedTuple):
@@ -2257,18 +2247,12 @@ Place = tuple[BinaryIO, int, int]  # where a line is: its file, its offset, its 
 
 
 def lines_with_places(file: BinaryIO, name: str, start: int = 0) -> Iterator[tuple[int, Place, bytes]]:
-    """The lines of a file from the offset `start` on, each with its number and its place.
-
-    A byte-order mark before the first one is passed over.
-    """
+    """The lines of a file from the offset `start` on without byte-order marks, each with its number and its place."""
     offset = start
     with os_errors_as(f"read {name}"):
         file.seek(start)
         for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(codecs.BOM_UTF8):
-                offset += len(codecs.BOM_UTF8)
-                line = line.removeprefix(codecs.BOM_UTF8)
-            yield number, (file, offset, len(line)), line
+            yield number, (file, offset, len(line)), line.removeprefix(codecs.BOM_UTF8)
             offset += len(line)
 
 
@@ -2282,7 +2266,7 @@ class Results:
     def __init__(self, requests: RequestIndex, console: Console) -> None:
         self.requests = requests
         self.best: list[ResultsLine | None] = [None] * len(requests.position_of)  # in request order
-        self.others: list[OtherLine] = []  # answers to other requests that the output keeps
+        self.others: list[ResultsLine] = []  # answers to other requests that the output keeps
         self.of_other_requests = 0  # successes of other requests, whether kept or not
         self.gone = 0  # those in --out whose custom_id the request file does not have
         self.ignored = 0  # lines that are not results of any request
@@ -2300,7 +2284,7 @@ class Results:
         for number, place, line in lines_with_places(file, name):
             try:
                 result = results_object(line)
-                match = self.add(result, place)
+                match = self.add(result, place, keeps=False)
             except ValueError as error:
                 if not problems:
                     seems = guess_content(line).partition(":")[0] or str(error)
@@ -2309,8 +2293,6 @@ class Results:
             found += 1
             if match.position is None and not str_field(result, "request_sha256"):
                 problems.append(f"line {number}: custom_id {quoted(result['custom_id'])} is not in the request file")
-            else:
-                self.of_other_requests += match.other is not None and match.outcome.kind == SUCCEEDED
         if problems and not found:
             raise CommandError(f"{name} has no results line ({seems}); name a file that run, status, wait or retrieve "
                                "wrote")
@@ -2326,7 +2308,6 @@ class Results:
             except ValueError as error:
                 raise CommandError(f"{name} holds something other than results (line {number}: {error}), so it was "
                                    "left as it is; choose another --out") from None
-            self.keep(match)
             self.gone += match.position is None and match.outcome.kind == SUCCEEDED
 
     def read_batch(
@@ -2349,7 +2330,6 @@ class Results:
             except ValueError:
                 unreadable += 1
                 continue
-            self.keep(match)
             if match.position is not None and match.is_current:
                 outcomes[match.position] = match.outcome.kind
                 if (best := self.best[match.position]) and (best.file, best.offset) == place[:2]:
@@ -2358,10 +2338,13 @@ class Results:
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
         return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
 
-    def add(self, result: Json, place: Place, sha256: str = "", *, yields: bool = False) -> Match:
+    def add(
+        self, result: Json, place: Place, sha256: str = "", *, keeps: bool = True, yields: bool = False
+    ) -> Match:
         """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
-        Raises ValueError if it is not a results line. With `yields`, it does not replace a success of another file.
+        Raises ValueError if it is not a results line. With `keeps`, an answer to another request is kept for the
+        output. With `yields`, it does not replace a success of another file.
         """
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
@@ -2375,18 +2358,13 @@ class Results:
         position = self.requests.position_of.get(custom_id)
         if position is not None and (not sha256 or sha256 == self.requests.digest(position).hex()):
             self._add_current(position, line, outcome, yields=yields)
-            return Match(position, True, outcome, None)
+            return Match(position, True, outcome)
         if position is not None and self.best[position] is None:
             self.best[position] = line._replace(outcome=OUTDATED, code="")
-        if outcome.kind not in (SUCCEEDED, REJECTED):
-            return Match(position, False, outcome, None)
-        return Match(position, False, outcome, OtherLine(line, sha256))
-
-    def keep(self, match: Match) -> None:
-        """Keep an answer to another request for the output."""
-        if match.other:
-            self.others.append(match.other)
-            self.of_other_requests += match.outcome.kind == SUCCEEDED
+        if keeps and outcome.kind in (SUCCEEDED, REJECTED):
+            self.others.append(line._replace(sha256=sha256))
+        self.of_other_requests += outcome.kind == SUCCEEDED and (keeps or bool(sha256))
+        return Match(position, False, outcome)
 
     def _add_current(self, position: int, line: ResultsLine, outcome: Outcome, *, yields: bool) -> None:
         known = self.best[position]
@@ -2474,9 +2452,8 @@ def result_lines(results: Results) -> Iterator[bytes]:
             yield with_request_sha256(line, index.digest(position).hex())
     seen: set[bytes] = set()
     for other in results.others:
-        content = with_request_sha256(other.line, other.sha256)
-        digest = hashlib.sha256(content).digest()
-        if digest not in seen:  # the same line may have been read from two files
+        content = with_request_sha256(other, other.sha256)
+        if (digest := hashlib.sha256(content).digest()) not in seen:  # the same line may have been read from two files
             seen.add(digest)
             yield content
 
@@ -4103,7 +4080,7 @@ def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, s
     to_send = [size for position, size in enumerate(sizes) if position in sending]
     known = zip(sizes, results.best, strict=True)
     answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
-    answers = answers or [(sum(to_send) // len(to_send), other.line) for other in results.others]
+    answers = answers or [(sum(to_send) // len(to_send), line) for line in results.others]
     usages = (Usage(size, classify(results_object(line.read())).tokens) for size, line in answers)
     return estimate(usages, sum(to_send), len(to_send), args.prices)
 
