@@ -1862,6 +1862,11 @@ class Api(NamedTuple):
             why = str(error) or type(error).__name__
             raise OutcomeUnknown(f"download of {file_id} from {self.url} was interrupted: {why}") from error
 
+    def fetch(self, file_id: str, out: BinaryIO, name: str) -> int:
+        """Append the file to `out`, unless it is empty, and return its size."""
+        size = self.size_of(file_id)
+        return 0 if size == 0 else self.download(file_id, size, out, name)
+
     def download(self, file_id: str, size: int | None, out: BinaryIO, name: str) -> int:
         """Append the file to `out`, and return its size.
 
@@ -2858,10 +2863,8 @@ class Submitter:
         try:
             before = {*self._listed}
             listed = by_age(self.list_batches(self.api))
-            for batch in listed:  # a gateway may have posted a copy of the file
-                is_new = is_posted and batch.id not in before and batch.may_have_success
-                if batch.input_file_id == file_id or (is_new and self.part_sha256(batch) == part.sha256):
-                    return batch
+            if batch := self._batch_of(listed, file_id, part.sha256 if is_posted else "", before):
+                return batch
             others = [each for each in listed if each.may_have_success and self._is_ours(each)]
             new = [each for each in others if each.id not in self._ignored]
             if new and not self._force:
@@ -2874,6 +2877,19 @@ class Submitter:
                 self._drop(file_id)
             raise CommandError(str(failure)) from None
         return None
+
+    @staticmethod
+    def _batch_of(listed: list[Batch], file_id: str, sha256: str, before: Container[str]) -> Batch | None:
+        """The batch of an uploaded file: it names the file or, as a gateway may have posted a copy, it has its hash.
+
+        By its hash only one that was not in the listing `before`.
+        """
+        by_hash = (
+            each for each in listed
+            if sha256 and each.metadata.get("input_sha256") == sha256
+            and each.id not in before and each.status != "failed"
+        )
+        return next((each for each in listed if each.input_file_id == file_id), None) or next(by_hash, None)
 
     def _drop(self, file_id: str) -> None:
         """Delete a file that no batch was made of."""
@@ -2918,12 +2934,8 @@ class Submitter:
                 self.api.console.warn(str(failure))
                 continue
             is_answered = True
-            if batch := next((each for each in listed if each.input_file_id == file_id), None):
+            if batch := self._batch_of(listed, file_id, sha256, before):
                 return batch
-            for batch in listed:
-                is_new = batch.id not in before and batch.status != "failed"
-                if sha256 and is_new and batch.metadata.get("input_sha256") == sha256:
-                    return batch
         if not is_answered:
             raise CommandError(self._in_doubt(file_id))
         return None
@@ -3780,9 +3792,8 @@ class Run:
         """
         if attempt == 1 and (pending or not self._is_announced):
             self._is_announced = True
-            wanted = self._wanted()
-            left_out = wanted.intersection(itertools.chain.from_iterable(each.positions for each in self.withheld))
-            in_batches = len(wanted - pending - left_out)
+            left_out = self._wanted() - self._wanted().difference(*(each.positions for each in self.withheld))
+            in_batches = len(self._wanted() - pending - left_out)
             self._console.message(what_to_send(self._results, pending, in_batches, len(left_out)))
         if not pending or self.is_stopped or attempt > self._args.attempts:
             return False
@@ -3889,8 +3900,7 @@ class Run:
         reasons = batch.failure_reasons()
         if batch.error_file_id:
             with temporary_file() as copy, contextlib.suppress(Refused, UnusableId):
-                size = self._api.size_of(batch.error_file_id)
-                self._api.download(batch.error_file_id, size, copy, f"errors of {batch.id}")
+                self._api.fetch(batch.error_file_id, copy, f"errors of {batch.id}")
                 reasons += f": {errors_in(Input.of(copy, 'its error file'))}"
         return reasons
 
@@ -3963,7 +3973,7 @@ class Run:
         try:
             with temporary_file() as copy:
                 name = f"the input file of {batch.id}"
-                self._api.download(file_id, self._api.size_of(file_id), copy, name)
+                self._api.fetch(file_id, copy, name)
                 sent = Input.of(copy, name)
                 if not is_of_file and sent.sha256() != batch.metadata.get("input_sha256", sent.sha256()):
                     return None
@@ -3994,9 +4004,7 @@ class Run:
             name = f"{kind} of {batch.id}"
             start = spool.seek(0, os.SEEK_END)
             try:
-                if (size := self._api.size_of(file_id)) == 0:
-                    continue
-                self._api.download(file_id, size, spool, name)
+                self._api.fetch(file_id, spool, name)
             except (Refused, WrongSize, UnusableId) as failure:
                 if isinstance(failure, ApiError) and failure.status in (401, 403, 429):
                     raise
@@ -4126,15 +4134,13 @@ def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: 
     """What a run has brought and used; empty if nothing."""
     new = Counter(line.file for line in results.best if line and line.outcome in (SUCCEEDED, REJECTED))
     own, earlier = (new[spool] for spool in spools)
-    if not own + earlier:
-        return ""
     text = f"new in this run: {with_commas(own + earlier, 'result')}"
     if earlier:
         text += f", {earlier:,} of them from earlier batches"
     if any(run.tokens):
         text += f"; tokens: {run.tokens[0]:,} input, {run.tokens[1]:,} output"
         text += f"; {dollars(*run.tokens, prices)}" if prices else ""
-    return text
+    return text if own + earlier else ""
 
 
 def refuse_withheld(withheld: Sequence[Withheld], results: Results) -> None:
