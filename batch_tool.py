@@ -1495,8 +1495,7 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     if no_endpoint or 300 <= status < 400:
         advice = f"; is {url} the base URL of the API?"
     if no_endpoint and operation == "PREVIEW":
-        missing = f"the service at {url} has no endpoint {error.request.url.path}"
-        advice = f"; {missing}; choose another --endpoint in gen_batch_jsonl.py"
+        advice = f"; {url} has no endpoint {error.request.url.path}; choose another --endpoint in gen_batch_jsonl.py"
     kind: type[ApiError] = NotFound if status == 404 else Refused
     if status in (408, 409) or (status >= 500 and status != 501):
         kind = OutcomeUnknown
@@ -3465,30 +3464,27 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retry, export
 
 
-def open_inputs(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[Input]:
-    """The request file and all of --results, open in `stack`."""
-    return [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
-
-
-def read_results(inputs: Sequence[Input], console: Console) -> Results:
-    """The best results of the requests, by the request file and the results files."""
-    results = Results(index_requests(inputs[0]), console)
-    for each in inputs[1:]:
+def read_results(
+    args: argparse.Namespace, stack: contextlib.ExitStack, console: Console
+) -> tuple[Input, Results]:
+    """The request file, and the best results of its requests. All files stay open in `stack`."""
+    requests, *others = [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
+    results = Results(index_requests(requests), console)
+    for each in others:
         results.read(each.file, each.name)
-    return results
+    return requests, results
 
 
 def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
-        inputs = open_inputs(args, stack)
-        results = read_results(inputs, console)
+        requests, results = read_results(args, stack, console)
         kinds = TO_SEND | {REJECTED} if args.include_rejected else TO_SEND
         outcomes = results.outcomes()
         count = sum(outcomes[kind] for kind in kinds)
         if count:
             refuse_to_replace(args.output, "requests")
             with open_output(args.output) as out:
-                lines = enumerate(inputs[0].lines())
+                lines = enumerate(requests.lines())
                 out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
         result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
         report_results("", results, console)
@@ -3604,19 +3600,18 @@ def report_bios(path: str, requests: Input, results: Results, console: Console) 
     total, rejected = len(results.best), results.outcomes()[REJECTED]
     bios, again = total - len(without), len(without) - rejected
     text = f"{shown(path)}: {bios:,} of {with_commas(total, 'artist')} {'has' if bios == 1 else 'have'} a bio"
-    ways = [f"{rejected:,} rejected (change the row, or --include-rejected)"] if rejected else []
-    ways += [f"{again:,} to try again (run again)"] if again else []
-    console.message("; ".join(filter(None, (text, ", ".join(ways)))))
+    ways = {"rejected (change the row, or --include-rejected)": rejected, "to try again (run again)": again}
+    left = ", ".join(f"{number:,} {way}" for way, number in ways.items() if number)
+    console.message(f"{text}; {left}" if left else text)
 
 
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
-        inputs = open_inputs(args, stack)
-        results = read_results(inputs, console)
+        requests, results = read_results(args, stack, console)
         if args.csv:
             lines = sheet_lines(stack.enter_context(open_input(args.csv)), args, results, console)
         else:
-            rows = bio_rows(inputs[0], results)
+            rows = bio_rows(requests, results)
             lines = map(csv_line, map(guarded, rows) if args.excel else rows)
         refuse_to_replace(args.output, "exported bios")
         with open_output(args.output) as out:
@@ -3624,7 +3619,7 @@ def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
                 out.write(codecs.BOM_UTF8)
             out.writelines(lines)
         report_results(wrote_prefix(args.output), results, console)
-        report_bios(args.output, inputs[0], results, console)
+        report_bios(args.output, requests, results, console)
     return 0
 
 
