@@ -24,8 +24,8 @@ VARYING = (
 
 def without_varying(text: str) -> str:
     text = "\n" + text
-    for pattern, stand_in in VARYING:
-        text = re.sub(pattern, stand_in, text)
+    for pattern, shown in VARYING:
+        text = re.sub(pattern, shown, text)
     return text.strip("\n")
 
 

@@ -943,7 +943,7 @@ def test_a_job_at_a_service_with_this_habit_ends_with_all_its_bios(
     api.outcomes = {"a2": ["500", "200"], "a3": ["expired", "200"], "a4": ["failed", "200"]}
     content = jsonl(*(request(each, url=CHAT if habit in CHAT_HABITS else RESPONSES) for each in numbered(4)))
     REQUESTS.write_bytes(content)
-    assert run("--max-requests", "3") == 0
+    assert run() == 0
     assert_paid_once(api, content)
     assert exchanges_in(api, run) == 0
     assert exported_bios() == {each: made_up_bio(each) for each in numbered(4)}
