@@ -177,6 +177,39 @@ def test_an_unknown_option_ends_it_with_the_error_of_the_converter(artists: Path
 # ---- the job
 
 
+def test_any_sheet_in_one_command_comes_back_with_its_columns(api: FaultyAPI, work: Path) -> None:
+    folder = work / "Bestände für 'Müller' & Co"
+    folder.mkdir()
+    sheet = "Inventory No;Artist;Born\r\n0041;Anna Müller;Köln\r\n0042;Björk;Reykjavík\r\n0043;Cher;\r\n"
+    (folder / "-x.csv").write_bytes(sheet.encode("windows-1252"))
+    (folder / "prompt.md").write_text("Bio of {{Artist}}, born in {{Born}}")
+    os.chdir(folder)
+    columns = ("--id-column", "Inventory No", "--name-column=Artist", "--encoding", "windows-1252")
+    own = ("--interval=0.1", "--max-new", "2")
+    result = pipeline(*own, "./-x.csv", "out/all bios.CSV", *columns, "--prompt-file", "prompt.md", "--limit=2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("OK: 2 requests, ")
+    raw = (folder / "out" / "all bios.CSV").read_bytes().decode()
+    assert raw.startswith("\ufeffInventory No;Artist;Born;bio;error;input_tokens;output_tokens\r\n")
+    bios = rows("out/all bios.CSV", delimiter=";")
+    assert [(row["Inventory No"], row["Artist"], row["Born"]) for row in bios] == [
+        ("0041", "Anna Müller", "Köln"), ("0042", "Björk", "Reykjavík"), ("0043", "Cher", "")
+    ]
+    assert ["made-up" in row["bio"] for row in bios] == [True, True, False]
+    assert [row["error"] for row in bios] == ["", "", "no request"]
+    assert names(folder / "out") == {
+        "all bios.CSV", "all bios.requests.jsonl", "all bios.results.jsonl", "all bios.written"
+    }
+    (first, _) = bodies("out/all bios.requests.jsonl")
+    assert first == {
+        "model": "gpt-6-luna",
+        "input": "Bio of Anna Müller, born in Köln",
+        "metadata": {"artist_name": "Anna Müller"},
+        "reasoning": {"effort": "none"},
+        "max_output_tokens": 2000,
+    }
+
+
 def test_run_again_it_pays_for_the_changes_and_keeps_what_a_person_has_written(
     api: FaultyAPI, artists: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +235,19 @@ def test_run_again_it_pays_for_the_changes_and_keeps_what_a_person_has_written(
     assert pipeline(artists, "bios.csv").returncode == 0, "no key is needed where nothing is to be sent"
     assert len(list(artists.parent.glob("bios.edited-*"))) == 1
     assert api.executions == Counter(["a1", "a2", "a2", "a3", "a4"])
+
+
+def test_further_results_are_not_paid_for_again(api: FaultyAPI, work: Path) -> None:
+    Path("artists.csv").write_text("1,Cher\n2,Prince\n3,Björk,singer\n", encoding="utf-8")
+    Path("one.jsonl").write_bytes(jsonl(success("1", "One.")))
+    Path("two.jsonl").write_bytes(jsonl(success("2", "Two.")))
+    results = ("--results", "one.jsonl", "--results=two.jsonl")
+    result = pipeline("artists.csv", "bios.csv", "--skip-header", *results, "--interval", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert api.executions == Counter(["3"])
+    bios = rows("bios.csv")
+    assert [row["artist_name"] for row in bios] == ["Cher", "Prince", "Björk"]
+    assert [row["bio"] for row in bios][:2] == ["One.", "Two."]
 
 
 def test_more_than_max_new_is_not_sent_and_nothing_is_exported(api: FaultyAPI, artists: Path) -> None:
