@@ -2122,18 +2122,12 @@ def says_something(error: Any, depth: int = 9) -> bool:
     return bool(error)
 
 
-def token_count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 10**15 else None
-
-
 def token_usage(body: Json) -> Tokens:
     usage = child_object(body, "usage")
-    details = usage.get("output_tokens_details") or usage.get("completion_tokens_details")
-    return Tokens(
-        token_count(usage.get("input_tokens", usage.get("prompt_tokens"))),
-        token_count(usage.get("output_tokens", usage.get("completion_tokens"))),
-        token_count(details.get("reasoning_tokens")) if isinstance(details, dict) else None,
-    )
+    details = child_object(usage, "output_tokens_details") or child_object(usage, "completion_tokens_details")
+    counts = (usage.get("input_tokens", usage.get("prompt_tokens")),
+              usage.get("output_tokens", usage.get("completion_tokens")), details.get("reasoning_tokens"))
+    return Tokens(*[count if type(count) is int and 0 <= count < 10**15 else None for count in counts])
 
 
 def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
@@ -2153,16 +2147,15 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
         return Outcome(kind, code, message, text, values, tokens)
 
     status = str(body.get("status") or "completed").lower()
-    error = body.get("error") if says_something(body.get("error")) else top_error
-    is_error = says_something(error)
-    code, message = error_fields(error) if is_error else ("", "")
+    errors = [error for error in (body.get("error"), top_error) if says_something(error)]
+    code, message = error_fields(errors[0]) if errors else ("", "")
     if status in ("failed", "cancelled"):
         return outcome(RETRYABLE, code or status, message)
     if status == "incomplete":
         return outcome(REJECTED, "incomplete", str(child_object(body, "incomplete_details").get("reason") or ""))
     if (finish_reason := str(choice.get("finish_reason")).lower()) in ("length", "max_tokens", "content_filter"):
         return outcome(REJECTED, "incomplete", finish_reason)
-    if is_error:
+    if errors:
         return outcome(REJECTED, code or "error", message)
     if status != "completed":
         return outcome(REJECTED, "not_understood", f"status is {quoted(body['status'])}")
@@ -3464,9 +3457,7 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retry, export
 
 
-def read_results(
-    args: argparse.Namespace, stack: contextlib.ExitStack, console: Console
-) -> tuple[Input, Results]:
+def read_results(args: argparse.Namespace, stack: contextlib.ExitStack, console: Console) -> tuple[Input, Results]:
     """The request file, and the best results of its requests. All files stay open in `stack`."""
     requests, *others = [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
     results = Results(index_requests(requests), console)
