@@ -2568,6 +2568,9 @@ class Note:
         except OSError as error:
             self._console.warn(f"cannot write the note of what was submitted: {error.strerror}")
 
+    def batch_ids(self) -> set[str]:
+        return {noted.batch for noted in self.files.values() if noted.batch}
+
     def file_of(self, batch: Batch) -> str:
         """The id of the uploaded file of a batch: the one it names, or the one noted for it. Empty if not noted."""
         return batch.input_file_id if batch.input_file_id in self.files else self._file_of_batch.get(batch.id, "")
@@ -2718,31 +2721,28 @@ class Submitter:
         found = {batch.id: batch for batch in listed}
         noted = self._resolve(self._note, found)
         for path in self._note.others if self._finds_versions else ():
-            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-                try:
-                    other = Note(self.api.console, stack.enter_context(open_note_file(path)))
-                    is_in_use = False
-                except BlockingIOError:  # the process that uses it takes care of its POSTs
-                    other = Note(self.api.console, stack.enter_context(open(path, "rb")))
-                    is_in_use = True
-                if any(noted_file.name == self._name for noted_file in other.files.values()):
-                    self._notes_of_versions.append(other)
-                    noted |= self._resolve(other, found, is_in_use=is_in_use)
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                version = Note(self.api.console, file)
+                if any(noted_file.name == self._name for noted_file in version.files.values()):
+                    self._notes_of_versions.append(version)
+                    noted |= version.batch_ids()
+                    with open_note_file(path) as locked:  # if it is locked, its process takes care of its POSTs
+                        noted |= self._resolve(Note(self.api.console, locked), found)
         self._add_unlisted(noted, found)
         return by_age(batch for batch in found.values() if batch.may_have_success and self._is_ours(batch))
 
-    def _resolve(self, note: Note, found: dict[str, Batch], *, is_in_use: bool = False) -> set[str]:
+    def _resolve(self, note: Note, found: dict[str, Batch]) -> set[str]:
         """Find out what became of each POST of a note that has no outcome yet, and return the ids of its batches.
 
         Adds the batches found to `found`.
         """
         for file_id, noted in list(note.files.items()):
-            if noted.batch is None and not is_in_use:
+            if noted.batch is None:
                 self.api.console.message(f"file {file_id}: checking whether its batch was created")
                 if batch := self._find_or_fence(file_id, noted.sha256, self._ignored):
                     found[batch.id] = batch
                 note.add(file_id, batch=batch.id if batch else "")
-        return {noted.batch for noted in note.files.values() if noted.batch}
+        return note.batch_ids()
 
     def _add_unlisted(self, batch_ids: set[str], found: dict[str, Batch]) -> None:
         """Fetch the batches that are not listed yet, by id.
