@@ -2141,31 +2141,24 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     text, refusal, nothing = response_words(body["output"]) if "output" in body else chat_words(choice)
     text = without_thinking(text)
     values = json_answer(text) if fields else None
-    tokens = token_usage(body)
-
-    def outcome(kind: str, code: str = "", message: str = "") -> Outcome:
-        return Outcome(kind, code, message, text, values, tokens)
-
     status = str(body.get("status") or "completed").lower()
     errors = [error for error in (body.get("error"), top_error) if says_something(error)]
     code, message = error_fields(errors[0]) if errors else ("", "")
-    if status in ("failed", "cancelled"):
-        return outcome(RETRYABLE, code or status, message)
-    if status == "incomplete":
-        return outcome(REJECTED, "incomplete", str(child_object(body, "incomplete_details").get("reason") or ""))
-    if (finish_reason := str(choice.get("finish_reason")).lower()) in ("length", "max_tokens", "content_filter"):
-        return outcome(REJECTED, "incomplete", finish_reason)
-    if errors:
-        return outcome(REJECTED, code or "error", message)
-    if status != "completed":
-        return outcome(REJECTED, "not_understood", f"status is {quoted(body['status'])}")
-    if refusal:
-        return outcome(REJECTED, "refusal", refusal)
-    if not text.strip():
-        return outcome(REJECTED, nothing)
-    if fields and values is None:
-        return outcome(REJECTED, "invalid_json")
-    return outcome(SUCCEEDED)
+    cut_off = str(child_object(body, "incomplete_details").get("reason") or "")
+    finish_reason = str(choice.get("finish_reason")).lower()
+    cases = (
+        (status in ("failed", "cancelled"), RETRYABLE, code or status, message),
+        (status == "incomplete", REJECTED, "incomplete", cut_off),
+        (finish_reason in ("length", "max_tokens", "content_filter"), REJECTED, "incomplete", finish_reason),
+        (bool(errors), REJECTED, code or "error", message),
+        (status != "completed", REJECTED, "not_understood", f'status is "{status}"'),
+        (bool(refusal), REJECTED, "refusal", refusal),
+        (not text.strip(), REJECTED, nothing, ""),
+        (bool(fields) and values is None, REJECTED, "invalid_json", ""),
+        (True, SUCCEEDED, "", ""),
+    )
+    kind, code, message = next(words for is_so, *words in cases if is_so)
+    return Outcome(kind, code, message, text, values, token_usage(body))
 
 
 def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
@@ -3412,44 +3405,31 @@ def cmd_cancel(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         return each_batch(args.batch_ids, console, cancel)
 
 
-def table_row(batch: Batch) -> tuple[str, ...]:
-    completed, failed, total = (number or 0 for number in batch.counts)
-    name = batch.metadata.get("input_file") or batch.input_file_id
-    created = local_time(batch.created_at)
-    return batch.id, batch.raw["status"], created, f"{completed}/{total}", str(failed), escape_controls(name)
-
-
-def table(batches: Iterable[Batch]) -> Iterator[str]:
+def table(batches: Sequence[Batch]) -> Iterator[str]:
     """The lines of a table of the batches, with its columns aligned."""
-    rows = [table_row(batch) for batch in batches]
-    if not rows:
+    if not batches:
         yield "No batches found."
         return
-    rows.insert(0, ("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE"))
+    rows = [("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE")]
+    for batch in batches:
+        completed, failed, total = (str(number or 0) for number in batch.counts)
+        name = escape_controls(batch.metadata.get("input_file") or batch.input_file_id)
+        created = local_time(batch.created_at)
+        rows.append((batch.id, batch.raw["status"], created, f"{completed}/{total}", failed, name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def listed_batches(api: Api, limit: int) -> Iterator[Batch]:
-    """The newest batches. Warns if the server's listing does not come to an end."""
-    seen: set[str] = set()
-    try:
-        for page in api.pages(min(limit, PAGE_SIZE)):
-            for batch in page.batches:
-                if batch.id not in seen:
-                    seen.add(batch.id)
-                    yield batch
-    except IncompleteListing as error:
-        if not seen:
-            raise
-        api.console.warn(str(error))
-
-
 def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    batches: dict[str, Batch] = {}  # by id: a batch may stand on two pages if another one is submitted meanwhile
     with connect(args, console, clock) as api:
-        batches = itertools.islice(listed_batches(api, args.limit), args.limit)
-        for line in map(batch_json, batches) if args.json else table(batches):
+        for page in api.pages(min(args.limit, PAGE_SIZE)):
+            batches |= {batch.id: batch for batch in page.batches}
+            if len(batches) >= args.limit:
+                break
+        newest = [*batches.values()][: args.limit]
+        for line in map(batch_json, newest) if args.json else table(newest):
             print_result(line, console)
     return 0
 
@@ -3470,16 +3450,13 @@ def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         requests, results = read_results(args, stack, console)
         kinds = TO_SEND | {REJECTED} if args.include_rejected else TO_SEND
-        outcomes = results.outcomes()
-        count = sum(outcomes[kind] for kind in kinds)
-        if count:
+        if positions := results.positions(kinds):
             refuse_to_replace(args.output, "requests")
             with open_output(args.output) as out:
-                lines = enumerate(requests.lines())
-                out.writelines(line for position, line in lines if results.outcome_at(position) in kinds)
-        result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {count}")
+                out.writelines(line for position, line in enumerate(requests.lines()) if position in positions)
+        result_printer(console, to_stderr=args.output == STDOUT)(f"Requests to retry: {len(positions)}")
         report_results("", results, console)
-    if not args.include_rejected and outcomes[REJECTED]:
+    if not args.include_rejected and results.outcomes()[REJECTED]:
         console.message("rejected requests would be rejected again, so they are not written; see --include-rejected")
     return 0
 

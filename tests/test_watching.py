@@ -952,13 +952,12 @@ def test_list_is_an_aligned_table_newest_first(api: FaultyAPI, tool: Tool, utc: 
     )
 
 
-def test_a_list_that_never_ends_is_shown_with_a_warning(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
+def test_a_list_that_never_ends_is_an_error(api: FaultyAPI, tool: Tool, capsys: Capture) -> None:
     api.habits.add("ignores-after")
     for number in range(101):
         api.new_batch("completed", created_at=MORNING + number)
-    assert tool("list", "--limit", "500") == 0
-    out, err = capsys.readouterr()
-    assert (out.count("\n"), err) == (101, warning(REPEATED))
+    assert tool("list", "--limit", "500") == 1
+    assert capsys.readouterr() == ("", error(REPEATED))
 
 
 @pytest.mark.parametrize("page, code, out", [
