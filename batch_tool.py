@@ -3508,10 +3508,10 @@ def survey_sheet(
         for record in records:
             rows += 1
             width = max(width, len(record.fields))
-            is_decodable = "\udcff" not in "".join(record.fields)
-            undecodable += not is_decodable
-            first = first or (0 if is_decodable else record.line)
             if record.is_used:
+                is_decodable = "\udcff" not in "".join(record.fields)
+                undecodable += not is_decodable
+                first = first or (0 if is_decodable else record.line)
                 artist_id, name = (record.fields[table.roles[role]].strip(BLANKS) for role in COLUMNS[:2])
                 if artist_id in index.position_of and name:
                     row = (not is_decodable) + ("\udcff" in name), record.line

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from builders import (
 from faulty_api import Fault, FaultyAPI
 
 import batch_tool
+import gen_batch_jsonl
 
 # ---- export ----
 
@@ -433,3 +435,47 @@ def test_preview_prints_the_fields_by_name(api: FaultyAPI, tool: Tool, capsys: C
     assert capsys.readouterr().out == (
         "a1 Artist a1\nbio: One.\nTwo.\nbio_short:\nuncertain: []\n\na2 Artist a1\nSorry.\nerror: invalid_json\n"
     )
+
+
+# ---- both scripts read one file ----
+
+
+def odd_sheet(rng: random.Random) -> bytes:
+    """A CSV with stray quotes, blanks around quotes, short and long rows, repeated ids and headers, and bad bytes."""
+    pieces = [
+        "a1", "a2", "b", '"', '""', '"b', 'c"', ' "d" ', "\ufeff", "\xa0", ",", ",", ",", "\n", "\n", "\n", "x,y\n", ",,\n",
+        "a1,A,x\n", 'a2,"B, C",y\n', 'a3, "D" ,"e\nf"\n', "a4,E\n", 'a5,"F" G,z\n', 'a1,"H\n', "a6,\udcff,z\n",
+        "artist_id,artist_name,artist_data\n", "a7,I,\udcff\n", "a7,J,y\n", "a8,K,y,\n", "a8,L,y,z\n",
+    ]
+    text = "artist_id,artist_name,artist_data\n" + "".join(rng.choices(pieces, k=rng.randrange(30)))
+    newline, delimiter = rng.choice(["\n", "\r\n", "\r"]), rng.choice([",", ";", "\t", "|"])
+    text = text.translate({ord("\n"): newline, ord(","): delimiter})
+    return rng.choice([b"", b"\xef\xbb\xbf"]) + text.encode(errors="surrogateescape") + rng.choice([b"", b"a9,Z,z"])
+
+
+def test_each_request_of_an_odd_sheet_gets_its_bio_in_its_own_row(
+    work: Path, tool: Tool, capsys: Capture
+) -> None:
+    converted = 0
+    for seed in range(120):
+        Path("artists.csv").write_bytes(content := odd_sheet(random.Random(seed)))
+        code = gen_batch_jsonl.main(["--in", "artists.csv", "--out", "requests.jsonl", "--prompt-id", "p"])
+        said = capsys.readouterr().err
+        if code:
+            continue
+        requests = [json.loads(line) for line in Path("requests.jsonl").read_bytes().splitlines()]
+        values = {each["custom_id"]: [*each["body"]["prompt"]["variables"].values()] for each in requests}
+        Path("results.jsonl").write_bytes(jsonl(*(success(each, f"Bio of {each}.") for each in values)))
+        assert export(tool, "--csv", "artists.csv") == 0, (seed, content)
+        delimiter = re.search(b"artist_id(.)", content)[1].decode()
+        text = io.StringIO(Path("bios.csv").read_bytes().decode("utf-8-sig"), newline="")
+        header, *rows = csv.reader(text, delimiter=delimiter)
+        read, repeated = (re.search(pattern, said) for pattern in (r"(\d+) rows? read", r"(\d+) repeated header"))
+        assert len(rows) == int(read[1]) - (int(repeated[1]) if repeated else 0), (seed, content)
+        with_bio = {row[header.index("bio")]: [field.strip(batch_tool.BLANKS) for field in row] for row in rows}
+        assert {bio: row[:3] for bio, row in with_bio.items() if bio} == {
+            f"Bio of {each}.": [each, *values[each]] for each in values
+        }, (seed, content)
+        assert [row[-3] for row in rows].count("no request") == len(rows) - len(values), (seed, content)
+        converted += len(values)
+    assert converted > 200
