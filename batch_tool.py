@@ -333,7 +333,7 @@ COLUMNS = ("artist_id", "artist_name", "artist_data")
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
 MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
-MAX_EXTRA_FIELDS = 20  # a record of several lines with more extra fields than this is not read to its end
+MAX_EXTRA_FIELDS = 20  # a record with more extra fields than this is not read to its end
 MAX_HEADER_LINE = 20  # how far down a header is looked for, to tell that there are lines above it
 UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
@@ -414,8 +414,8 @@ def read_on(lines: Iterator[str]) -> list[str]:
 def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
     """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
 
-    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record of several lines is
-    not read beyond `max_fields` fields.
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. It is not read beyond
+    `max_fields` fields.
     """
     first = text = next(lines)
     read, at = 1, 0
@@ -439,7 +439,7 @@ def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: 
         if match[2] == "":
             end = len(text.removesuffix("\n").removesuffix("\r"))
             return malformed(MALFORMED, "a quote is never closed (noticed at the end,", end)
-        if not text.startswith(delimiter, at) or (len(fields) > max_fields and at > len(first)):
+        if not text.startswith(delimiter, at) or (len(fields) > max_fields and not is_blank(fields[-1])):
             break
         at += 1
     if text[at : at + 1] not in ("", "\r", "\n", delimiter):
@@ -484,7 +484,8 @@ def read_record(lines: Iterator[str], number: int, table: Table) -> Record:
     if len(fields) < width and not any(is_blank(whole[table.roles[role]]) for role in COLUMNS[:2]):
         return record._replace(fields=whole, oddity=ENDS_EARLY)
     if len(fields) != width:
-        return record._replace(lines=1, fields=fields if record.lines == 1 else [line], oddity=WRONG_WIDTH)
+        is_whole = record.lines == 1 and len(fields) <= width + MAX_EXTRA_FIELDS
+        return record._replace(lines=1, fields=fields if is_whole else [line], oddity=WRONG_WIDTH)
     return record._replace(fields=fields)
 
 
@@ -518,20 +519,12 @@ class LineReader:
                 yield record
 
 
-class Header(NamedTuple):
-    """The header of a CSV. If its quoting is malformed, the names are those on its first line, quotes and all."""
+def read_header(reader: LineReader, wanted: Iterable[str]) -> tuple[Table, Record]:
+    """The header, the first record that is not blank, as a table without roles. The reader then stands before it.
 
-    delimiter: str
-    names: list[str]
-    keys: list[str]  # column_key() of each name
-    record: Record
-
-
-def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
-    """Read the header, the first record that is not blank, and leave the reader before it.
-
-    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most wanted columns or,
-    among equals, the most columns. Raises CommandError if every record is blank.
+    If its quoting is malformed, the names are those on its first line, quotes and all. A line `sep=;` before the header
+    names the delimiter. Otherwise it is the one that gives the most wanted columns or, among equals, the most columns.
+    Raises CommandError if every record is blank.
     """
     delimiters: Iterable[str] = DELIMITERS
     while line := next(reader.peek_lines(), ""):
@@ -547,18 +540,18 @@ def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
         lines = itertools.islice(reader.peek_lines(), 100)  # a name may hold line ends
         record = parse_record(lines, reader.line, each, sys.maxsize)
         names = [field.strip(BLANKS) for field in (line.split(each) if record.oddity else record.fields)]
-        headers.append(Header(each, names, [*map(column_key, names)], record))
+        headers.append((Table(each, names, [*map(column_key, names)], {}, True), record))
     keys = {*map(column_key, wanted)}
-    return max(headers, key=lambda header: (len(keys.intersection(header.keys)), len(header.names)))
+    return max(headers, key=lambda header: (len(keys.intersection(header[0].keys)), len(header[0].names)))
 
 
-def find_roles(header: Header, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
+def find_roles(header: Table, record: Record, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
     """The position of the column of each role. Raises CommandError if there is not exactly one.
 
     `columns` are the names for the roles. One that no option names may be missing, if it is not needed.
     """
-    where, listed = f"line {header.record.line}: the header", f"its columns are {listed_columns(header.names)}"
-    if header.record.oddity:
+    where, listed = f"line {record.line}: the header", f"its columns are {listed_columns(header.names)}"
+    if record.oddity:
         raise CommandError(f"{where} has a quote too many or too few; {listed}")
     roles = {}
     for role, name in columns.items():
@@ -582,35 +575,30 @@ def read_table(reader: LineReader, chosen: dict[str, str | None], needed: Sequen
     `chosen` are the columns that options name, `needed` the roles that the header must have.
     """
     columns = {role: chosen.get(role) or role for role in COLUMNS}
-    header = read_header(reader, columns.values())
+    header, record = read_header(reader, columns.values())
     if not skip_header or {*COLUMNS} <= {*header.keys}:
-        roles = find_roles(header, columns, needed)
+        roles = find_roles(header, record, columns, needed)
         roles.setdefault("artist_name", roles["artist_id"])
-        reader.skip_lines(header.record.lines)
-        return Table(header.delimiter, header.names, header.keys, roles, True)
+        reader.skip_lines(record.lines)
+        return header._replace(roles=roles)
     roles = {role: at for at, role in enumerate(COLUMNS)}
     tables = [Table(each, [*COLUMNS], [*COLUMNS], roles, False) for each in (header.delimiter, *DELIMITERS)]
     sound = (each for each in tables if not read_record(reader.peek_lines(), reader.line, each).oddity)
     return next(sound, tables[0])
 
 
-def looks_like(path: str, kind: str) -> bool:
-    """Whether a file begins like requests, results or exported bios."""
-    with os_errors_as(f"read {path}"), open(path, "rb") as file:
-        line = file.readline().removeprefix(codecs.BOM_UTF8)
-    if kind == "exported bios":
-        keys = {column_key(name.strip('"')) for name in re.split("[,;\t|]", line.decode(errors="replace"))}
-        return keys >= {"error", "output_tokens"}
-    try:
-        keys = {*json.loads(line)}
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return keys >= {"custom_id", "body"} if kind == "requests" else keys >= {"custom_id", "error"}
-
-
 def refuse_to_replace(path: str, kind: str) -> None:
-    """Raise CommandError if --out is a file that is not empty and holds something other than what will be written."""
-    if path != STDOUT and os.path.isfile(path) and os.path.getsize(path) and not looks_like(path, kind):
+    """Raise CommandError if --out is a file that does not begin like `kind`: requests, results or exported bios."""
+    if path == STDOUT or not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with os_errors_as(f"read {path}"), open(path, "rb") as file:
+        line = file.readline().decode(errors="replace").lstrip("\ufeff")
+    keys: set[Any] = {column_key(name.strip('"\r\n')) for name in re.split("[,;\t|]", line)}
+    if kind != "exported bios":
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            keys = {*json.loads(line)}
+    signs = {"requests": {"custom_id", "body"}, "results": {"custom_id", "error"}}
+    if not keys >= signs.get(kind, {"error", "output_tokens"}):
         problem = f"{path} holds something other than {kind}, so it was left as it is"
         raise CommandError(f"{problem}; choose another --out")
 

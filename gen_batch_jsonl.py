@@ -332,7 +332,7 @@ COLUMNS = ("artist_id", "artist_name", "artist_data")
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": 'a "|"'}
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\ufeff"  # of str.strip(), and two more
 MAX_FIELD_CHARS = 10_485_760  # the longest string that the Responses API accepts
-MAX_EXTRA_FIELDS = 20  # a record of several lines with more extra fields than this is not read to its end
+MAX_EXTRA_FIELDS = 20  # a record with more extra fields than this is not read to its end
 MAX_HEADER_LINE = 20  # how far down a header is looked for, to tell that there are lines above it
 UNDECODABLE = "mark_undecodable"  # an error handler: invalid bytes become a lone surrogate, which is not valid UTF-8
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", cast(UnicodeDecodeError, error).end))
@@ -413,8 +413,8 @@ def read_on(lines: Iterator[str]) -> list[str]:
 def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
     """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
 
-    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record of several lines is
-    not read beyond `max_fields` fields.
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. It is not read beyond
+    `max_fields` fields.
     """
     first = text = next(lines)
     read, at = 1, 0
@@ -438,7 +438,7 @@ def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: 
         if match[2] == "":
             end = len(text.removesuffix("\n").removesuffix("\r"))
             return malformed(MALFORMED, "a quote is never closed (noticed at the end,", end)
-        if not text.startswith(delimiter, at) or (len(fields) > max_fields and at > len(first)):
+        if not text.startswith(delimiter, at) or (len(fields) > max_fields and not is_blank(fields[-1])):
             break
         at += 1
     if text[at : at + 1] not in ("", "\r", "\n", delimiter):
@@ -483,7 +483,8 @@ def read_record(lines: Iterator[str], number: int, table: Table) -> Record:
     if len(fields) < width and not any(is_blank(whole[table.roles[role]]) for role in COLUMNS[:2]):
         return record._replace(fields=whole, oddity=ENDS_EARLY)
     if len(fields) != width:
-        return record._replace(lines=1, fields=fields if record.lines == 1 else [line], oddity=WRONG_WIDTH)
+        is_whole = record.lines == 1 and len(fields) <= width + MAX_EXTRA_FIELDS
+        return record._replace(lines=1, fields=fields if is_whole else [line], oddity=WRONG_WIDTH)
     return record._replace(fields=fields)
 
 
@@ -517,20 +518,12 @@ class LineReader:
                 yield record
 
 
-class Header(NamedTuple):
-    """The header of a CSV. If its quoting is malformed, the names are those on its first line, quotes and all."""
+def read_header(reader: LineReader, wanted: Iterable[str]) -> tuple[Table, Record]:
+    """The header, the first record that is not blank, as a table without roles. The reader then stands before it.
 
-    delimiter: str
-    names: list[str]
-    keys: list[str]  # column_key() of each name
-    record: Record
-
-
-def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
-    """Read the header, the first record that is not blank, and leave the reader before it.
-
-    A line `sep=;` before the header names the delimiter. Otherwise it is the one that gives the most wanted columns or,
-    among equals, the most columns. Raises CommandError if every record is blank.
+    If its quoting is malformed, the names are those on its first line, quotes and all. A line `sep=;` before the header
+    names the delimiter. Otherwise it is the one that gives the most wanted columns or, among equals, the most columns.
+    Raises CommandError if every record is blank.
     """
     delimiters: Iterable[str] = DELIMITERS
     while line := next(reader.peek_lines(), ""):
@@ -546,18 +539,18 @@ def read_header(reader: LineReader, wanted: Iterable[str]) -> Header:
         lines = itertools.islice(reader.peek_lines(), 100)  # a name may hold line ends
         record = parse_record(lines, reader.line, each, sys.maxsize)
         names = [field.strip(BLANKS) for field in (line.split(each) if record.oddity else record.fields)]
-        headers.append(Header(each, names, [*map(column_key, names)], record))
+        headers.append((Table(each, names, [*map(column_key, names)], {}, True), record))
     keys = {*map(column_key, wanted)}
-    return max(headers, key=lambda header: (len(keys.intersection(header.keys)), len(header.names)))
+    return max(headers, key=lambda header: (len(keys.intersection(header[0].keys)), len(header[0].names)))
 
 
-def find_roles(header: Header, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
+def find_roles(header: Table, record: Record, columns: dict[str, str], needed: Iterable[str]) -> dict[str, int]:
     """The position of the column of each role. Raises CommandError if there is not exactly one.
 
     `columns` are the names for the roles. One that no option names may be missing, if it is not needed.
     """
-    where, listed = f"line {header.record.line}: the header", f"its columns are {listed_columns(header.names)}"
-    if header.record.oddity:
+    where, listed = f"line {record.line}: the header", f"its columns are {listed_columns(header.names)}"
+    if record.oddity:
         raise CommandError(f"{where} has a quote too many or too few; {listed}")
     roles = {}
     for role, name in columns.items():
@@ -581,35 +574,30 @@ def read_table(reader: LineReader, chosen: dict[str, str | None], needed: Sequen
     `chosen` are the columns that options name, `needed` the roles that the header must have.
     """
     columns = {role: chosen.get(role) or role for role in COLUMNS}
-    header = read_header(reader, columns.values())
+    header, record = read_header(reader, columns.values())
     if not skip_header or {*COLUMNS} <= {*header.keys}:
-        roles = find_roles(header, columns, needed)
+        roles = find_roles(header, record, columns, needed)
         roles.setdefault("artist_name", roles["artist_id"])
-        reader.skip_lines(header.record.lines)
-        return Table(header.delimiter, header.names, header.keys, roles, True)
+        reader.skip_lines(record.lines)
+        return header._replace(roles=roles)
     roles = {role: at for at, role in enumerate(COLUMNS)}
     tables = [Table(each, [*COLUMNS], [*COLUMNS], roles, False) for each in (header.delimiter, *DELIMITERS)]
     sound = (each for each in tables if not read_record(reader.peek_lines(), reader.line, each).oddity)
     return next(sound, tables[0])
 
 
-def looks_like(path: str, kind: str) -> bool:
-    """Whether a file begins like requests, results or exported bios."""
-    with os_errors_as(f"read {path}"), open(path, "rb") as file:
-        line = file.readline().removeprefix(codecs.BOM_UTF8)
-    if kind == "exported bios":
-        keys = {column_key(name.strip('"')) for name in re.split("[,;\t|]", line.decode(errors="replace"))}
-        return keys >= {"error", "output_tokens"}
-    try:
-        keys = {*json.loads(line)}
-    except (ValueError, TypeError, RecursionError):
-        return False
-    return keys >= {"custom_id", "body"} if kind == "requests" else keys >= {"custom_id", "error"}
-
-
 def refuse_to_replace(path: str, kind: str) -> None:
-    """Raise CommandError if --out is a file that is not empty and holds something other than what will be written."""
-    if path != STDOUT and os.path.isfile(path) and os.path.getsize(path) and not looks_like(path, kind):
+    """Raise CommandError if --out is a file that does not begin like `kind`: requests, results or exported bios."""
+    if path == STDOUT or not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with os_errors_as(f"read {path}"), open(path, "rb") as file:
+        line = file.readline().decode(errors="replace").lstrip("\ufeff")
+    keys: set[Any] = {column_key(name.strip('"\r\n')) for name in re.split("[,;\t|]", line)}
+    if kind != "exported bios":
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            keys = {*json.loads(line)}
+    signs = {"requests": {"custom_id", "body"}, "results": {"custom_id", "error"}}
+    if not keys >= signs.get(kind, {"error", "output_tokens"}):
         problem = f"{path} holds something other than {kind}, so it was left as it is"
         raise CommandError(f"{problem}; choose another --out")
 
@@ -812,18 +800,13 @@ def lines_of_rows(plain: bytes, ids: list[bytes], line: int, table: Table) -> tu
     line_end = STAND_INS[b"\n"]
     if STAND_INS[b"\r"] in plain:
         plain = plain.replace(STAND_INS[b"\r"] + line_end, line_end).replace(STAND_INS[b"\r"], line_end)
-    lines: list[int] = []
+    records = plain.split(b"\n")[: len(ids)]
+    lines = [*itertools.accumulate((1 + record.count(line_end) for record in records), initial=line)]
     swallowed = {}
-    end = 0
-    while len(lines) < len(ids) and (inside := plain.find(line_end, end)) >= 0:
-        lines += range(line, line + plain.count(b"\n", end, inside) + 1)
-        start, end = max(end, plain.rfind(b"\n", end, inside) + 1), plain.index(b"\n", inside) + 1
-        text = plain[start:end].translate(REVEAL)
-        if len(lines) <= len(ids) and (held := lines_like_rows(text, lines[-1], ids[len(lines) - 1], table)):
-            swallowed[lines[-1]] = held
-        line = lines[-1] + text.count(b"\n")
-    lines += range(line, line + len(ids) + 1 - len(lines))
-    return lines[: len(ids) + 1], swallowed
+    for number, artist_id, record in zip(lines, ids, records, strict=False):
+        if line_end in record and (held := lines_like_rows(record.translate(REVEAL), number, artist_id, table)):
+            swallowed[number] = held
+    return lines, swallowed
 
 
 def plain_block(block: bytes, delimiter: bytes) -> bytes | None:
@@ -897,27 +880,25 @@ def rows_of_block(block: bytes, first_line: int, table: Table, used: list[int], 
 # ---- a row by itself
 
 
-def wrong_width(record: Record, table: Table) -> RowProblem:
+def problem_of(record: Record, table: Table) -> RowProblem:
+    """What is odd about a row, apart from its values."""
+    if record.oddity not in (WRONG_WIDTH, ENDS_EARLY):
+        return RowProblem(record.oddity, record.detail or "repeats the header")
     width, ours = len(table.names), DELIMITERS[table.delimiter]
     row = record.text.rstrip("\r\n")
     others = [other for other in DELIMITERS if other != table.delimiter and row.count(other) == width - 1]
     if record.width == 1 and others:
         cause = f"{DELIMITERS[others[0]]} separates its fields, and {ours} those of the header"
+    elif not table.has_header:
+        cause = f"--skip-header takes {width}: add a header line"
     elif record.width > width:
         cause = f"a value with {ours} in it needs quotes around it"
     else:
         cause = "a value is missing, or has a line break but no quotes around it"
-    fields = plural(record.width, "field")
-    shared = f"instead of {width}; {cause}" if table.has_header else f"; --skip-header takes {width}: add a header line"
+    most = width + MAX_EXTRA_FIELDS
+    fields = plural(record.width, "field") if record.width <= most else f"more than {most} fields"
     detail = f"{fields} instead of {width} in {in_quotes(row)}; {cause}"
-    return RowProblem(WRONG_WIDTH, detail, "", f"{fields}{' ' * table.has_header}{shared}")
-
-
-def problem_of(record: Record, table: Table) -> RowProblem:
-    """What is odd about a row, apart from its values."""
-    if record.oddity in (WRONG_WIDTH, ENDS_EARLY):
-        return wrong_width(record, table)
-    return RowProblem(record.oddity, record.detail or "repeats the header")
+    return RowProblem(WRONG_WIDTH, detail, shared=f"these rows have {fields}; {cause}")
 
 
 def not_valid(encoding: str) -> str:
@@ -1066,8 +1047,8 @@ def refuse_odd_start(reader: LineReader, wanted: set[str]) -> None:
     for number, line in enumerate(itertools.islice(reader.peek_lines(), 1, MAX_HEADER_LINE), reader.line + 1):
         if wanted <= {column_key(name.strip(BLANKS + '"')) for name in re.split("[,;\t|]", line)}:
             raise CommandError(f"line {number} is the header; delete the lines above it")
-    header = read_header(reader, wanted)
-    is_quoted = len(header.names) == 1 and header.record.text.lstrip(BLANKS).startswith('"')
+    header, record = read_header(reader, wanted)
+    is_quoted = len(header.names) == 1 and record.text.lstrip(BLANKS).startswith('"')
     if is_quoted and re.search("[,;\t|]", header.names[0]):
         raise CommandError(f"line {reader.line}: the whole line stands in quotes, so it is a single field; "
                            "remove the quotes around every line, or export the table again")
@@ -1332,9 +1313,7 @@ class Progress:
     """Shows progress on a terminal, starting after one second."""
 
     def __init__(self, console: Console, source: BinaryIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
-        self._source = source
-        self._clock = clock
+        self._console, self._source, self._clock = console, source, clock
         self._started = clock()
         self._next_report = self._started + 1
         status = os.fstat(source.fileno()) if console.is_terminal else None
@@ -1342,11 +1321,10 @@ class Progress:
 
     def report(self, rows: int) -> None:
         now = self._clock()
-        if not self._console.is_terminal or now < self._next_report:
-            return
-        self._next_report = now + 0.2
-        done = f"{self._source.tell() / 1e6:.1f} of {self._size / 1e6:.1f} MB, " if self._size else ""
-        self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
+        if self._console.is_terminal and now >= self._next_report:
+            self._next_report = now + 0.2
+            done = f"{self._source.tell() / 1e6:.1f} of {self._size / 1e6:.1f} MB, " if self._size else ""
+            self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
 
 
 def restore_hidden(lines: bytes, delimiter: bytes) -> bytes:
@@ -1395,14 +1373,13 @@ class RequestWriter:
         self._write_rows(rows.lines, rows.columns, rows.needs_escapes, rows.is_suspect)
 
     def write_record(self, record: Record, encoding: str) -> None:
-        if not record.is_used:
-            self._report.skip(record.line, problem_of(record, self.table))
-            return
-        if problem := undecodable(record, self.table, self.template.used, encoding):
+        problem = problem_of(record, self.table) if record.oddity else None
+        if record.is_used and problem:
+            self._report.note(record.line, record.oddity, problem)
+            problem = None
+        if problem := problem or undecodable(record, self.table, self.template.used, encoding):
             self._report.skip(record.line, problem)
             return
-        if record.oddity:
-            self._report.note(record.line, record.oddity, problem_of(record, self.table))
         values = [to_bytes(record.fields[column].strip(BLANKS)) for column in self.template.used]
         text = to_bytes(self.table.delimiter.join(record.fields))
         if held := lines_like_rows(text, record.line, values[0], self.table):
@@ -1521,7 +1498,7 @@ def convert(args: argparse.Namespace, console: Console) -> None:
             check_encoding(report, written, reader.encoding, console)
             for shared, number in report.shared.items():
                 if number >= MIN_ALIKE:
-                    console.warn(f"{number} rows were skipped for one reason: these rows have {shared}")
+                    console.warn(f"{number} rows were skipped; {shared}")
             if not written:
                 raise CommandError(f"no valid row in {shown(args.input)} ({summary}); nothing was written")
     warn_of_used_rows(report, console)

@@ -685,7 +685,7 @@ def test_stray_quotes_cost_work_in_proportion(row: str) -> None:
 def test_a_row_with_very_many_fields_costs_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f"{HEADER}1,A{',x' * 500}\n2,B,y{',' * 500}\n") == 0
     assert variables() == [("2", "B", "y")]
-    assert 'line 2: 502 fields instead of 3 in "1,A,x,x,' in said(capsys)
+    assert 'line 2: more than 23 fields instead of 3 in "1,A,x,x,' in said(capsys)
 
 
 def test_rows_that_cannot_be_written_leave_the_rest_of_their_block(capsys: pytest.CaptureFixture[str]) -> None:
