@@ -1458,8 +1458,8 @@ def warn_of_used_rows(report: RowReport, console: Console) -> None:
         filled = plural(report.filled, "row ends early and was", "rows end early and were")
         console.warn(f"{filled} filled with empty values: {listed_lines(report.filled_lines, report.filled)}")
     if report.undecoded or report.garbled > 1:
-        spoilt = plural(report.undecoded + report.garbled, "value looks", "values look")
-        console.warn(f"{spoilt} as if read in the wrong encoding before; {report.first_garbled}; written as they are")
+        spoilt = plural(report.undecoded + report.garbled, "value")
+        console.warn(f"the text of {spoilt} was spoilt before it came here; {report.first_garbled}")
     for began, lines in itertools.islice(report.swallowed.items(), MAX_LISTED):
         look = "which look like rows" if len(lines) > 1 else "which looks like a row"
         held = f"{listed_lines(lines, len(lines))}, {look}"

@@ -1058,3 +1058,107 @@ def test_the_exit_code_of_the_process_is_that_of_main() -> None:
     assert run_script(SCRIPT, "--in", SAMPLE, "--out", "out.jsonl", *TEMPLATED).returncode == 0
     assert run_script(SCRIPT, "--in", "missing.csv", "--out", "out.jsonl", *TEMPLATED).returncode == 1
     assert run_script(SCRIPT, "--in", SAMPLE).returncode == 2
+
+
+# ---- what stands at --out, other systems ----
+
+
+@pytest.mark.parametrize("old", [HEADER, "notes\n", '{"custom_id": "a1", "response": {}, "error": null}\n', "[1]"])
+def test_a_file_of_another_kind_is_not_replaced(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write("out.jsonl", old)
+    assert convert(f"{HEADER}1,A,x\n") == 1
+    assert said(capsys) == (
+        "gen_batch_jsonl.py: error: out.jsonl holds something other than requests, so it was left as it is; "
+        "choose another --out\n"
+    )
+    assert Path("out.jsonl").read_text() == old
+
+
+def test_an_empty_file_and_earlier_requests_are_replaced() -> None:
+    write("out.jsonl", "")
+    assert [convert(f"{HEADER}{number},A,x\n") for number in range(2)] == [0, 0]
+    assert variables() == [("1", "A", "x")]
+
+
+@pytest.mark.parametrize("script", ["gen_batch_jsonl.py", "batch_tool.py"])
+def test_windows_is_told_of_wsl(script: str) -> None:
+    program = f"import os, runpy; os.name = 'nt'; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"{script}: error: it needs Linux or macOS; on Windows, run it in WSL")
+
+
+def test_a_stored_prompt_draws_a_warning_that_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"{HEADER}1,A,x\n") == 0
+    assert "OpenAI shuts stored prompts down on 2026-11-30" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("endpoint", ["/chat/completions", "/openai/v1/chat/completions", "/v2/responses"])
+def test_the_endpoint_is_a_path_by_its_end(endpoint: str) -> None:
+    write("prompt.md", "{{artist_name}}")
+    write("in.csv", f"{HEADER}1,A,x\n")
+    assert main([*FILES, *TEMPLATE_ARGS, "--endpoint", endpoint]) == 0
+    assert requests()[0]["url"] == endpoint
+    assert ("messages" in requests()[0]["body"]) == endpoint.endswith("/chat/completions")
+
+
+def test_typographic_quotes_in_the_body_file_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    write("body.json", "{“max_output_tokens”: 400}")
+    assert convert(f"{HEADER}1,A,x\n", "--body-file", "body.json") == 1
+    assert "it has typographic quotes (“), where JSON needs plain ones" in said(capsys)
+
+
+def test_the_warning_that_data_is_missing_comes_only_if_the_prompt_uses_it(capsys: pytest.CaptureFixture[str]) -> None:
+    write("in.csv", "artist_id,artist_name,born\n1,A,x\n")
+    for template, warned in (("{{artist_name}} {{born}}", False), ("{{artist_name}} {{artist_data}}", True)):
+        write("prompt.md", template)
+        assert main([*FILES, *TEMPLATE_ARGS]) == 0
+        assert ("has no artist_data column" in said(capsys)) == warned
+
+
+# ---- answers with fields ----
+
+SCHEMA = '{"type": "object", "properties": {"bio": {"type": "string"}, "more": {"type": "object", "required": ["x"], ' \
+         '"properties": {"x": {"type": "string"}, "properties": {"type": ["number", "null"]}}}}}'
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/responses", "/v1/chat/completions"])
+def test_a_schema_is_made_strict_at_every_level(endpoint: str) -> None:
+    write("long bio.json", SCHEMA)
+    write("prompt.md", "{{artist_name}}")
+    write("in.csv", f"{HEADER}1,A,x\n")
+    assert main([*FILES, *TEMPLATE_ARGS, "--schema", "long bio.json", "--endpoint", endpoint]) == 0
+    body = requests()[0]["body"]
+    written = body["response_format"]["json_schema"] if "messages" in body else body["text"]["format"]
+    expected = json.loads(SCHEMA)
+    expected |= {"required": ["bio", "more"], "additionalProperties": False}
+    expected["properties"]["more"] |= {"required": ["x", "properties"], "additionalProperties": False}
+    assert (written["name"], written["strict"], written["schema"]) == ("long_bio", True, expected)
+
+
+def test_the_schema_among_the_samples_is_one() -> None:
+    options = ("--prompt-file", str(ROOT / "samples" / "bio_prompt.md"), "--model", "m")
+    assert main(["--in", str(SAMPLE), "--out", "out.jsonl", *options,
+                 "--schema", str(ROOT / "samples" / "bio_schema.json")]) == 0
+    schema = requests()[0]["body"]["text"]["format"]["schema"]
+    assert schema["required"] == ["bio", "bio_short", "uncertain"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("[]", "not a JSON Schema of an object with properties"),
+        ('{"properties": {"bio": {}}}', "not a JSON Schema of an object with properties"),
+        ('{"type": "object", "properties": {}}', "not a JSON Schema of an object with properties"),
+        ('{"type": "object", "properties": {"error": {}}}', 'the property "error" has the name of a column of bios'),
+        ('{"type": "object", "properties": {"bio": 1}}', 'the property "bio" is no schema'),
+    ],
+)
+def test_what_is_no_schema_of_an_object_is_refused(
+    schema: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("bio.json", schema)
+    write("prompt.md", "{{artist_name}}")
+    write("in.csv", f"{HEADER}1,A,x\n")
+    assert main([*FILES, *TEMPLATE_ARGS, "--schema", "bio.json"]) == 1
+    assert f"error: bio.json: {message}" in said(capsys)

@@ -1030,3 +1030,91 @@ def test_an_unknown_encoding_exits_2(name: str, capsys: pytest.CaptureFixture[st
 def test_an_unsuitable_encoding_ends_the_run_without_a_traceback(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(FOREIGN, "--encoding", name) in (0, 1)
     assert said(capsys).splitlines()[-1].startswith(("gen_batch_jsonl.py: error: ", "Wrote "))
+
+
+# ---- sheets that are odd as a whole ----
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        (f'{HEADER}a1, "Smith, Ann" ,x\n', [("a1", "Smith, Ann", "x")]),
+        (f'{HEADER}a1,\ufeff"Smith, Ann"\xa0,\u200b"x\ny" \n', [("a1", "Smith, Ann", "x\ny")]),
+        (f'{HEADER}a1,A,x\n\ufeff"artist_id","artist_name","artist_data"\na2,B,y\n',
+         [("a1", "A", "x"), ("a2", "B", "y")]),
+        (f"{HEADER}a1,A\na2,B,y\n", [("a1", "A", ""), ("a2", "B", "y")]),
+        ('artist_id\tartist_name\ta1\n1\t"Weird Bob" Smith\tx\n2\tB "C" D\ty\n',
+         [("1", '"Weird Bob" Smith', ""), ("2", 'B "C" D', "")]),
+        ('Artist_ID,Ku\u0308nstler,artist_name\na1,x,A\n', [("a1", "A", "")]),
+    ],
+)
+def test_sheets_of_other_habits_are_read(content: str, written: list[tuple[str, ...]]) -> None:
+    assert convert(content) == 0
+    assert variables() == written
+
+
+def test_column_names_are_compared_after_nfc() -> None:
+    write("prompt.md", "{{artist_name}} {{K\u00fcnstler}}")
+    write("in.csv", "artist_id,artist_name,Ku\u0308nstler\na1,A,x\n")
+    assert main([*FILES, *TEMPLATE_ARGS, "--id-column", "artist_id"]) == 0
+    assert requests()[0]["body"]["input"] == "A x"
+
+
+@pytest.mark.parametrize(
+    ("rows", "warning"),
+    [
+        ("a1,A\na2,B\n", "2 rows end early and were filled with empty values: lines 2, 3"),
+        ('a1,"Weird" Al,x\n', f"line 2: text after a closing quote (noticed on line 2){TAKEN}"),
+        ("a1,BjÃ¶rk,x\na2,SigurÃ°ur,y\n",
+         'the text of 2 values was spoilt before it came here; first on line 2: "BjÃ¶rk", which would read "Björk"'),
+        ("a1,Bj\ufffdrk,x\n", 'the text of 1 value was spoilt before it came here; first on line 2: "Bj\ufffdrk"'),
+        ("1,2,3,4\n" * 3 + "a1,A,x\n",
+         "3 rows were skipped; these rows have 4 fields; a value with a comma in it needs quotes around it"),
+    ],
+)
+def test_what_is_odd_draws_a_warning(rows: str, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(HEADER + rows) == 0
+    assert f"gen_batch_jsonl.py: warning: {warning}" in said(capsys)
+
+
+@pytest.mark.parametrize("rows", ["a1,BjÃ¶rk,x\n", "a1,CAFÉ»,x\na2,« café\xa0»,y\na3,CAFÉ»,x\n"])
+def test_sound_names_draw_no_warning(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(HEADER + rows) == 0
+    assert "spoilt" not in said(capsys)
+
+
+@pytest.mark.parametrize("options", [(), ("--skip-header",)])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Our artists\n\nartist_id;artist_name\n1;A\n", "line 3 is the header; delete the lines above it"),
+        ('"artist_id,artist_name,x"\n"a1,Ann,x"\n', "line 1: the whole line stands in quotes"),
+        ('[{"artist_id": 1}]\n', "in.csv is JSON, not CSV"),
+        ("<!DOCTYPE html>\n", "in.csv is HTML or XML, not CSV"),
+        ("{\\rtf1\\ansi a}\n", "in.csv is an RTF document"),
+        ("version https://git-lfs.github.com/spec/v1\n", "in.csv is a Git LFS pointer"),
+    ],
+)
+def test_what_is_no_table_is_named(
+    content: str, message: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(content, *options) == 1
+    assert f"error: {message}" in said(capsys)
+
+
+def test_a_title_of_three_fields_without_a_header_is_named_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(f"Artists,2024,draft\n{HEADER}1,A,x\n", "--skip-header") == 1
+    assert "error: line 2 is the header; delete the lines above it" in said(capsys)
+
+
+def test_rows_of_more_than_three_fields_without_a_header_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("1,A,x,y\n" * 3, "--skip-header") == 1
+    assert "these rows have 4 fields; --skip-header takes 3: add a header line" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("row", "way"), [("a1,A\n", "filled with empty values"), ('a1,"A" B,x\n', "taken as it stands")]
+)
+def test_strict_refuses_what_is_filled_or_taken(row: str, way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(HEADER + row, "--strict") == 1
+    assert said(capsys).endswith(f"; without --strict the row is {way}\n")

@@ -443,8 +443,8 @@ def test_preview_prints_the_fields_by_name(api: FaultyAPI, tool: Tool, capsys: C
 def odd_sheet(rng: random.Random) -> bytes:
     """A CSV with stray quotes, blanks around quotes, short and long rows, repeated ids and headers, and bad bytes."""
     pieces = [
-        "a1", "a2", "b", '"', '""', '"b', 'c"', ' "d" ', "\ufeff", "\xa0", ",", ",", ",", "\n", "\n", "\n", "x,y\n", ",,\n",
-        "a1,A,x\n", 'a2,"B, C",y\n', 'a3, "D" ,"e\nf"\n', "a4,E\n", 'a5,"F" G,z\n', 'a1,"H\n', "a6,\udcff,z\n",
+        "a1", "a2", "b", '"', '""', '"b', 'c"', ' "d" ', "\ufeff", "\xa0", ",", ",", ",", "\n", "\n", "\n", "x,y\n",
+        ",,\n", "a1,A,x\n", 'a2,"B, C",y\n', 'a3, "D" ,"e\nf"\n', "a4,E\n", 'a5,"F" G,z\n', 'a1,"H\n', "a6,\udcff,z\n",
         "artist_id,artist_name,artist_data\n", "a7,I,\udcff\n", "a7,J,y\n", "a8,K,y,\n", "a8,L,y,z\n",
     ]
     text = "artist_id,artist_name,artist_data\n" + "".join(rng.choices(pieces, k=rng.randrange(30)))
@@ -479,3 +479,48 @@ def test_each_request_of_an_odd_sheet_gets_its_bio_in_its_own_row(
         assert [row[-3] for row in rows].count("no request") == len(rows) - len(values), (seed, content)
         converted += len(values)
     assert converted > 200
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ('artist_id;artist_name\na1;\na1;A "x" B\n', [],
+         'artist_id;artist_name;+a1;;;no request;;\r\na1;"A ""x"" B";One, first.;;12;4\r\n'),
+        ('artist_id,artist_name\na1,"A\na2,"B" b\n', [],
+         'artist_id,artist_name,+"a1,""A",,,no request,,\r\na2,"""B"" b",Two.,,12,4\r\n'),
+        ("artist_id,artist_name\na2,B,c\na2,B\n", [],
+         "artist_id,artist_name,,+a2,B,c,,no request,,\r\na2,B,,Two.,,12,4\r\n"),
+        ("Nr,Artist\na2,B\n", ["--id-column", "nr", "--name-column", "artist"], "Nr,Artist,+a2,B,Two.,,12,4\r\n"),
+        ("a2,B,x\n", ["--skip-header"], "artist_id,artist_name,artist_data,+a2,B,x,Two.,,12,4\r\n"),
+    ],
+    ids=["a row that the converter skips", "stray quotes", "too long", "named columns", "no header"],
+)
+def test_the_bio_stands_in_the_row_that_the_converter_takes(
+    content: str, options: list[str], expected: str, exported: None, tool: Tool
+) -> None:
+    delimiter = ";" if ";" in content else ","
+    ours = ADDED.removeprefix(",").replace(",", delimiter)
+    assert spreadsheet(tool, content, *options) == expected.replace("+", ours)
+
+
+def test_a_column_named_like_one_of_ours_stays(exported: None, tool: Tool, capsys: Capture) -> None:
+    assert spreadsheet(tool, "artist_id,Bio\na2,old\n") == f"artist_id,Bio{ADDED}a2,old,Two.,,12,4\r\n"
+    said = capsys.readouterr().err
+    assert warning('artists.csv has a column "bio" already; the new one is the last of that name') in said
+
+
+def test_only_bios_are_replaced_by_bios(exported: None, tool: Tool, capsys: Capture) -> None:
+    Path("bios.csv").write_text("artist_id,artist_name\na1,A\n")
+    assert export(tool) == 1
+    assert capsys.readouterr().err == error(
+        "bios.csv holds something other than exported bios, so it was left as it is; choose another --out"
+    )
+    Path("bios.csv").write_text('"artist_id";"bio";"error";"input_tokens";"output_tokens"\n')
+    assert export(tool) == 0
+
+
+def test_an_export_into_a_workbook_is_a_usage_error(tool: Tool, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool("export", "--in", "requests.jsonl", "--results", "results.jsonl", "--out", "Bios.XLSX")
+    assert ended.value.code == 2
+    assert "choose an --out that ends in .csv: Bios.XLSX" in capsys.readouterr().err
