@@ -1887,9 +1887,10 @@ class Api(NamedTuple):
         return True
 
     def check_model(self, model: Any) -> None:
-        """Raise CommandError if the model does not exist. Warn if it was shut down or will be soon."""
-        if not isinstance(model, str) or model in ("", ".", ".."):  # the SDK refuses to build a path of these
+        """Look at the model, once. Raise CommandError if it does not exist. Warn if it was or will soon be shut down."""
+        if not isinstance(model, str) or model in ("", ".", "..", *self.told):  # the SDK refuses a path of dots
             return
+        self.told.add(model)
         send = functools.partial(self.client.models.with_raw_response.retrieve, timeout=MODEL_SECONDS)
         try:
             content = self.call_sdk("GET_MODEL", {"model": model}, send, dict, Retry(tries=1, rate_limit_budget=0))
@@ -2634,10 +2635,8 @@ class Submitter:
     ) -> None:
         self.api = api
         self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
-        self._endpoint = checked.endpoint
-        self._model = checked.model  # None once it has been looked at
-        self._window: str = args.completion_window
-        self._force: bool = args.force
+        self._args = args
+        self._checked = checked
         self._request_file_sha256 = request_file_sha256
         self._own_hashes = {request_file_sha256, *(part.sha256 for part in checked.parts)}
         self._note = note
@@ -2686,7 +2685,7 @@ class Submitter:
         try:
             listed = api.recent_batches()
         except (ApiError, IncompleteListing) as failure:
-            if not self._force or isinstance(failure, NotSent):
+            if not self._args.force or isinstance(failure, NotSent):
                 raise
             return []
         self._listed.update(batch.id for batch in listed)
@@ -2697,7 +2696,7 @@ class Submitter:
 
         They are in the listing, or only in notes. Empty with --force.
         """
-        if self._force:
+        if self._args.force:
             return []
         found = {batch.id: batch for batch in listed}
         noted = self._resolve(self._note, found)
@@ -2771,8 +2770,7 @@ class Submitter:
         Looks at the model before the first upload. A wrong size is tried again, but a service that adds the same number
         of bytes twice rewrites what it gets.
         """
-        model, self._model = self._model, None
-        self.api.check_model(model)
+        self.api.check_model(self._checked.model)
         name = self._name if self._name.endswith(".jsonl") else f"{self._name}.jsonl"
         for _ in range(MAX_TRIES):
             file = self.api.upload(requests, part, name)
@@ -2795,8 +2793,8 @@ class Submitter:
         metadata = {"input_sha256": part.sha256, "input_file": self._name[:512], "part": part.label}
         if part.sha256 != self._request_file_sha256:
             metadata["request_file_sha256"] = self._request_file_sha256
-        request = {"input_file_id": file_id, "endpoint": self._endpoint, "completion_window": self._window,
-                   "metadata": metadata}
+        request = {"input_file_id": file_id, "endpoint": self._checked.endpoint,
+                   "completion_window": self._args.completion_window, "metadata": metadata}
         retry = Retry(outage_budget=self.api.outage_budget, repeat_lost=False)
         delays, is_posted = iter(LOOK_UP_DELAYS), False
         while True:
@@ -2831,24 +2829,22 @@ class Submitter:
         If other batches of this request file have shown up, or the listing cannot be had, the POST is not made. A file
         that may have become a batch is not deleted then.
         """
-        if self._force and not is_posted:
+        if self._args.force and not is_posted:
             return None
+        before = {*self._listed}
         try:
-            before = {*self._listed}
             listed = by_age(self.list_batches(self.api))
-            if batch := self._batch_of(listed, file_id, part.sha256 if is_posted else "", before):
-                return batch
-            others = [each for each in listed if each.may_have_success and self._is_ours(each)]
-            new = [each for each in others if each.id not in self._ignored]
-            if new and not self._force:
-                raise AlreadySubmitted(new)
-        except AlreadySubmitted:
-            self._drop(file_id)
-            raise
         except (ApiError, IncompleteListing) as failure:  # about the listing; it must not look like one of the POST
             if not is_posted:
                 self._drop(file_id)
             raise CommandError(str(failure)) from None
+        if batch := self._batch_of(listed, file_id, part.sha256 if is_posted else "", before):
+            return batch
+        others = [each for each in listed if each.may_have_success and self._is_ours(each)]
+        new = [each for each in others if each.id not in self._ignored]
+        if new and not self._args.force:
+            self._drop(file_id)
+            raise AlreadySubmitted(new)
         return None
 
     @staticmethod
