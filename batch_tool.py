@@ -2935,13 +2935,6 @@ def advice_if_stopped(advice: Callable[[], str], console: Console) -> Iterator[N
         raise
 
 
-class Polled(NamedTuple):
-    """The result of polling, by batch id: batches that have ended, and errors of those that cannot be polled."""
-
-    ended: dict[str, Batch]
-    lost: dict[str, CommandError]
-
-
 class Poller:
     """Polls batches. Once the API has answered, it puts up with outages for as long as its API does, at least an hour.
 
@@ -2955,9 +2948,9 @@ class Poller:
         self._lacks_output_since: dict[str, float] = {}
         self._last_report = ""
 
-    def poll(self, batch_ids: Iterable[str]) -> Polled:
-        """Poll each batch once."""
-        polled = Polled({}, {})
+    def poll(self, batch_ids: Iterable[str]) -> dict[str, Batch | CommandError]:
+        """Poll each batch once. Return those that have ended, and the errors of those that cannot be polled, by id."""
+        ends: dict[str, Batch | CommandError] = {}
         for batch_id in batch_ids:
             api = self._patient_api if self.latest else self._api
             try:
@@ -2965,10 +2958,10 @@ class Poller:
                 if batch.status not in KNOWN_STATUSES:
                     api.warn_once(f"{batch_id}: status {quoted(batch.raw['status'])} is not known; still waiting")
                 if self._is_finished(batch):
-                    polled.ended[batch_id] = batch
+                    ends[batch_id] = batch
             except (OutputMissing, ApiError) as failure:
-                polled.lost[batch_id] = failure
-        return polled
+                ends[batch_id] = failure
+        return ends
 
     def _is_finished(self, batch: Batch) -> bool:
         """Whether it has ended and no longer lacks its output file, which may be late."""
@@ -3081,11 +3074,8 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
             else:
                 api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
     if "results" in sizes and "errors" not in sizes.keys() | lost:
-        try:
-            with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
-                os.unlink(paths["errors"])
-        except CommandError as failure:
-            failures.append(failure)
+        with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
+            os.unlink(paths["errors"])
     return Saved(sizes, failures)
 
 
@@ -3291,37 +3281,34 @@ def cmd_status(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # wait
 
 
-def wait_for_end(api: Api, args: argparse.Namespace) -> Polled:
+def wait_for_end(api: Api, args: argparse.Namespace) -> dict[str, Batch | CommandError]:
     """Poll until every batch has ended or cannot be polled."""
-    poller, found, started = Poller(api), Polled({}, {}), api.clock.now()
+    poller, started = Poller(api), api.clock.now()
+    ends: dict[str, Batch | CommandError] = {}
     while True:
-        polled = poller.poll(each for each in dict.fromkeys(args.batch_ids) if each not in found.ended | found.lost)
-        found = Polled(found.ended | polled.ended, found.lost | polled.lost)
+        ends |= poller.poll(each for each in dict.fromkeys(args.batch_ids) if each not in ends)
         poller.report(api.clock.now() - started)
-        if len(found.ended) + len(found.lost) == len({*args.batch_ids}):
-            return found
+        if ends.keys() == {*args.batch_ids}:
+            return ends
         api.clock.sleep(args.interval)
 
 
-def save_polled(args: argparse.Namespace, api: Api, polled: Polled) -> int:
-    """Show and save each batch that was waited for, and return the exit code."""
-
-    def save_or_fail(batch_id: str) -> None:
-        if batch_id in polled.lost:
-            raise polled.lost[batch_id]
-        show_and_save(args, api, polled.ended[batch_id])
-
-    exit_code = each_batch(args.batch_ids, api.console, save_or_fail)
-    return exit_code or int(any(batch.status != "completed" for batch in polled.ended.values()))
+def save_or_fail(args: argparse.Namespace, api: Api, end: Batch | CommandError) -> None:
+    """Show and save a batch that was waited for. Raises CommandError if it could not be polled."""
+    if isinstance(end, CommandError):
+        raise end
+    show_and_save(args, api, end)
 
 
 def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     resume = f"to resume waiting: {PROG} wait --batch-id {' '.join(args.batch_ids)}"
     with connect(args, console, clock) as api, clock.limit(args.timeout):
         with advice_if_stopped(lambda: f"the batches keep running on the server; {resume}", console):
-            polled = wait_for_end(api, args)
+            ends = wait_for_end(api, args)
         with advice_if_stopped(lambda: resume, console):
-            return save_polled(args, api, polled)
+            exit_code = each_batch(args.batch_ids, console, lambda each: save_or_fail(args, api, ends[each]))
+        is_all_completed = all(isinstance(end, Batch) and end.status == "completed" for end in ends.values())
+        return exit_code or int(not is_all_completed)
 
 
 # retrieve
@@ -3823,24 +3810,19 @@ class Run:
 
     def _ended(self) -> Iterator[tuple[Batch, ActiveBatch]]:
         """Poll every active batch once. Yield those that have ended, and stop watching them."""
-        polled = self._poller.poll([*self.active])
-        for batch_id, failure in polled.lost.items():
+        for batch_id, end in self._poller.poll([*self.active]).items():
             watched = self.active[batch_id]
-            age = self._clock.now() - watched.submitted_at
-            if isinstance(failure, OutputMissing):
-                del self.active[batch_id]
-                self._withhold(watched, str(failure), {})
-                yield self._poller.latest[batch_id], watched
-            elif not (isinstance(failure, NotFound) and age < YOUNG_SECONDS):
-                raise failure
-            else:
-                self._console.warn(f"{batch_id}: {failure}; the batch is new and may not be visible yet; still waiting")
-        for batch in polled.ended.values():
-            watched = self.active.pop(batch.id)
-            if batch.status == "cancelled" and watched.batch.status != "cancelling":
-                self._stop(f"batch {batch.id} was cancelled; this run ends when its other batches have ended; run "
+            if isinstance(end, NotFound) and self._clock.now() - watched.submitted_at < YOUNG_SECONDS:
+                self._console.warn(f"{batch_id}: {end}; the batch is new and may not be visible yet; still waiting")
+                continue
+            if isinstance(end, OutputMissing):
+                self._withhold(watched, str(end), {})
+            elif isinstance(end, CommandError):
+                raise end
+            elif end.status == "cancelled" and watched.batch.status != "cancelling":
+                self._stop(f"batch {batch_id} was cancelled; this run ends when its other batches have ended; run "
                            "again to send the rest")
-            yield batch, watched
+            yield self._poller.latest[batch_id], self.active.pop(batch_id)
 
     def _failure_reasons(self, batch: Batch) -> str:
         """Why a batch failed: its errors, and the most common ones of its error file."""
