@@ -1887,7 +1887,7 @@ class Api(NamedTuple):
         return True
 
     def check_model(self, model: Any) -> None:
-        """Look at the model, once. Raise CommandError if it does not exist. Warn if it was or will soon be shut down."""
+        """Look at the model, once. Raise CommandError if it does not exist. Warn if it is or will soon be shut down."""
         if not isinstance(model, str) or model in ("", ".", "..", *self.told):  # the SDK refuses a path of dots
             return
         self.told.add(model)
@@ -2709,7 +2709,16 @@ class Submitter:
                     with open_note_file(path) as locked:  # if it is locked, its process takes care of its POSTs
                         noted |= self._resolve(Note(self.api.console, locked), found)
         self._add_unlisted(noted, found)
-        return by_age(batch for batch in found.values() if batch.may_have_success and self._is_ours(batch))
+        ours = by_age(filter(self._is_ours, found.values()))
+        for batch in ours:
+            self.warn_of_lost_answers(batch)
+        return [batch for batch in ours if batch.may_have_success]
+
+    def warn_of_lost_answers(self, batch: Batch) -> None:
+        """Warn of a batch that ended early, with answers by its counts, but without an output file."""
+        if batch.status in ("expired", "cancelled") and batch.counts.completed and not batch.output_file_id:
+            self.api.warn_once(f"batch {batch.id} ({batch.status}) counts {batch.counts.completed} completed requests, "
+                               "but names no output file; they are sent, and perhaps paid for, again")
 
     def _resolve(self, note: Note, found: dict[str, Batch]) -> set[str]:
         """Find out what became of each POST of a note that has no outcome yet, and return the ids of its batches.
@@ -3957,9 +3966,7 @@ class Run:
             self._console.warn(reason)
         if reasons:
             self._withhold(watched, "; ".join(reasons), outcomes)
-        if batch.status != "completed" and batch.counts.completed and not batch.output_file_id:
-            self._console.warn(f"batch {batch.id} ({batch.status}) counts {batch.counts.completed} completed requests, "
-                               "but names no output file; they are sent, and perhaps paid for, again")
+        self._submitter.warn_of_lost_answers(batch)
         # a rejection that was there before the run is no reason not to send the request again
         is_new = not (watched.is_earlier and watched.batch.has_ended)
         answers = (SUCCEEDED, REJECTED) if is_new else (SUCCEEDED,)

@@ -1014,7 +1014,6 @@ def test_a_job_at_endpoints_without_a_version(api: FaultyAPI, url: str) -> None:
     assert {batch.endpoint for batch in api.batches.values()} == {url}
 
 
-@pytest.mark.xfail(reason="run says nothing of it yet", strict=True)
 def test_answers_that_a_cancelled_batch_counts_and_does_not_give_draw_a_warning(
     api: FaultyAPI, capsys: pytest.CaptureFixture[str]
 ) -> None:
