@@ -662,10 +662,8 @@ class ApiError(CommandError):
     pause in seconds that it asks for, and whether it says that there is no such endpoint.
     """
 
-    def __init__(
-        self, text: str, status: int | None = None, codes: tuple[Any, ...] = (), retry_after: float | None = None, *,
-        no_endpoint: bool = False,
-    ) -> None:
+    def __init__(self, text: str, status: int | None = None, codes: Container[Any] = (),
+                 retry_after: float | None = None, *, no_endpoint: bool = False) -> None:
         super().__init__(text)
         self.status = status
         self.codes = codes
@@ -778,9 +776,13 @@ def read_object(line: bytes, *, strict: bool = False) -> Json:
     return content
 
 
-def child_object(content: Json, name: str) -> Json:
-    value = content.get(name)
-    return value if isinstance(value, dict) else {}
+def child_object(content: Json, *names: str) -> Json:
+    """The object at the end of this path of names; empty if there is none."""
+    for name in names:
+        content = content.get(name, {})
+        if not isinstance(content, dict):
+            return {}
+    return content
 
 
 def objects(value: Any) -> list[Json]:
@@ -1073,8 +1075,8 @@ class PartDivider:
 
     def __init__(self, max_requests: int = MAX_BATCH_REQUESTS, max_bytes: int = MAX_BATCH_BYTES) -> None:
         self.file_size = 0
+        self.max_bytes = max_bytes
         self._max_requests = max_requests
-        self._max_bytes = max_bytes
         self._parts: list[Part] = []
         self._start_part()
 
@@ -1084,14 +1086,13 @@ class PartDivider:
         self._hash = hashlib.sha256()
 
     def _end_part(self) -> None:
-        first = self._parts[-1].first + self._parts[-1].requests if self._parts else 0
-        size = self.file_size - self._offset
-        self._parts.append(Part("", self._offset, size, first, self._requests, self._hash.hexdigest()))
+        if self._requests:
+            first, size = sum(part.requests for part in self._parts), self.file_size - self._offset
+            self._parts.append(Part("", self._offset, size, first, self._requests, self._hash.hexdigest()))
         self._start_part()
 
     def add(self, line: bytes) -> None:
-        is_full = self._requests == self._max_requests or self.file_size - self._offset + len(line) > self._max_bytes
-        if is_full and self._requests:
+        if self._requests == self._max_requests or self.file_size - self._offset + len(line) > self.max_bytes:
             self._end_part()
         self.file_size += len(line)
         self._requests += 1
@@ -1099,8 +1100,7 @@ class PartDivider:
 
     def parts(self) -> list[Part]:
         """The parts of all lines added."""
-        if self._requests:
-            self._end_part()
+        self._end_part()
         return [part._replace(label=f"{n}/{len(self._parts)}") for n, part in enumerate(self._parts, 1)]
 
 
@@ -1126,12 +1126,8 @@ def digest_of(line: bytes) -> bytes:
 
 def schema_fields(body: Json) -> Iterable[str]:
     """The names of the properties that the schema of a request wants in the answer. Empty without a schema."""
-    if "text" in body:
-        return child_object(child_object(child_object(child_object(body, "text"), "format"), "schema"), "properties")
-    if "response_format" not in body:
-        return ()
-    schema = child_object(child_object(child_object(body, "response_format"), "json_schema"), "schema")
-    return child_object(schema, "properties")
+    of_chat = child_object(body, "response_format", "json_schema", "schema", "properties")
+    return child_object(body, "text", "format", "schema", "properties") or of_chat
 
 
 class InputCheck:
@@ -1140,68 +1136,65 @@ class InputCheck:
     `endpoint` is the first url that is a path, if none is given. Lines are hashed for the index with `hashes_lines`.
     """
 
-    def __init__(self, endpoint: str | None, max_bytes: int = MAX_BATCH_BYTES, *, hashes_lines: bool = False) -> None:
+    def __init__(self, endpoint: str | None = None, *, hashes_lines: bool = False) -> None:
         self.endpoint = endpoint or ""
         self.index = RequestIndex({}, bytearray(), {})
         self.model: Any = None  # of the first request that has one
         self.without_model = 0
-        self._max_bytes = max_bytes
         self._hashes_lines = hashes_lines
 
-    def problems(self, lines: Iterable[bytes], divider: PartDivider) -> Iterator[Problem]:
-        """Add all lines to the divider and the index, and yield what is wrong with them."""
+    def problems(self, lines: Iterable[bytes], divider: PartDivider | None = None) -> Iterator[Problem]:
+        """Add all lines to the index and the divider, and yield what is wrong with them."""
         number = 0
         for number, line in enumerate(lines, 1):
             if number == 1 and (guess := guess_content(line)):
                 yield Problem(1, "invalid_json_line", guess)
                 return
-            divider.add(line)
             if self._hashes_lines:
                 self.index.digests.extend(digest_of(line))
-            if len(line) > self._max_bytes:
-                message = f"{len(line)} bytes; the limit of a batch is {self._max_bytes}"
-                yield Problem(number, "invalid_request", message)
+            if divider:
+                divider.add(line)
+                if len(line) > divider.max_bytes:
+                    message = f"{len(line)} bytes; the limit of a batch is {divider.max_bytes}"
+                    yield Problem(number, "invalid_request", message)
             try:
                 request = read_object(line, strict=True)
             except ValueError as error:
                 yield Problem(number, "invalid_json_line", str(error))
             else:
-                yield from (Problem(number, code, message) for code, message in self._add(number, request))
+                for code, message in self._add(number, request):
+                    yield Problem(number, code, message)
         if not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
-    def _add(self, number: int, request: Json) -> list[tuple[str, str]]:
-        """Note the custom_id, url and model of a request, and return the code and message of each of its problems."""
-        found = []
+    def _add(self, number: int, request: Json) -> Iterator[tuple[str, str]]:
+        """Note the custom_id, url and model of a request, and yield the code and message of each of its problems."""
         custom_id, method, url, body = map(request.get, ("custom_id", "method", "url", "body"))
         if custom_id is None:
-            found.append(("missing_required_parameter", "custom_id is missing"))
+            yield "missing_required_parameter", "custom_id is missing"
         elif not isinstance(custom_id, str) or not custom_id:
-            found.append(("invalid_request", "custom_id is not a non-empty string"))
+            yield "invalid_request", "custom_id is not a non-empty string"
         elif (first := self.index.position_of.setdefault(custom_id, number - 1)) != number - 1:
-            message = f"custom_id {quoted(custom_id)} was already used on line {first + 1}"
-            found.append(("duplicate_custom_id", message))
+            yield "duplicate_custom_id", f"custom_id {quoted(custom_id)} was already used on line {first + 1}"
         if method != "POST":
-            found.append(("invalid_request", f'method is {quoted(method)}, not "POST"'))
+            yield "invalid_request", f'method is {quoted(method)}, not "POST"'
         if not self.endpoint and isinstance(url, str) and url.startswith("/") and url.isprintable():
             self.endpoint = url
         if not url or url != self.endpoint:
             endpoint = self.endpoint or "a path like /v1/responses"
-            found.append(("url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}"))
+            yield "url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}"
         if not isinstance(body, dict):
-            found.append(("invalid_request", "body is not a JSON object"))
-            return found
+            yield "invalid_request", "body is not a JSON object"
+            return
         self.index.fields.update(dict.fromkeys(schema_fields(body)))
         if body.get("stream") is True:
-            found.append(("invalid_request", "body.stream is true; a batch cannot stream"))
+            yield "invalid_request", "body.stream is true; a batch cannot stream"
         if (model := body.get("model")) is None:
             self.without_model += 1
         elif self.model is None:
             self.model = model
         elif model != self.model:
-            message = f"model is {quoted(model)}, not {quoted(self.model)}; a batch has one model"
-            found.append(("model_mismatch", message))
-        return found
+            yield "model_mismatch", f"model is {quoted(model)}, not {quoted(self.model)}; a batch has one model"
 
 
 class Checked(NamedTuple):
@@ -1214,18 +1207,15 @@ class Checked(NamedTuple):
     model: Any
 
 
-def check_input(
-    requests: Input, console: Console, endpoint: str | None = None, max_requests: int = MAX_BATCH_REQUESTS, *,
-    hashes_lines: bool = False,
-) -> Checked:
+def check_input(requests: Input, console: Console, endpoint: str | None = None,
+                max_requests: int = MAX_BATCH_REQUESTS, *, hashes_lines: bool = False) -> Checked:
     """Check a request file, divide it into parts and index it, in one pass.
 
     If it has errors, print them and raise CommandError.
     """
     check, divider = InputCheck(endpoint, hashes_lines=hashes_lines), PartDivider(max_requests)
     found = 0
-    for problem in check.problems(requests.lines(), divider):
-        found += 1
+    for found, problem in enumerate(check.problems(requests.lines(), divider), 1):
         if found <= MAX_LISTED:
             console.message(str(problem))
     if found > MAX_LISTED:
@@ -1239,24 +1229,15 @@ def check_input(
 
 
 def index_requests(requests: Input) -> RequestIndex:
-    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice."""
-    index = RequestIndex({}, bytearray(), {})
-    for position, line in enumerate(requests.lines()):
-        index.digests.extend(digest_of(line))
-        problem = "" if position else guess_content(line)
-        try:
-            request = read_object(line)
-        except ValueError as error:
-            request, problem = {}, problem or str(error)
-        custom_id = request.get("custom_id")
-        if not problem and not (isinstance(custom_id, str) and custom_id and isinstance(request.get("body"), dict)):
-            problem = "no request; --in must be the request file"
-        elif not problem and index.position_of.setdefault(str(custom_id), position) != position:
-            problem = f"custom_id {quoted(custom_id)} was used before; see validate"
-        if problem:
-            raise CommandError(f"{requests.name} line {position + 1}: {problem}")
-        index.fields.update(dict.fromkeys(schema_fields(request["body"])))
-    return index
+    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice.
+
+    They may have several models and endpoints, which only a batch may not.
+    """
+    check = InputCheck(hashes_lines=True)
+    for problem in check.problems(requests.lines()):
+        if problem.code not in ("url_mismatch", "model_mismatch", "empty_file"):
+            raise CommandError(f"{requests.name} {problem}; is --in the request file?")
+    return check.index
 
 
 def split_part(part: Part, requests: BinaryIO) -> list[Part]:
@@ -2449,7 +2430,7 @@ def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, floa
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
     body = child_object(request, "body")
-    for holder in (child_object(child_object(body, "prompt"), "variables"), child_object(body, "metadata")):
+    for holder in (child_object(body, "prompt", "variables"), child_object(body, "metadata")):
         if isinstance(name := holder.get("artist_name"), str):
             return name
     return ""

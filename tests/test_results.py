@@ -465,14 +465,14 @@ def test_retry_to_stdout_reports_on_stderr(tool: Tool, capfdbinary: pytest.Captu
 @pytest.mark.parametrize(
     "lines, reason",
     [
-        ([b"x\n"], "requests.jsonl line 1: not JSONL; it looks like text: convert it with gen_batch_jsonl.py first"),
+        ([b"x\n"], "requests.jsonl line 1: invalid_json_line: not JSONL; it looks like text: convert"),
         ([b"[" * 100_000 + b"\n"], "requests.jsonl line 1: "),
-        ([request(), b"\xff\n"], "requests.jsonl line 2: not valid UTF-8 (byte 1 of the line)"),
-        ([b"a,b\n", b"1,2\n"], "requests.jsonl line 1: not JSONL; it looks like a CSV: convert it with"),
+        ([request(), b"\xff\n"], "requests.jsonl line 2: invalid_json_line: not valid UTF-8 (byte 1 of the line)"),
+        ([b"a,b\n", b"1,2\n"], "requests.jsonl line 1: invalid_json_line: not JSONL; it looks like a CSV: convert it"),
         ([success()], "requests.jsonl line 1: "),
-        ([b"{}\n"], "requests.jsonl line 1: no request; --in must be the request file"),
-        ([request(7)], "requests.jsonl line 1: no request; --in must be the request file"),
-        ([request(), request()], 'requests.jsonl line 2: custom_id "a1" was used before; see validate'),
+        ([b"{}\n"], "requests.jsonl line 1: missing_required_parameter: custom_id is missing; is --in"),
+        ([request(7)], "requests.jsonl line 1: invalid_request: custom_id is not a non-empty string; is --in"),
+        ([request(), request()], 'requests.jsonl line 2: duplicate_custom_id: custom_id "a1" was already used'),
     ],
     ids=in_short,
 )

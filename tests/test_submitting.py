@@ -115,7 +115,7 @@ INVALID = pytest.mark.parametrize(
 
 @INVALID
 def test_an_invalid_line_is_a_problem_with_its_number(line: Any, problem: str) -> None:
-    check = batch_tool.InputCheck(None)
+    check = batch_tool.InputCheck()
     (found,) = check.problems([jsonl(request("a1")), jsonl(line)], batch_tool.PartDivider())
     assert str(found).startswith(f"line 2: {problem}")
 
@@ -138,7 +138,7 @@ def test_an_empty_file_is_an_error(tool: Tool, capsys: Capture) -> None:
 
 def test_a_line_longer_than_a_batch_may_be_is_an_error() -> None:
     line = jsonl(request())
-    (problem,) = batch_tool.InputCheck(None, max_bytes=len(line) - 1).problems([line], batch_tool.PartDivider())
+    (problem,) = batch_tool.InputCheck().problems([line], batch_tool.PartDivider(max_bytes=len(line) - 1))
     assert str(problem) == f"line 1: invalid_request: {len(line)} bytes; the limit of a batch is {len(line) - 1}"
 
 
