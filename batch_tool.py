@@ -33,7 +33,6 @@ import io
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import stat
@@ -731,7 +730,6 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-LENIENT_JSON = json.JSONDecoder()
 STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
@@ -762,7 +760,8 @@ def decode_json(line: bytes, strict: bool) -> Any:
             return from_json(line, allow_inf_nan=not strict)
         except ValueError:  # also a lone surrogate or deep nesting, which `json` may take
             pass
-    return (STRICT_JSON if strict else LENIENT_JSON).decode(line.rstrip(b"\r\n").decode())
+    decode = STRICT_JSON.decode if strict else json.loads
+    return decode(line.rstrip(b"\r\n").decode())
 
 
 def read_object(line: bytes, *, strict: bool = False) -> Json:
@@ -800,23 +799,16 @@ def int_field(content: Json, name: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def secrets_in_environment() -> list[str]:
-    """The API key and the password in the base URL, each in every form in which it may be printed."""
+def hide_secrets(text: str) -> str:
+    """Replace the API key and the password in the base URL, in every form, and anything that looks like an API key."""
     from urllib.parse import unquote, urlsplit  # takes a while to import
 
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    try:
+    key, password = os.environ.get("OPENAI_API_KEY", "").strip(), ""
+    with contextlib.suppress(ValueError):
         password = urlsplit(os.environ.get("OPENAI_BASE_URL", "").strip()).password or ""
-    except ValueError:
-        password = ""
-    forms = [key, json.dumps(key)[1:-1], password, unquote(password)]
-    return [secret for secret in dict.fromkeys(forms) if len(secret) >= 8]
-
-
-def hide_secrets(text: str) -> str:
-    """Replace the secrets of the environment, and anything that looks like an API key."""
-    for secret in secrets_in_environment():
-        text = text.replace(secret, REDACTED)
+    for secret in (key, json.dumps(key)[1:-1], password, unquote(password)):
+        if len(secret) >= 8:
+            text = text.replace(secret, REDACTED)
     return SECRET.sub(lambda found: found[1] + REDACTED, text)
 
 
@@ -866,15 +858,12 @@ class Clock:
         self._sleep = sleep
         self._deadline = math.inf
 
-    def seconds_left(self) -> float:
-        return self._deadline - self.now()
-
     def sleep(self, seconds: float) -> None:
         """Raises TimedOut once the limit has passed."""
-        left = self.seconds_left()
+        left = self._deadline - self.now()
         if left > 0:
             self._sleep(min(seconds, left))
-        if self.seconds_left() <= 0:
+        if self.now() >= self._deadline:
             raise TimedOut
 
     @contextlib.contextmanager
@@ -987,16 +976,13 @@ def refuse_unwritable(path: str) -> None:
 
 def ends_with_an_object(file: BinaryIO, start: int) -> bool:
     """Whether the last line that is not blank, of the bytes from `start` on, is a JSON object."""
-    file.flush()
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = len(content)
-        while end > start and content[end - 1 : end].isspace():
-            end -= 1
-        line = content[max(start, content.rfind(b"\n", start, end) + 1) : end].removeprefix(codecs.BOM_UTF8)
-    with contextlib.suppress(ValueError):
-        read_object(line)
-        return True
-    return False
+    file.seek(start)
+    last = deque(filter(bytes.strip, file), maxlen=1)
+    try:
+        read_object(last.pop().removeprefix(codecs.BOM_UTF8))
+    except (IndexError, ValueError):
+        return False
+    return True
 
 
 class FilePart(io.BufferedIOBase):
@@ -1018,8 +1004,7 @@ class FilePart(io.BufferedIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = start + offset
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
@@ -1468,13 +1453,8 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     kind: type[ApiError] = NotFound if status == 404 else Refused
     if status in (408, 409) or (status >= 500 and status != 501):
         kind = OutcomeUnknown
-    return kind(
-        f"{operation}: HTTP {status}: {shorten(text)}{code}{advice}",
-        status,
-        (body.get("code"), body.get("type")),
-        wait,
-        no_endpoint=no_endpoint,
-    )
+    text = f"{operation}: HTTP {status}: {shorten(text)}{code}{advice}"
+    return kind(text, status, (body.get("code"), body.get("type")), wait, no_endpoint=no_endpoint)
 
 
 def proxy_for(url: str) -> str:
@@ -1526,10 +1506,8 @@ class Retry:
     repeated twice. With `repeat_lost=False`, a lost response is not repeated; a request that was not sent always is.
     """
 
-    def __init__(
-        self, tries: int = MAX_TRIES, rate_limit_budget: float = RATE_LIMIT_BUDGET, outage_budget: float = 0, *,
-        repeat_lost: bool = True,
-    ) -> None:
+    def __init__(self, tries: int = MAX_TRIES, rate_limit_budget: float = RATE_LIMIT_BUDGET,
+                 outage_budget: float = 0, *, repeat_lost: bool = True) -> None:
         self._tries_left = tries
         self._seconds_left = outage_budget or rate_limit_budget
         self._outlives_outages = bool(outage_budget)
@@ -1566,7 +1544,7 @@ class Log:
     request is made.
     """
 
-    def __init__(self, file: TextIO, path: str) -> None:
+    def __init__(self, file: BinaryIO, path: str) -> None:
         self.failure: CommandError | None = None
         self._file = file
         self._path = path
@@ -1579,10 +1557,11 @@ class Log:
 
     def info(self, message: str, level: str = "INFO") -> None:
         moment = datetime.datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+        line = f"{redact(f'{moment} {level} {message}')}\n".encode(errors="backslashreplace")
         try:
             with os_errors_as(f"write the log {self._path}", "; choose another with --log-file"):
-                self._file.write(redact(f"{moment} {level} {message}") + "\n")
-                self._file.flush()
+                while line:  # a disk that is nearly full takes a part
+                    line = line[self._file.write(line) :]
         except CommandError as failure:
             self.failure = self.failure or failure
 
@@ -1608,13 +1587,9 @@ def open_log(path: str | None) -> Iterator[Log]:
         descriptor = os.open(path, flags, 0o600)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
-    file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")
-    log = Log(file, path)
-    try:
+    with open(descriptor, "ab", buffering=0) as file:
+        log = Log(file, path)
         yield log
-    finally:
-        with contextlib.suppress(OSError):  # `failure` has it
-            file.close()
     if log.failure:
         raise log.failure
 
@@ -1640,12 +1615,8 @@ class Page(NamedTuple):
             with contextlib.suppress(OutcomeUnknown, UnusableId):
                 batches.append(Batch.parse(item))
         date = http_date(headers.get("date", ""))
-        return cls(
-            batches,
-            len(data) - len(batches),
-            has_more if isinstance(has_more, bool) else None,
-            time.time() if date is None else date,
-        )
+        has_more = has_more if isinstance(has_more, bool) else None
+        return cls(batches, len(data) - len(batches), has_more, time.time() if date is None else date)
 
 
 class FileInfo(NamedTuple):
@@ -1680,9 +1651,8 @@ class Api(NamedTuple):
             self.told.add(text)
             self.console.warn(text)
 
-    def call_with_retries(
-        self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]], retry: Retry | None = None
-    ) -> T:
+    def call_with_retries(self, operation: str, logged_as: Json, attempt: Callable[[], tuple[T, Any]],
+                          retry: Retry | None = None) -> T:
         """Call `attempt`, which returns a result and the response to log, until it succeeds or `retry` gives up."""
         import openai
 
@@ -1706,10 +1676,8 @@ class Api(NamedTuple):
                 self.console.warn(f"{failure}; trying again in {math.ceil(pause)} s")
             self.clock.sleep(pause)
 
-    def call_sdk(
-        self, operation: str, parameters: Json, send: Callable[..., Any], parse: Callable[[Json], T],
-        retry: Retry | None = None,
-    ) -> T:
+    def call_sdk(self, operation: str, parameters: Json, send: Callable[..., Any], parse: Callable[[Json], T],
+                 retry: Retry | None = None) -> T:
         """Call a raw-response method of the SDK, and parse the JSON object of its response."""
 
         def attempt() -> tuple[T, Json]:
@@ -1719,14 +1687,12 @@ class Api(NamedTuple):
         return self.call_with_retries(operation, parameters, attempt, retry)
 
     def upload(self, requests: Input, part: Part, name: str) -> FileInfo:
-        send = functools.partial(self.client.files.with_raw_response.create, timeout=UPLOAD_SECONDS)
-
-        def attempt() -> tuple[FileInfo, Json]:
+        def send(**_logged: Any) -> Any:
             file = cast(BinaryIO, FilePart(requests.file, part.offset, part.size))
-            content = json_object(send(file=(name, file), purpose="batch").content)
-            return FileInfo.parse(content), content
+            create = self.client.files.with_raw_response.create
+            return create(file=(name, file), purpose="batch", timeout=UPLOAD_SECONDS)
 
-        return self.call_with_retries("UPLOAD", {"file": name, **part._asdict()}, attempt)
+        return self.call_sdk("UPLOAD", {"file": name, **part._asdict()}, send, FileInfo.parse)
 
     def create_batch(self, request: Json) -> Batch:
         """POST a batch once. It is never repeated here, because each POST could be charged for."""
@@ -1734,17 +1700,14 @@ class Api(NamedTuple):
         return self.call_sdk("CREATE_BATCH", request, send, Batch.parse, Retry(tries=1, rate_limit_budget=0))
 
     def batch(self, batch_id: str) -> Batch:
-        timeout = max(1, min(REQUEST_SECONDS, self.clock.seconds_left()))
-        send = functools.partial(self.client.batches.with_raw_response.retrieve, timeout=timeout)
-        return self._call_for_batch("GET_STATUS", batch_id, send)
+        return self._call_for_batch("GET_STATUS", batch_id, self.client.batches.with_raw_response.retrieve)
 
     def cancel(self, batch_id: str) -> Batch:
         send = self.client.batches.with_raw_response.cancel
         return self._call_for_batch("CANCEL_BATCH", batch_id, send, Retry(repeat_lost=False))
 
-    def _call_for_batch(
-        self, operation: str, batch_id: str, send: Callable[..., Any], retry: Retry | None = None
-    ) -> Batch:
+    def _call_for_batch(self, operation: str, batch_id: str, send: Callable[..., Any],
+                        retry: Retry | None = None) -> Batch:
         def parse(content: Json) -> Batch:
             batch = Batch.parse(content)
             if batch.id != batch_id:
