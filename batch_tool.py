@@ -2393,10 +2393,8 @@ def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, floa
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
     body = child_object(request, "body")
-    for holder in (child_object(body, "prompt", "variables"), child_object(body, "metadata")):
-        if isinstance(name := holder.get("artist_name"), str):
-            return name
-    return ""
+    variables, metadata = child_object(body, "prompt", "variables"), child_object(body, "metadata")
+    return str_field(variables, "artist_name") or str_field(metadata, "artist_name")
 
 
 def artist_label(request: Json) -> str:
@@ -3069,19 +3067,9 @@ def spread_evenly(count: int, total: int) -> set[int]:
     return {(2 * number + 1) * total // (2 * count) for number in range(count)}
 
 
-def body_size(request: Json) -> int:
-    return len(to_json(request["body"]).encode(errors="replace"))
-
-
-def read_samples(requests: Input, positions: set[int]) -> tuple[list[Json], int]:
-    """The requests at these positions, and the bytes of all bodies in the file."""
-    samples, body_bytes = [], 0
-    for position, line in enumerate(requests.lines()):
-        request = read_object(line)
-        body_bytes += body_size(request)
-        if position in positions:
-            samples.append(request)
-    return samples, body_bytes
+def body_sizes(requests: Input) -> list[int]:
+    """The size of the body of each request, in bytes."""
+    return [len(to_json(read_object(line)["body"]).encode(errors="replace")) for line in requests.lines()]
 
 
 def rounded(number: float) -> str:
@@ -3096,8 +3084,7 @@ def estimate(usages: Iterable[Usage], body_bytes: int, total: int, prices: tuple
     if not known:
         return ""
     outputs = [usage.tokens.output or 0 for usage in known]
-    inputs = sum(usage.tokens.input or 0 for usage in known)
-    input_tokens = inputs * body_bytes / sum(usage.body_bytes for usage in known)
+    input_tokens = sum(usage.tokens.input or 0 for usage in known) * body_bytes / sum(each.body_bytes for each in known)
     output_tokens = sum(outputs) / len(outputs) * total
     spread = f"{rounded(min(outputs) * total)} to {rounded(max(outputs) * total)}"
     text = f"{with_commas(total, 'request')}: about {rounded(input_tokens)} input and "
@@ -3133,27 +3120,28 @@ def preview_lines(request: Json, outcome: Outcome) -> Iterator[str]:
 
 
 def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int:
-    usages = []
+    usages: list[Usage] = []
     succeeded = 0
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
         check = check_input(requests, console)
-        total = len(check.requests.position_of)
-        samples, body_bytes = read_samples(requests, spread_evenly(args.requests, total))
+        sizes = body_sizes(requests)
+        chosen = spread_evenly(args.requests, len(sizes))
+        samples = [(sizes[at], read_object(line)) for at, line in enumerate(requests.lines()) if at in chosen]
+        _, first = samples[0]
         api = stack.enter_context(connect(args, console, clock))
         api.check_model(check.model)
         console.message(f"sending {plural(len(samples), 'request')} right away, at the ordinary price, not as a batch")
-        console.message(f"the prompt of {samples[0]['custom_id']}:")
-        for line in prompt_text(samples[0]["body"]).splitlines():
+        for line in (f"the prompt of {first['custom_id']}:", *prompt_text(first["body"]).splitlines()):
             console.message(line)
-        for number, request in enumerate(samples):
+        for size, request in samples:
             outcome = classify(api.send_now(request), [*schema_fields(request["body"])])
             succeeded += outcome.kind == SUCCEEDED
-            for text in [*([""] if number else []), *preview_lines(request, outcome)]:
+            for text in [*([""] if usages else []), *preview_lines(request, outcome)]:
                 print_result(text, console)
-            usages.append(Usage(body_size(request), outcome.tokens))
+            usages.append(Usage(size, outcome.tokens))
     no_estimate = "no response says how many tokens it used, so there is no estimate"
-    console.message(estimate(usages, body_bytes, total, args.prices) or no_estimate)
+    console.message(estimate(usages, sum(sizes), len(sizes), args.prices) or no_estimate)
     return 0 if succeeded else 1
 
 
@@ -3420,42 +3408,43 @@ def open_sheet(sheet: Input, args: argparse.Namespace) -> Iterator[tuple[Table, 
 
 def survey_sheet(
     sheet: Input, args: argparse.Namespace, index: RequestIndex, console: Console
-) -> tuple[int, dict[str, int]]:
-    """The number of columns of the spreadsheet, and the line of each request's row: the one that the converter took.
+) -> tuple[int, dict[int, int]]:
+    """The number of columns of the spreadsheet, and by line the position of the request that was made of that row.
 
-    That is the first one with its id that can be used. The converter looks only at the values that the prompt uses, so
-    a row with an undecodable value is taken if there is no better one.
+    The converter took the first row of an id that can be used. It looks only at the values that the prompt uses, so a
+    row with an undecodable value is taken if there is no better one.
     """
-    width = rows = undecodable = first = 0
-    best: dict[str, tuple[int, int]] = {}  # the lowest rank and its line
+    width = rows = 0
+    undecodable = []  # line numbers
+    best: dict[str, tuple[bool, bool, int]] = {}  # by id: what cannot be decoded, its name or anything, and the line
     with open_sheet(sheet, args) as (table, records):
         for record in records:
             rows += 1
             width = max(width, len(record.fields))
             if record.is_used:
-                is_decodable = "\udcff" not in "".join(record.fields)
-                undecodable += not is_decodable
-                first = first or (0 if is_decodable else record.line)
+                if is_odd := "\udcff" in "".join(record.fields):
+                    undecodable.append(record.line)
                 artist_id, name = (record.fields[table.roles[role]].strip(BLANKS) for role in COLUMNS[:2])
                 if artist_id in index.position_of and name:
-                    row = (not is_decodable) + ("\udcff" in name), record.line
+                    row = "\udcff" in name, is_odd, record.line
                     best[artist_id] = min(row, best.get(artist_id, row))
     if undecodable:
-        problem = f"{sheet.name}: {undecodable} of {plural(rows, 'row')} cannot be decoded, first on line {first}"
-        if undecodable > 1 and undecodable > 0.05 * rows:  # the limits of gen_batch_jsonl.py
+        counted = f"{len(undecodable)} of {plural(rows, 'row')}"
+        problem = f"{sheet.name}: {counted} cannot be decoded, first on line {undecodable[0]}"
+        if len(undecodable) > max(1, 0.05 * rows):  # the limits of gen_batch_jsonl.py
             raise CommandError(f"{problem}; name the encoding with --encoding")
         console.warn(f"{problem}; each undecodable byte becomes a question mark; see --encoding")
     if not best:
         raise CommandError(f"{sheet.name} has no row for any of {plural(len(index.position_of), 'request')}; "
                            "choose the file that the requests were made of, or see --id-column")
-    return max(width, len(table.names)), {artist_id: line for artist_id, (_, line) in best.items()}
+    return max(width, len(table.names)), {line: index.position_of[artist_id] for artist_id, (*_, line) in best.items()}
 
 
 def sheet_lines(sheet: Input, args: argparse.Namespace, results: Results, console: Console) -> Iterator[bytes]:
     """The spreadsheet as it came, with the bio columns behind its own."""
     index = results.requests
     ours = bio_columns(index.fields)[2:]
-    width, line_of = survey_sheet(sheet, args, index, console)
+    width, position_at = survey_sheet(sheet, args, index, console)
     with open_sheet(sheet, args) as (table, records):
         for name in ours:
             if column_key(name) in table.keys:
@@ -3465,17 +3454,16 @@ def sheet_lines(sheet: Input, args: argparse.Namespace, results: Results, consol
         yield csv_line([*table.names, *[""] * (width - len(table.names)), *ours], table.delimiter)
         unsent = 0
         for record in records:
-            artist_id = record.fields[table.roles["artist_id"]].strip(BLANKS) if record.is_used else ""
             outcome = Outcome(MISSING, "no request")
-            if line_of.get(artist_id) == record.line:
-                outcome = outcome_of(results.best[index.position_of[artist_id]], index.fields)
+            if record.line in position_at:
+                outcome = outcome_of(results.best[position_at[record.line]], index.fields)
             cells = bio_cells(outcome, index.fields)
             fields = record.fields + [""] * (width - len(record.fields))
             yield csv_line([*fields, *(guarded(cells) if args.excel else cells)], table.delimiter)
-            unsent += line_of.get(artist_id) != record.line
+            unsent += record.line not in position_at
     if unsent:
         console.message(f"{sheet.name}: {with_commas(unsent, 'row')} without a request")
-    if left := len(index.position_of) - len(line_of):
+    if left := len(index.position_of) - len(position_at):
         missing = f"{sheet.name} has no row for {plural(left, 'request')}"
         console.warn(f"{missing}, whose results are left out; see --id-column")
 
@@ -3964,7 +3952,7 @@ def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, s
     Answers to requests of this file count in proportion to the size of the bodies. Without any, all others count by
     their mean.
     """
-    sizes = [body_size(read_object(line)) for line in requests.lines()]
+    sizes = body_sizes(requests)
     to_send = [size for position, size in enumerate(sizes) if position in sending]
     known = zip(sizes, results.best, strict=True)
     answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
