@@ -300,9 +300,11 @@ def test_where_there_are_results_it_only_asks(api: FaultyAPI, artists: Path) -> 
     assert all(row["bio"] for row in rows("bios.csv"))
 
 
-def test_where_the_first_bios_fail_nothing_is_asked(api: FaultyAPI, artists: Path) -> None:
-    terminal = Terminal(artists, "bios.csv", OPENAI_BASE_URL=f"{api.base_url}/wrong")
+def test_where_the_first_bios_fail_nothing_is_asked(artists: Path) -> None:
+    terminal = Terminal(artists, "bios.csv")  # without a key
     assert terminal.end() == 1
+    assert terminal.screen.endswith("batch_tool.py: error: OPENAI_API_KEY is not set; export it with the key of your "
+                                    "OpenAI project\n")
     assert "[Y/n]" not in terminal.screen
     assert names(artists.parent) == {"artists.csv", "bios.requests.jsonl"}
 
