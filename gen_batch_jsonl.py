@@ -1095,23 +1095,20 @@ class RequestTemplate(NamedTuple):
         return b"".join(pieces)
 
 
-def data_slot(table: Table, slot: Slot, console: Console, advice: str = "") -> str:
+def data_slot(table: Table, slot: Slot, console: Console) -> str:
     """The slot of artist_data; "" with a warning if the CSV has no such column."""
     if "artist_data" in table.roles:
         return slot(table.roles["artist_data"])
     console.warn("the CSV has no artist_data column, so artist_data is empty in every request; "
-                 f"if another column holds the data, name it with --data-column{advice}")
+                 "if another column holds the data, name it with --data-column")
     return ""
 
 
 def stored_prompt_body(args: argparse.Namespace, table: Table, slot: Slot, console: Console) -> dict[str, Any]:
-    prompt: dict[str, Any] = {"id": args.prompt_id}
-    if args.prompt_version:
-        prompt["version"] = args.prompt_version
-    advice = "; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
-    data = data_slot(table, slot, console, advice if len(table.names) > 2 else "")
-    prompt["variables"] = {"artist_name": slot(table.roles["artist_name"]), "artist_data": data}
-    return {"model": args.model, "prompt": prompt} if args.model else {"prompt": prompt}
+    prompt = {"id": args.prompt_id} | ({"version": args.prompt_version} if args.prompt_version else {})
+    name, data = slot(table.roles["artist_name"]), data_slot(table, slot, console)
+    body = {"prompt": prompt | {"variables": {"artist_name": name, "artist_data": data}}}
+    return {"model": args.model} | body if args.model else body
 
 
 def fill_placeholders(template: str, path: str, table: Table, slot: Slot, console: Console) -> str:
@@ -1327,25 +1324,9 @@ class Progress:
             self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
 
 
-def restore_hidden(lines: bytes, delimiter: bytes) -> bytes:
-    """Replace the stand-ins in lines of JSON by what they stand for."""
-    for char in (delimiter, b"\n", b"\r", b'"'):
-        lines = lines.replace(STAND_INS[char], JSON_ESCAPES.get(char, char))
-    return lines
-
-
-def escape_columns(columns: list[list[bytes]]) -> list[list[bytes]]:
-    """Escape all values at once, which is faster than one by one."""
-    values = escape(SEPARATOR.join(itertools.chain.from_iterable(columns))).split(SEPARATOR)
-    height = len(columns[0])
-    return [values[at : at + height] for at in range(0, len(values), height)]
-
-
-def shorten_names(names: list[bytes]) -> list[bytes]:
-    """Cut names to the length that the API accepts as metadata."""
-    if max(map(len, names)) <= MAX_METADATA_CHARS:
-        return names
-    return [to_bytes(to_text(name)[:MAX_METADATA_CHARS]) for name in names]
+def shortened(name: bytes) -> bytes:
+    """The name, cut to the length that the API accepts as metadata."""
+    return name if len(name) <= MAX_METADATA_CHARS else to_bytes(to_text(name)[:MAX_METADATA_CHARS])
 
 
 def why_unused(first_line: int, artist_id: bytes, name: bytes) -> RowProblem:
@@ -1398,23 +1379,27 @@ class RequestWriter:
         ]
         if first_lines != [*lines]:
             kept = [at for at, line in enumerate(lines) if first_lines[at] == line]
-            for line, first_line, *row in zip(lines, first_lines, ids, names, strict=True):
+            for line, first_line, artist_id, name in zip(lines, first_lines, ids, names, strict=True):
                 if first_line != line:
-                    self._report.skip(line, why_unused(first_line, *row))
+                    self._report.skip(line, why_unused(first_line, artist_id, name))
             lines, columns = [lines[at] for at in kept], [[column[at] for at in kept] for column in columns]
         if not lines:
             return
         if is_suspect:
-            for line, values in zip(lines, zip(*columns, strict=True), strict=True):
-                self._report.look_for_garbled(line, values)
+            for line, row in zip(lines, zip(*columns, strict=True), strict=True):
+                self._report.look_for_garbled(line, row)
         if not NULL_NAMES.isdisjoint(columns[1]):
             self._report.null_names.update(filter(NULL_NAMES.__contains__, columns[1]))
         self.written += len(lines)
         if len(columns) in self.template.columns:
-            columns = [*columns, shorten_names(columns[1])]
-        if needs_escapes:
-            columns = escape_columns(columns)
-        self._out.write(restore_hidden(self.template.render(columns), self.table.delimiter.encode()))
+            columns = [*columns, [*map(shortened, columns[1])]]
+        if needs_escapes:  # all values at once, which is faster than one by one
+            values = escape(SEPARATOR.join(itertools.chain.from_iterable(columns))).split(SEPARATOR)
+            columns = [values[at : at + len(lines)] for at in range(0, len(values), len(lines))]
+        requests = self.template.render(columns)
+        for char in (self.table.delimiter.encode(), b"\n", b"\r", b'"'):
+            requests = requests.replace(STAND_INS[char], JSON_ESCAPES.get(char, char))
+        self._out.write(requests)
 
 
 def convert_rows(reader: BlockReader, writer: RequestWriter, limit: int, progress: Callable[[], None]) -> None:
@@ -1483,10 +1468,6 @@ def convert(args: argparse.Namespace, console: Console) -> None:
         reader = BlockReader(source, shown(args.input), args.encoding)
         table = read_columns(reader, args, console)
         template = build_request(args, table, console)
-        if args.verbose:
-            roles = ", ".join(f"{role} is column {at + 1}" for role, at in table.roles.items())
-            separated = f"separated by {DELIMITERS[table.delimiter]}, read as {reader.encoding}"
-            console.message(f"{roles} of {len(table.names)}, {separated}")
         progress = Progress(console, source)
         refuse_to_replace(args.output, "requests")
         with open_output(args.output) as out:
@@ -1540,7 +1521,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=positive_int, metavar="N", help="read only the first N data rows")
     add("--skip-header", action="store_true", help=f"the CSV has no header; its columns are {','.join(COLUMNS)}")
     add("--strict", action="store_true", help="stop at the first invalid row and write nothing")
-    add("--verbose", action="store_true", help="list every skipped row, and the columns, on stderr")
+    add("--verbose", action="store_true", help="list every skipped row on stderr")
     return parser
 
 

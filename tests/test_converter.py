@@ -528,13 +528,9 @@ def test_twenty_skipped_rows_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert more == "gen_batch_jsonl.py: warning: more rows were skipped; --verbose lists all of them"
 
 
-def test_verbose_lists_every_skipped_row_and_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_lists_every_skipped_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("artist_name;artist_id;x;artist_data\nA;1;;x\n" + "B;1;;x\n" * 25, "--verbose") == 0
-    first, *listed, _ = said(capsys).splitlines()
-    assert first == (
-        "artist_id is column 2, artist_name is column 1, artist_data is column 4 of 4, separated by a semicolon, "
-        "read as utf-8"
-    )
+    *listed, _ = said(capsys).splitlines()
     assert [line.split(": ")[2] for line in listed] == [f"line {number}" for number in range(3, 28)]
 
 

@@ -847,17 +847,6 @@ def test_a_file_without_data_is_converted_with_a_warning(capsys: pytest.CaptureF
     assert said(capsys) == f"{NO_DATA}\nWrote 1 request to out.jsonl (1 row read, 0 skipped)\n"
 
 
-def test_where_a_template_would_help_the_warning_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert("artist_id,artist_name,born\n1,A,1960\n") == 0
-    assert said(capsys).splitlines()[0] == (
-        f"{NO_DATA}; a stored prompt receives only the name and data; a template (--prompt-file) can use every column"
-    )
-    write("prompt.md", "{{artist_name}} {{artist_data}} {{born}}")
-    assert main([*FILES, *TEMPLATE_ARGS]) == 0
-    assert said(capsys).splitlines()[0] == NO_DATA
-    assert requests()[0]["body"]["input"] == "A  1960"
-
-
 def test_blank_fields_past_the_header_are_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(f'{HEADER}1,A,x,,,\n2,B,y, ,"\n"\n3,C,z,,,!\n') == 0
     assert variables() == [("1", "A", "x"), ("2", "B", "y")]
