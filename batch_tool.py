@@ -1958,6 +1958,9 @@ class Tokens(NamedTuple):
     output: int | None = None
     reasoning: int | None = None
 
+    def plus(self, other: Tokens) -> Tokens:
+        return Tokens((self.input or 0) + (other.input or 0), (self.output or 0) + (other.output or 0))
+
 
 class Outcome(NamedTuple):
     """How a request ended, according to its results line, and why.
@@ -2162,8 +2165,7 @@ class BatchLines(NamedTuple):
     outcomes: dict[int, str]
     unknown: int  # lines with a custom_id that the batch's input file does not have
     unreadable: int  # lines that name no custom_id
-    input_tokens: int
-    output_tokens: int
+    tokens: Tokens  # of the lines that count
 
 
 Place = tuple[BinaryIO, int, int]  # where a line is: its file, its offset, its size
@@ -2193,8 +2195,7 @@ class Results:
         self.of_other_requests = 0  # successes of other requests, whether kept or not
         self.gone = 0  # those in --out whose custom_id the request file does not have
         self.ignored = 0  # lines that are not results of any request
-        self.input_tokens = 0  # of several lines with the same outcome only the first counts: they may be one
-        self.output_tokens = 0
+        self.tokens = Tokens(0, 0)  # of several lines with the same outcome only the first counts: they may be one
         self._console = console
 
     def read(self, file: BinaryIO, name: str) -> None:
@@ -2242,7 +2243,7 @@ class Results:
         The successes of an earlier batch do not replace those that were there before the run.
         """
         outcomes: dict[int, str] = {}
-        unknown = unreadable = input_tokens = output_tokens = 0
+        tokens, unknown, unreadable = Tokens(0, 0), 0, 0
         for _, place, line in lines_with_places(file, name, start):
             try:
                 result = results_object(line)
@@ -2256,14 +2257,11 @@ class Results:
             if match.position is not None and match.is_current:
                 outcomes[match.position] = match.outcome.kind
                 if (best := self.best[match.position]) and (best.file, best.offset) == place[:2]:
-                    input_tokens += match.outcome.tokens.input or 0
-                    output_tokens += match.outcome.tokens.output or 0
+                    tokens = tokens.plus(match.outcome.tokens)
             unknown += sha256 == "unknown" or (match.position is None and not sha256)
-        return BatchLines(outcomes, unknown, unreadable, input_tokens, output_tokens)
+        return BatchLines(outcomes, unknown, unreadable, tokens)
 
-    def add(
-        self, result: Json, place: Place, sha256: str = "", *, keeps: bool = True, yields: bool = False
-    ) -> Match:
+    def add(self, result: Json, place: Place, sha256: str = "", *, keeps: bool = True, yields: bool = False) -> Match:
         """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
         Raises ValueError if it is not a results line. With `keeps`, an answer to another request is kept for the
@@ -2299,8 +2297,7 @@ class Results:
         if known and known.outcome == REJECTED and is_older and line.outcome != SUCCEEDED:
             return
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
-            self.input_tokens += outcome.tokens.input or 0
-            self.output_tokens += outcome.tokens.output or 0
+            self.tokens = self.tokens.plus(outcome.tokens)
         self.best[position] = line
 
     def outcome_at(self, position: int) -> str:
@@ -2330,8 +2327,8 @@ class Results:
         kinds = [SUCCEEDED, REJECTED, RETRYABLE, MISSING, *([OUTDATED] if outcomes[OUTDATED] else [])]
         counted = ", ".join(f"{outcomes[kind]} {kind}" for kind in kinds)
         text = f"{counted} of {plural(len(self.best), 'request')}"
-        if self.input_tokens or self.output_tokens:
-            text += f"; tokens: {self.input_tokens} input, {self.output_tokens} output"
+        if any(self.tokens):
+            text += f"; tokens: {self.tokens.input} input, {self.tokens.output} output"
         if self.of_other_requests:
             text += f"; {plural(self.of_other_requests, 'result')} of other requests"
         if self.ignored:
@@ -3605,7 +3602,7 @@ class Run:
         self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
         self.withheld: list[Withheld] = []  # requests that are left out of this run
         self.is_stopped = False  # whether nothing more is sent, because of the user or of somebody else
-        self.tokens = (0, 0)  # input and output tokens of the results that were downloaded and that count
+        self.tokens = Tokens(0, 0)  # of the results that were downloaded and that count
         self._args = args
         self._submitter = submitter
         self._api = submitter.api
@@ -3886,7 +3883,7 @@ class Run:
                 continue
             lines = self._results.read_batch(spool, name, start, watched.sent_digests, is_earlier=watched.is_earlier)
             outcomes |= lines.outcomes
-            self.tokens = self.tokens[0] + lines.input_tokens, self.tokens[1] + lines.output_tokens
+            self.tokens = self.tokens.plus(lines.tokens)
             if lines.unreadable:
                 reasons.append(f"{plural(lines.unreadable, 'line')} of the {kind} of batch {batch.id} cannot be read")
             of_others = lines.outcomes.keys() - set(lines.outcomes if watched.positions is None else watched.positions)
@@ -4006,8 +4003,8 @@ def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: 
     if earlier:
         text += f", {earlier:,} of them from earlier batches"
     if any(run.tokens):
-        text += f"; tokens: {run.tokens[0]:,} input, {run.tokens[1]:,} output"
-        text += f"; {dollars(*run.tokens, prices)}" if prices else ""
+        text += f"; tokens: {run.tokens.input:,} input, {run.tokens.output:,} output"
+        text += f"; {dollars(run.tokens.input or 0, run.tokens.output or 0, prices)}" if prices else ""
     return text if own + earlier else ""
 
 
