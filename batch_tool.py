@@ -636,9 +636,8 @@ SECRET = re.compile(  # its first group is kept; `sk-` stands at the start of a 
     r"[^\s\\\"',;]{16,}"
 )
 REDACTED = "[secret]"
-NO_SUCH_PATH = re.compile(  # how web servers report an unknown path, as opposed to an unknown file or batch
-    r"\s*(<.*|(404 )?(page )?not found\W*|.*invalid url.*)?\s*", re.DOTALL | re.IGNORECASE
-)
+# how web servers report an unknown path, as opposed to an unknown file or batch
+NO_SUCH_PATH = re.compile(r"(?is)\s*(<.*|(404 )?(page )?not found\W*|.*invalid url.*)?\s*")
 TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
 KNOWN_STATUSES = (*TERMINAL_STATUSES, "validating", "in_progress", "finalizing", "cancelling")
 
@@ -736,11 +735,11 @@ STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 @functools.cache
 def fast_json() -> Callable[..., Any] | None:
     """The JSON decoder that comes with the openai package, which is faster; None if it is missing."""
-    try:
+    with contextlib.suppress(ImportError):
         from jiter import from_json
-    except ImportError:
-        return None
-    return from_json
+
+        return from_json
+    return None
 
 
 def json_problem(error: Exception) -> str:
@@ -907,20 +906,16 @@ def chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
             yield chunk
 
 
-class Input(NamedTuple):
+class Input:
     """An open input file that can be read more than once, and its name for messages."""
 
-    file: BinaryIO
-    name: str
-    stamp: tuple[int, int]
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file = file
+        self.name = name
+        self._stamp = self._size_and_time()
 
-    @classmethod
-    def of(cls, file: BinaryIO, name: str) -> Input:
-        return cls(file, name, cls._stamp(file))
-
-    @staticmethod
-    def _stamp(file: BinaryIO) -> tuple[int, int]:
-        status = os.fstat(file.fileno())
+    def _size_and_time(self) -> tuple[int, int]:
+        status = os.fstat(self.file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def lines(self) -> Iterator[bytes]:
@@ -930,7 +925,7 @@ class Input(NamedTuple):
                 yield line
 
     def is_changed(self) -> bool:
-        return self._stamp(self.file) != self.stamp
+        return self._size_and_time() != self._stamp
 
     def refuse_changes(self) -> None:
         """Raise CommandError if the file was changed since it was opened."""
@@ -954,7 +949,7 @@ def open_input(path: str) -> Iterator[Input]:
             copy.writelines(chunks(file, shown(path)))
             copy.flush()
             file = copy
-        yield Input.of(file, shown(path))
+        yield Input(file, shown(path))
 
 
 def refuse_unwritable(path: str) -> None:
@@ -999,9 +994,6 @@ class FilePart(io.BufferedIOBase):
 
     def tell(self) -> int:
         return self._position
-
-    def seekable(self) -> bool:
-        return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
@@ -1231,10 +1223,8 @@ def split_part(part: Part, requests: BinaryIO) -> list[Part]:
     requests.seek(part.offset)
     for line in itertools.islice(requests, part.requests):
         divider.add(line)
-    return [
-        half._replace(label=f"{part.label}.{n}", offset=part.offset + half.offset, first=part.first + half.first)
-        for n, half in enumerate(divider.parts(), 1)
-    ]
+    return [half._replace(label=f"{part.label}.{n}", offset=part.offset + half.offset, first=part.first + half.first)
+            for n, half in enumerate(divider.parts(), 1)]
 
 
 # ---- batches as the API describes them
@@ -1374,10 +1364,7 @@ def status_lines(batch: Batch) -> Iterator[str]:
 
 def batch_json(batch: Batch, saved: Mapping[str, str] | None = None) -> str:
     """The Batch object on one line as the API gave it, and the paths of its saved files."""
-    try:
-        return json.dumps({**batch.raw, **(saved or {})}, default=str)
-    except RecursionError:
-        raise CommandError(f"batch {batch.id} is nested too deeply to be printed as JSON") from None
+    return json.dumps({**batch.raw, **(saved or {})})
 
 
 # ---- responses of the API
@@ -1772,16 +1759,13 @@ class Api(NamedTuple):
         except Refused as failure:
             if failure.status not in (404, 405, 501):  # a service may lack this endpoint
                 raise
-        return size or (None if self._has_content(file_id) else 0)
 
-    def _has_content(self, file_id: str) -> bool:
-        """Whether the file has any bytes. Used if the API does not give its size."""
+        def is_empty() -> tuple[bool, Json]:
+            empty = not any(self._stream(file_id))
+            return empty, {"empty": empty}
 
-        def attempt() -> tuple[bool, Json]:
-            has_content = any(self._stream(file_id))
-            return has_content, {"empty": not has_content}
-
-        return self.call_with_retries("DOWNLOAD_RESULTS", {"file_id": file_id, "range": "first bytes"}, attempt)
+        logged = {"file_id": file_id, "range": "first bytes"}
+        return size or (0 if self.call_with_retries("DOWNLOAD_RESULTS", logged, is_empty) else None)
 
     def _stream(self, file_id: str) -> Iterator[bytes]:
         import httpx2
@@ -1887,25 +1871,15 @@ def header_value(name: str) -> str:
     return value
 
 
-def api_key() -> str:
-    key = header_value("OPENAI_API_KEY")
-    if not key:
-        raise CommandError("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
-    return key
-
-
 def base_url() -> str:
     from urllib.parse import urlsplit
 
     url = os.environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        usable = re.fullmatch("(?i:https?)://[!-~]+", url) and parts.port != 0 and (parts.hostname or "").encode("idna")
-    except ValueError:
-        usable = False
-    if not usable:
-        raise CommandError("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
-    return url
+        if re.fullmatch("(?i:https?)://[!-~]+", url) and parts.port != 0 and (parts.hostname or "").encode("idna"):
+            return url
+    raise CommandError("OPENAI_BASE_URL is not a URL like https://api.openai.com/v1; set it again or unset it")
 
 
 @contextlib.contextmanager
@@ -1921,7 +1895,9 @@ def holding_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterator[Api]:
     """Open the log and a client for the service that the environment names. Sends nothing yet."""
-    key, url = api_key(), base_url()
+    url = base_url()
+    if not (key := header_value("OPENAI_API_KEY")):
+        raise CommandError("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file) as log:
         log.info(f"START {to_json([PROG, *args.argv])}")
@@ -3698,7 +3674,7 @@ class Run:
                     divider.add(line)
                     copy.write(line)
             copy.flush()
-        source, order = Input.of(copy, "a temporary file"), sorted(pending)
+        source, order = Input(copy, "a temporary file"), sorted(pending)
         return [QueuedPart(source, part, order[part.first : part.first + part.requests]) for part in divider.parts()]
 
     def _round(self, queue: Queue) -> bool:
@@ -3768,7 +3744,7 @@ class Run:
         if batch.error_file_id:
             with temporary_file() as copy, contextlib.suppress(Refused, UnusableId):
                 self._api.fetch(batch.error_file_id, copy, f"errors of {batch.id}")
-                reasons += f": {errors_in(Input.of(copy, 'its error file'))}"
+                reasons += f": {errors_in(Input(copy, 'its error file'))}"
         return reasons
 
     # submitting
@@ -3841,7 +3817,7 @@ class Run:
             with temporary_file() as copy:
                 name = f"the input file of {batch.id}"
                 self._api.fetch(file_id, copy, name)
-                sent = Input.of(copy, name)
+                sent = Input(copy, name)
                 if not is_of_file and sent.sha256() != batch.metadata.get("input_sha256", sent.sha256()):
                     return None
                 for line in sent.lines():

@@ -1142,7 +1142,7 @@ def queued(*sizes: int) -> list[batch_tool.QueuedPart]:
     """Parts of so many requests of a file."""
     lines = [jsonl(request(f"q{number}")) for number in range(sum(sizes))]
     Path("queue.jsonl").write_bytes(b"".join(lines))
-    source = batch_tool.Input.of(Path("queue.jsonl").open("rb"), "queue.jsonl")
+    source = batch_tool.Input(Path("queue.jsonl").open("rb"), "queue.jsonl")
     parts, first = [], 0
     for number, size in enumerate(sizes, 1):
         content = b"".join(lines[first : first + size])
