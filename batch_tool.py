@@ -1954,10 +1954,6 @@ class Outcome(NamedTuple):
     def error(self) -> str:
         return ": ".join(filter(None, (self.code, self.message)))
 
-    @property
-    def key(self) -> str:
-        """What counts as the same error: the code, and of an incomplete answer the reason, too."""
-        return self.error() if self.code == "incomplete" else self.code
 
 
 def results_object(line: bytes) -> Json:
@@ -2174,14 +2170,14 @@ class Results:
         self.tokens = Tokens(0, 0)  # of several lines with the same outcome only the first counts: they may be one
         self._console = console
 
-    def read(self, file: BinaryIO, name: str) -> None:
+    def read(self, source: Input) -> None:
         """Index a file of --results. Warns of lines that are no results of this request file.
 
         Raises CommandError if it has no results line at all.
         """
         problems: list[str] = []
         found = 0
-        for number, place, line in lines_with_places(file, name):
+        for number, place, line in lines_with_places(source.file, source.name):
             try:
                 result = results_object(line)
                 match = self.add(result, place, keeps=False)
@@ -2194,19 +2190,19 @@ class Results:
             if match.position is None and not str_field(result, "request_sha256"):
                 problems.append(f"line {number}: custom_id {quoted(result['custom_id'])} is not in the request file")
         if problems and not found:
-            raise CommandError(f"{name} has no results line ({seems}); name a file that run, status, wait or retrieve "
-                               "wrote")
+            raise CommandError(f"{source.name} has no results line ({seems}); name a file that run, status, wait or "
+                               "retrieve wrote")
         for problem in problems[: MAX_LISTED - min(self.ignored, MAX_LISTED)]:
-            self._console.warn(f"{name} {problem}; line ignored")
+            self._console.warn(f"{source.name} {problem}; line ignored")
         self.ignored += len(problems)
 
-    def read_out(self, file: BinaryIO, name: str) -> None:
+    def read_out(self, out: Input) -> None:
         """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines."""
-        for number, place, line in lines_with_places(file, name):
+        for number, place, line in lines_with_places(out.file, out.name):
             try:
                 match = self.add(read_object(line), place)
             except ValueError as error:
-                raise CommandError(f"{name} holds something other than results (line {number}: {error}), so it was "
+                raise CommandError(f"{out.name} holds something other than results (line {number}: {error}), so it was "
                                    "left as it is; choose another --out") from None
             self.gone += match.position is None and match.outcome.kind == SUCCEEDED
 
@@ -2251,7 +2247,8 @@ class Results:
             raise ValueError(f"not a results line ({missing})")
         sha256 = str_field(result, "request_sha256") or sha256
         outcome = classify(result, self.requests.fields)
-        line = ResultsLine(outcome.kind, sys.intern(outcome.key[:80]), *place)
+        code = outcome.error() if outcome.code == "incomplete" else outcome.code  # with the reason, if incomplete
+        line = ResultsLine(outcome.kind, sys.intern(code[:80]), *place)
         position = self.requests.position_of.get(custom_id)
         if position is not None and (not sha256 or sha256 == self.requests.digest(position).hex()):
             self._add_current(position, line, outcome, yields=yields)
@@ -2919,8 +2916,7 @@ class Poller:
         if failed:
             text += f", {failed} failed"
         if text != self._last_report or self._api.console.is_terminal:
-            elapsed = datetime.timedelta(seconds=int(seconds))
-            self._api.console.progress(f"{text}; {elapsed} elapsed")
+            self._api.console.progress(f"{text}; {datetime.timedelta(seconds=int(seconds))} elapsed")
         self._last_report = text
 
 
@@ -3176,14 +3172,13 @@ def each_batch(batch_ids: Iterable[str], console: Console, action: Callable[[str
 
 def show_and_save(args: argparse.Namespace, api: Api, batch: Batch) -> None:
     """Print a batch. If it has ended, save its files and print their paths."""
-    show = result_printer(api.console, to_stderr=False)
     if not args.json:
         for line in [*([f"Batch ID: {batch.id}"] if len(args.batch_ids) > 1 else []), *status_lines(batch)]:
-            show(line)
+            print_result(line, api.console)
     paths = batch_paths(batch.id)
     saved = save_files(api, batch, paths, skip_complete=True) if args.auto_save and batch.has_ended else Saved({}, [])
     if args.json:
-        show(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}))
+        print_result(batch_json(batch, {f"{kind}_path": paths[kind] for kind in saved.sizes}), api.console)
     saved.report(paths, result_printer(api.console, to_stderr=args.json))
 
 
@@ -3221,8 +3216,7 @@ def cmd_wait(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             ends = wait_for_end(api, args)
         with advice_if_stopped(lambda: resume, console):
             exit_code = each_batch(args.batch_ids, console, lambda each: save_or_fail(args, api, ends[each]))
-        is_all_completed = all(isinstance(end, Batch) and end.status == "completed" for end in ends.values())
-        return exit_code or int(not is_all_completed)
+        return exit_code or int(any(isinstance(end, Batch) and end.status != "completed" for end in ends.values()))
 
 
 # retrieve
@@ -3290,11 +3284,10 @@ def cmd_cancel(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         return each_batch(args.batch_ids, console, cancel)
 
 
-def table(batches: Sequence[Batch]) -> Iterator[str]:
+def table(batches: Sequence[Batch]) -> list[str]:
     """The lines of a table of the batches, with its columns aligned."""
     if not batches:
-        yield "No batches found."
-        return
+        return ["No batches found."]
     rows = [("BATCH ID", "STATUS", "CREATED", "REQUESTS", "FAILED", "INPUT FILE")]
     for batch in batches:
         completed, failed, total = (str(number or 0) for number in batch.counts)
@@ -3302,8 +3295,7 @@ def table(batches: Sequence[Batch]) -> Iterator[str]:
         created = local_time(batch.created_at)
         rows.append((batch.id, batch.raw["status"], created, f"{completed}/{total}", failed, name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3322,18 +3314,21 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retry, export
 
 
-def read_results(args: argparse.Namespace, stack: contextlib.ExitStack, console: Console) -> tuple[Input, Results]:
-    """The request file, and the best results of its requests. All files stay open in `stack`."""
-    requests, *others = [stack.enter_context(open_input(path)) for path in (args.input, *args.results)]
-    results = Results(index_requests(requests), console)
-    for each in others:
-        results.read(each.file, each.name)
-    return requests, results
+def read_results(
+    args: argparse.Namespace, index: RequestIndex, console: Console, stack: contextlib.ExitStack
+) -> Results:
+    """The best results of the requests in --results, without those in --out. The files stay open in `stack`."""
+    results = Results(index, console)
+    for path in args.results:
+        if not same_regular_file(path, args.output):
+            results.read(stack.enter_context(open_input(path)))
+    return results
 
 
 def cmd_retry(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
-        requests, results = read_results(args, stack, console)
+        requests = stack.enter_context(open_input(args.input))
+        results = read_results(args, index_requests(requests), console, stack)
         kinds = TO_SEND | {REJECTED} if args.include_rejected else TO_SEND
         if positions := results.positions(kinds):
             refuse_to_replace(args.output, "requests")
@@ -3370,11 +3365,10 @@ def open_sheet(sheet: Input, args: argparse.Namespace) -> Iterator[tuple[Table, 
             text.seek(0)
             reader = LineReader(text)
             chosen = {"artist_id": args.id_column, "artist_name": args.name_column}
-            try:
-                table = read_table(reader, chosen, COLUMNS[:1], args.skip_header)
-            except CommandError as error:
-                raise CommandError(f"{sheet.name} {str(error).removeprefix('the CSV ')}") from None
+            table = read_table(reader, chosen, COLUMNS[:1], args.skip_header)
             yield table, (record for record in reader.records(table) if record.oddity != REPEATED_HEADER)
+    except CommandError as error:
+        raise CommandError(f"{sheet.name} {str(error).removeprefix('the CSV ')}") from None
     except UnicodeError as error:
         raise CommandError(f"{sheet.name} cannot be decoded: {error}; see --encoding") from None
 
@@ -3448,8 +3442,6 @@ def report_bios(path: str, requests: Input, results: Results, console: Console) 
     for position, line in itertools.islice(lines, MAX_LISTED):
         error = outcome_of(results.best[position], results.requests.fields).error()
         console.message(f"no bio: {artist_label(read_object(line))}: {shorten(error)}")
-    if len(without) > MAX_LISTED:
-        console.message(f"… and {len(without) - MAX_LISTED:,} more")
     total, rejected = len(results.best), results.outcomes()[REJECTED]
     bios, again = total - len(without), len(without) - rejected
     text = f"{shown(path)}: {bios:,} of {with_commas(total, 'artist')} {'has' if bios == 1 else 'have'} a bio"
@@ -3460,7 +3452,8 @@ def report_bios(path: str, requests: Input, results: Results, console: Console) 
 
 def cmd_export(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
-        requests, results = read_results(args, stack, console)
+        requests = stack.enter_context(open_input(args.input))
+        results = read_results(args, index_requests(requests), console, stack)
         if args.csv:
             lines = sheet_lines(stack.enter_context(open_input(args.csv)), args, results, console)
         else:
@@ -3955,22 +3948,6 @@ def until_when(batches: Iterable[Batch]) -> str:
             "window: the same command goes on where this one stops")
 
 
-def known_results(
-    args: argparse.Namespace, index: RequestIndex, console: Console, stack: contextlib.ExitStack
-) -> Results:
-    """The results that --results and --out have already. Their files stay open in `stack`."""
-    known = Results(index, console)
-    for path in args.results:
-        if not same_regular_file(path, args.output):
-            file = stack.enter_context(open_input(path))
-            known.read(file.file, file.name)
-    if not is_stream(args.output) and os.path.exists(args.output):
-        with os_errors_as(f"read {args.output}"):
-            out = stack.enter_context(open(args.output, "rb"))
-        known.read_out(out, args.output)
-    return known
-
-
 def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: tuple[float, float] | None) -> str:
     """What a run has brought and used; empty if nothing."""
     new = Counter(line.file for line in results.best if line and line.outcome in (SUCCEEDED, REJECTED))
@@ -4005,7 +3982,9 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             refuse_unwritable(args.output)
             sha256 = requests.sha256()
             note = stack.enter_context(locked_note(sha256, requests, console))
-        results = known_results(args, checked.requests, console, stack)
+        results = read_results(args, checked.requests, console, stack)
+        if not is_stream(args.output) and os.path.exists(args.output):
+            results.read_out(stack.enter_context(open_input(args.output)))
         sending = results.positions(TO_SEND) | requests_to_repeat(args, results)
         if args.dry_run or not sending:
             console.message(what_to_send(results, sending))
