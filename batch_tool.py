@@ -714,10 +714,7 @@ def with_commas(number: int, noun: str) -> str:
 
 
 def to_json(content: Any) -> str:
-    try:
-        return json.dumps(content, ensure_ascii=False, default=str)
-    except RecursionError:  # the encoder allows less nesting than the decoder
-        return '"nested too deeply"'
+    return json.dumps(content, ensure_ascii=False, default=str)
 
 
 def as_text(value: Any) -> str:
@@ -867,17 +864,14 @@ class Clock:
 
     @contextlib.contextmanager
     def limit(self, seconds: float | None) -> Iterator[None]:
-        """Raise TimedOut in the block after this many seconds, even during a call to a very slow server."""
-        if seconds is None:
-            yield
-            return
+        """Raise TimedOut in the block after this many seconds, if given, even during a call to a very slow server."""
 
         def time_out(_number: int, _frame: object) -> None:
             raise TimedOut
 
         before = signal.signal(signal.SIGALRM, time_out)
-        self._deadline = self.now() + seconds
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # repeat every second: a callback may swallow the exception
+        self._deadline = self.now() + (seconds or math.inf)
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0, 1)  # every second: a callback may swallow the exception
         try:
             yield
         finally:
@@ -1281,16 +1275,14 @@ class Batch(NamedTuple):
         """Raises OutcomeUnknown if the content is not a Batch, and UnusableId."""
         if not isinstance(content, dict) or not str_field(content, "status"):
             raise OutcomeUnknown(f"the response is not a batch: {shorten(to_json(content))}")
-        status = content["status"].lower()
-        counts, usage = child_object(content, "request_counts"), child_object(content, "usage")
-        metadata = child_object(content, "metadata")
+        counts, usage, metadata = (child_object(content, name) for name in ("request_counts", "usage", "metadata"))
         problems = [
             Problem(int_field(error, "line"), str_field(error, "code"), shorten(str_field(error, "message")))
             for error in objects(child_object(content, "errors").get("data"))
         ]
         return cls(
             id=object_id(content, "batch"),
-            status="cancelled" if status == "canceled" else status,
+            status=content["status"].lower().replace("canceled", "cancelled"),
             created_at=int_field(content, "created_at"),
             input_file_id=file_id_field(content, "input_file_id"),
             output_file_id=file_id_field(content, "output_file_id"),
@@ -1379,14 +1371,14 @@ def json_object(content: bytes) -> Json:
         raise NotJson(f"the response is not a JSON object: {text}" if text else "the response is empty") from None
 
 
-def http_date(text: str) -> float | None:
-    """An HTTP date as Unix seconds; None if it is not one."""
+def http_date(text: str) -> float:
+    """An HTTP date as Unix seconds; 0 if it is not one."""
     from email.utils import parsedate_to_datetime  # takes a while to import
 
     try:
         return parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, OverflowError):
-        return None
+        return 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -1395,7 +1387,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         seconds = float(milliseconds) / 1000 if milliseconds else float(text)
     except ValueError:
-        seconds = (http_date(text) or 0) - time.time()
+        seconds = http_date(text) - time.time()
     return seconds if 0 < seconds < math.inf else None
 
 
@@ -1601,9 +1593,8 @@ class Page(NamedTuple):
         for item in data:
             with contextlib.suppress(OutcomeUnknown, UnusableId):
                 batches.append(Batch.parse(item))
-        date = http_date(headers.get("date", ""))
         has_more = has_more if isinstance(has_more, bool) else None
-        return cls(batches, len(data) - len(batches), has_more, time.time() if date is None else date)
+        return cls(batches, len(data) - len(batches), has_more, http_date(headers.get("date", "")) or time.time())
 
 
 class FileInfo(NamedTuple):
@@ -1792,10 +1783,8 @@ class Api(NamedTuple):
         def attempt() -> tuple[int, Json]:
             out.seek(start)
             out.truncate()
-            received = 0
-            for chunk in self._stream(file_id):
-                out.write(chunk)
-                received += len(chunk)
+            out.writelines(self._stream(file_id))
+            received = out.tell() - start
             if size is not None and received != size:
                 raise WrongSize(f"download of {file_id} was cut off ({received} of {size} bytes)")
             if size is None and received and not ends_with_an_object(out, start):

@@ -339,13 +339,6 @@ def test_fields_that_no_batch_has_are_kept_and_do_no_harm(api: FaultyAPI, tool: 
     assert json.loads(capsys.readouterr().out) == body
 
 
-def test_what_is_too_deep_to_be_written_is_said_to_be() -> None:
-    value: list[Any] = []
-    for _ in range(100_000):
-        value = [value]
-    assert batch_tool.quoted(value) == '"nested too deeply"'
-
-
 @pytest.mark.parametrize(
     "seconds, naps, advice",
     [
