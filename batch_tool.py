@@ -1665,7 +1665,7 @@ class Api(NamedTuple):
         return self.call_with_retries(operation, parameters, attempt, retry)
 
     def upload(self, requests: Input, part: Part, name: str) -> FileInfo:
-        def send(**_logged: Any) -> Any:
+        def send(**_logged: Any) -> Any:  # the log names the part; the SDK gets a new file object for each try
             file = cast(BinaryIO, FilePart(requests.file, part.offset, part.size))
             create = self.client.files.with_raw_response.create
             return create(file=(name, file), purpose="batch", timeout=UPLOAD_SECONDS)
@@ -1756,7 +1756,7 @@ class Api(NamedTuple):
             return empty, {"empty": empty}
 
         logged = {"file_id": file_id, "range": "first bytes"}
-        return size or (0 if self.call_with_retries("DOWNLOAD_RESULTS", logged, is_empty) else None)
+        return 0 if size is None and self.call_with_retries("DOWNLOAD_RESULTS", logged, is_empty) else size
 
     def _stream(self, file_id: str) -> Iterator[bytes]:
         import httpx2
@@ -1872,31 +1872,24 @@ def base_url() -> str:
 
 
 @contextlib.contextmanager
-def holding_signals() -> Iterator[None]:
-    """Delay signals until the block ends. An interpreter callback in it would swallow the exception that they raise."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
 def connect(args: argparse.Namespace, console: Console, clock: Clock) -> Iterator[Api]:
     """Open the log and a client for the service that the environment names. Sends nothing yet."""
-    url = base_url()
     if not (key := header_value("OPENAI_API_KEY")):
         raise CommandError("OPENAI_API_KEY is not set; export it with the key of your OpenAI project")
+    url = base_url()
     organization, project = header_value("OPENAI_ORG_ID") or None, header_value("OPENAI_PROJECT_ID") or None
     with open_log(args.log_file) as log:
         log.info(f"START {to_json([PROG, *args.argv])}")
+        # signals wait: an interpreter callback during the imports would swallow the exception that they raise
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
-            with holding_signals():
-                import httpx2
-                import openai
+            import httpx2
+            import openai
         except ImportError as error:
             advice = "pip install -r requirements.txt, or use the Python of a virtual environment that has it"
             raise CommandError(f"the openai package cannot be imported ({error}); {advice}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             http = openai.DefaultHttpxClient(follow_redirects=False)  # the key goes to no other server
             client = openai.OpenAI(api_key=key, organization=organization, project=project, base_url=url,
