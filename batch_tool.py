@@ -2358,9 +2358,9 @@ def bio_columns(fields: Collection[str]) -> list[str]:
     return ["artist_id", "artist_name", *(fields or ["bio"]), "error", "input_tokens", "output_tokens"]
 
 
-def answer_texts(outcome: Outcome, fields: Iterable[str]) -> list[str]:
-    """The text of an answer, or of each of its fields."""
-    return [outcome.text] if outcome.values is None else [as_text(outcome.values.get(name)) for name in fields]
+def answer_texts(outcome: Outcome, fields: Iterable[str]) -> dict[str, str]:
+    """The text of an answer, or of each of its fields by name."""
+    return {"": outcome.text} if outcome.values is None else {key: as_text(outcome.values.get(key)) for key in fields}
 
 
 def outcome_of(line: ResultsLine | None, fields: Collection[str]) -> Outcome:
@@ -2375,7 +2375,7 @@ def bio_cells(outcome: Outcome, fields: Collection[str]) -> list[str]:
     tokens = ["" if count is None else str(count) for count in outcome.tokens[:2]]
     if outcome.kind != SUCCEEDED:
         return [*[""] * max(1, len(fields)), outcome.error(), *tokens]
-    return [*answer_texts(outcome, fields), "", *tokens]
+    return [*answer_texts(outcome, fields).values(), "", *tokens]
 
 
 def csv_field(field: str, delimiter: str) -> str:
@@ -2868,10 +2868,8 @@ class Poller:
 
     def _is_finished(self, batch: Batch) -> bool:
         """Whether it has ended and no longer lacks its output file, which may be late."""
-        if not batch.has_ended:
-            return False
         if not lacks_output(self._patient_api, batch):
-            return True
+            return batch.has_ended
         now = self._api.clock.now()
         if now - self._lacks_output_since.setdefault(batch.id, now) >= OUTPUT_DELAY_SECONDS:
             raise OutputMissing(
@@ -2969,12 +2967,10 @@ def save_files(api: Api, batch: Batch, paths: Mapping[str, str], *, skip_complet
                 sizes[kind] = size
         except CommandError as failure:
             lost.add(kind)
-            if not isinstance(failure, NotFound):
-                failures.append(failure)
-            elif kind == "results":
-                failures.append(CommandError(OUTPUT_GONE))
-            else:
+            if kind == "errors" and isinstance(failure, NotFound):
                 api.console.warn(f"the error file of batch {batch.id} is no longer on the server")
+            else:
+                failures.append(CommandError(OUTPUT_GONE) if isinstance(failure, NotFound) else failure)
     if "results" in sizes and "errors" not in sizes.keys() | lost:
         with os_errors_as(f"remove {paths['errors']}"), contextlib.suppress(FileNotFoundError):
             os.unlink(paths["errors"])
@@ -3062,10 +3058,8 @@ def prompt_text(body: Json) -> str:
 def preview_lines(request: Json, outcome: Outcome) -> Iterator[str]:
     """The custom_id and the artist's name, then the text of the answer, or its fields by name, and its error."""
     yield artist_label(request)
-    fields = schema_fields(request["body"])
-    names = [""] if outcome.values is None else [f"{name}: " for name in fields]
-    for name, text in zip(names, answer_texts(outcome, fields), strict=True):
-        yield from f"{name}{text}".strip().splitlines()
+    for name, text in answer_texts(outcome, schema_fields(request["body"])).items():
+        yield from (f"{name}: {text}" if name else text).strip().splitlines()
     if outcome.kind != SUCCEEDED:
         yield f"error: {outcome.error()}"
 
@@ -3386,6 +3380,11 @@ def survey_sheet(
     if not best:
         raise CommandError(f"{sheet.name} has no row for any of {plural(len(index.position_of), 'request')}; "
                            "choose the file that the requests were made of, or see --id-column")
+    if unsent := rows - len(best):
+        console.message(f"{sheet.name}: {with_commas(unsent, 'row')} without a request")
+    if left := len(index.position_of) - len(best):
+        missing = f"{sheet.name} has no row for {plural(left, 'request')}"
+        console.warn(f"{missing}, whose results are left out; see --id-column")
     return max(width, len(table.names)), {line: index.position_of[artist_id] for artist_id, (*_, line) in best.items()}
 
 
@@ -3401,7 +3400,6 @@ def sheet_lines(sheet: Input, args: argparse.Namespace, results: Results, consol
         if encoding_of(os.pread(sheet.file.fileno(), 4, 0), "") and not args.excel:
             yield codecs.BOM_UTF8
         yield csv_line([*table.names, *[""] * (width - len(table.names)), *ours], table.delimiter)
-        unsent = 0
         for record in records:
             outcome = Outcome(MISSING, "no request")
             if record.line in position_at:
@@ -3409,12 +3407,6 @@ def sheet_lines(sheet: Input, args: argparse.Namespace, results: Results, consol
             cells = bio_cells(outcome, index.fields)
             fields = record.fields + [""] * (width - len(record.fields))
             yield csv_line([*fields, *(guarded(cells) if args.excel else cells)], table.delimiter)
-            unsent += record.line not in position_at
-    if unsent:
-        console.message(f"{sheet.name}: {with_commas(unsent, 'row')} without a request")
-    if left := len(index.position_of) - len(position_at):
-        missing = f"{sheet.name} has no row for {plural(left, 'request')}"
-        console.warn(f"{missing}, whose results are left out; see --id-column")
 
 
 def report_bios(path: str, requests: Input, results: Results, console: Console) -> None:
