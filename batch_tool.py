@@ -1937,7 +1937,6 @@ class Outcome(NamedTuple):
         return ": ".join(filter(None, (self.code, self.message)))
 
 
-
 def results_object(line: bytes) -> Json:
     """A results line decoded. One that is no JSON or no UTF-8 becomes what `run` writes in its place.
 
@@ -2244,12 +2243,10 @@ class Results:
 
     def _add_current(self, position: int, line: ResultsLine, outcome: Outcome, *, yields: bool) -> None:
         known = self.best[position]
-        if line.outcome == MISSING:
-            return
         is_older = yields and known is not None and known.file != line.file
-        if known and known.outcome == SUCCEEDED and (is_older or line.outcome != SUCCEEDED):
-            return
-        if known and known.outcome == REJECTED and is_older and line.outcome != SUCCEEDED:
+        is_success = line.outcome == SUCCEEDED
+        stays = {SUCCEEDED: is_older or not is_success, REJECTED: is_older and not is_success}  # the known line
+        if line.outcome == MISSING or (known and stays.get(known.outcome)):
             return
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
             self.tokens = self.tokens.plus(outcome.tokens)
