@@ -2187,9 +2187,8 @@ class Results:
                                    "left as it is; choose another --out") from None
             self.gone += match.position is None and match.outcome.kind == SUCCEEDED
 
-    def read_batch(
-        self, file: BinaryIO, name: str, start: int, sent_digests: Mapping[str, bytes] | None, *, is_earlier: bool
-    ) -> BatchLines:
+    def read_batch(self, file: BinaryIO, name: str, start: int, sent_digests: Mapping[str, bytes] | None, *,
+                   is_earlier: bool) -> BatchLines:
         """Index a file of a batch, from `start` on.
 
         `sent_digests` has the digest of each of its requests by custom_id, if they may differ from the request file.
@@ -2869,10 +2868,8 @@ class Poller:
             return batch.has_ended
         now = self._api.clock.now()
         if now - self._lacks_output_since.setdefault(batch.id, now) >= OUTPUT_DELAY_SECONDS:
-            raise OutputMissing(
-                f"batch {batch.id} has completed {batch.counts.completed} requests, but has no output file after "
-                f"{OUTPUT_DELAY_SECONDS // 60} minutes; run the same command again later"
-            )
+            raise OutputMissing(f"batch {batch.id} has completed {batch.counts.completed} requests, but has no output "
+                                f"file after {OUTPUT_DELAY_SECONDS // 60} minutes; run the same command again later")
         return False
 
     def report(self, seconds: float) -> None:
@@ -3287,9 +3284,8 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 # retry, export
 
 
-def read_results(
-    args: argparse.Namespace, index: RequestIndex, console: Console, stack: contextlib.ExitStack
-) -> Results:
+def read_results(args: argparse.Namespace, index: RequestIndex, console: Console,
+                 stack: contextlib.ExitStack) -> Results:
     """The best results of the requests in --results, without those in --out. The files stay open in `stack`."""
     results = Results(index, console)
     for path in args.results:
@@ -3346,9 +3342,8 @@ def open_sheet(sheet: Input, args: argparse.Namespace) -> Iterator[tuple[Table, 
         raise CommandError(f"{sheet.name} cannot be decoded: {error}; see --encoding") from None
 
 
-def survey_sheet(
-    sheet: Input, args: argparse.Namespace, index: RequestIndex, console: Console
-) -> tuple[int, dict[int, int]]:
+def survey_sheet(sheet: Input, args: argparse.Namespace, index: RequestIndex,
+                 console: Console) -> tuple[int, dict[int, int]]:
     """The number of columns of the spreadsheet, and by line the position of the request that was made of that row.
 
     The converter took the first row of an id that can be used. It looks only at the values that the prompt uses, so a
