@@ -774,9 +774,10 @@ def read_object(line: bytes, *, strict: bool = False) -> Json:
 def child_object(content: Json, *names: str) -> Json:
     """The object at the end of this path of names; empty if there is none."""
     for name in names:
-        content = content.get(name, {})
-        if not isinstance(content, dict):
+        inner = content.get(name)
+        if not isinstance(inner, dict):
             return {}
+        content = inner
     return content
 
 
@@ -1115,7 +1116,10 @@ class InputCheck:
         self._hashes_lines = hashes_lines
 
     def problems(self, lines: Iterable[bytes], divider: PartDivider | None = None) -> Iterator[Problem]:
-        """Add all lines to the index and the divider, and yield what is wrong with them."""
+        """Add all lines to the index and the divider, and yield what is wrong with them.
+
+        Without a divider, only what every command needs is checked: each line is a request with an id of its own.
+        """
         number = 0
         for number, line in enumerate(lines, 1):
             if number == 1 and (guess := guess_content(line)):
@@ -1129,24 +1133,32 @@ class InputCheck:
                     message = f"{len(line)} bytes; the limit of a batch is {divider.max_bytes}"
                     yield Problem(number, "invalid_request", message)
             try:
-                request = read_object(line, strict=True)
+                request = read_object(line, strict=divider is not None)
             except ValueError as error:
                 yield Problem(number, "invalid_json_line", str(error))
-            else:
-                for code, message in self._add(number, request):
-                    yield Problem(number, code, message)
-        if not number:
+                continue
+            for code, message in itertools.chain(self._add(number, request), self._compare(request) if divider else ()):
+                yield Problem(number, code, message)
+        if divider and not number:
             yield Problem(1, "empty_file", "the file has no requests")
 
     def _add(self, number: int, request: Json) -> Iterator[tuple[str, str]]:
-        """Note the custom_id, url and model of a request, and yield the code and message of each of its problems."""
-        custom_id, method, url, body = map(request.get, ("custom_id", "method", "url", "body"))
+        """Index a request, and yield the code and message of each reason why it is none."""
+        custom_id, body = request.get("custom_id"), request.get("body")
         if custom_id is None:
             yield "missing_required_parameter", "custom_id is missing"
         elif not isinstance(custom_id, str) or not custom_id:
             yield "invalid_request", "custom_id is not a non-empty string"
         elif (first := self.index.position_of.setdefault(custom_id, number - 1)) != number - 1:
             yield "duplicate_custom_id", f"custom_id {quoted(custom_id)} was already used on line {first + 1}"
+        if not isinstance(body, dict):
+            yield "invalid_request", "body is not a JSON object"
+        else:
+            self.index.fields.update(dict.fromkeys(schema_fields(body)))
+
+    def _compare(self, request: Json) -> Iterator[tuple[str, str]]:
+        """Note the url and model of a request, and yield the code and message of each reason why a batch refuses it."""
+        method, url, body = request.get("method"), request.get("url"), child_object(request, "body")
         if method != "POST":
             yield "invalid_request", f'method is {quoted(method)}, not "POST"'
         if not self.endpoint and isinstance(url, str) and url.startswith("/") and url.isprintable():
@@ -1154,10 +1166,6 @@ class InputCheck:
         if not url or url != self.endpoint:
             endpoint = self.endpoint or "a path like /v1/responses"
             yield "url_mismatch", f"url is {quoted(url)}, not {endpoint[:80]}"
-        if not isinstance(body, dict):
-            yield "invalid_request", "body is not a JSON object"
-            return
-        self.index.fields.update(dict.fromkeys(schema_fields(body)))
         if body.get("stream") is True:
             yield "invalid_request", "body.stream is true; a batch cannot stream"
         if (model := body.get("model")) is None:
@@ -1200,14 +1208,10 @@ def check_input(requests: Input, console: Console, endpoint: str | None = None,
 
 
 def index_requests(requests: Input) -> RequestIndex:
-    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice.
-
-    They may have several models and endpoints, which only a batch may not.
-    """
+    """Index a request file. Raises CommandError for a line that is not a request, or a custom_id used twice."""
     check = InputCheck(hashes_lines=True)
     for problem in check.problems(requests.lines()):
-        if problem.code not in ("url_mismatch", "model_mismatch", "empty_file"):
-            raise CommandError(f"{requests.name} {problem}; is --in the request file?")
+        raise CommandError(f"{requests.name} {problem}; is --in the request file?")
     return check.index
 
 
