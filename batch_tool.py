@@ -47,10 +47,8 @@ if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI, OpenAIError
 
 PROG = "batch_tool.py"
-if os.name == "nt":
-    sys.exit(f"{PROG}: error: it needs Linux or macOS; on Windows, run it in WSL (wsl --install)")
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
+if sys.version_info < (3, 11) or os.name == "nt":
+    sys.exit(f"{PROG}: error: it needs Python 3.11 or later on Linux or macOS; on Windows, run it in WSL")
 
 # ==== common block: stands in gen_batch_jsonl.py and batch_tool.py, byte for byte the same =======================
 
@@ -113,6 +111,7 @@ def positive_int(text: str) -> int:
 def encoding_name(text: str) -> str:
     try:
         "".encode(text)
+        codecs.decode(b"", text, "surrogateescape")  # some codecs support no error handlers
     except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
     return text
@@ -555,10 +554,9 @@ def find_roles(header: Table, record: Record, columns: dict[str, str], needed: I
     roles = {}
     for role, name in columns.items():
         found = [at for at, key in enumerate(header.keys) if key == column_key(name)]
-        if len(found) > 1:
-            raise CommandError(f'{where} names "{name}" {len(found)} times; {listed}')
-        if not found and name != role:
-            raise CommandError(f'{where} has no column "{name}"; {listed}')
+        if len(found) > 1 or (not found and name != role):
+            problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
+            raise CommandError(f"{where} {problem}; {listed}")
         if found:
             roles[role] = found[0]
     if missing := [role for role in needed if role not in roles]:

@@ -46,10 +46,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, cast
 
 PROG = "gen_batch_jsonl.py"
-if os.name == "nt":
-    sys.exit(f"{PROG}: error: it needs Linux or macOS; on Windows, run it in WSL (wsl --install)")
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"{PROG}: error: it needs Python 3.11 or later; this is {sys.version.split()[0]}")
+if sys.version_info < (3, 11) or os.name == "nt":
+    sys.exit(f"{PROG}: error: it needs Python 3.11 or later on Linux or macOS; on Windows, run it in WSL")
 
 
 # ==== common block: stands in gen_batch_jsonl.py and batch_tool.py, byte for byte the same =======================
@@ -113,6 +111,7 @@ def positive_int(text: str) -> int:
 def encoding_name(text: str) -> str:
     try:
         "".encode(text)
+        codecs.decode(b"", text, "surrogateescape")  # some codecs support no error handlers
     except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
     return text
@@ -555,10 +554,9 @@ def find_roles(header: Table, record: Record, columns: dict[str, str], needed: I
     roles = {}
     for role, name in columns.items():
         found = [at for at, key in enumerate(header.keys) if key == column_key(name)]
-        if len(found) > 1:
-            raise CommandError(f'{where} names "{name}" {len(found)} times; {listed}')
-        if not found and name != role:
-            raise CommandError(f'{where} has no column "{name}"; {listed}')
+        if len(found) > 1 or (not found and name != role):
+            problem = f'names "{name}" {len(found)} times' if found else f'has no column "{name}"'
+            raise CommandError(f"{where} {problem}; {listed}")
         if found:
             roles[role] = found[0]
     if missing := [role for role in needed if role not in roles]:
@@ -606,14 +604,13 @@ def refuse_to_replace(path: str, kind: str) -> None:
 
 # UTF-8 that was read as Windows-1252: the first byte of a letter, but for those of phonetic signs (É in `CAFÉ»`) and
 # rare scripts, and then a byte that only a following one can be
-GARBLED_BYTES = re.compile(rb"\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
+GARBLED_BYTES = re.compile(rb"\xef\xbf\xbd|\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
 AS_BYTES = {at: 0xDC00 + at for at in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # Windows-1252 has no characters for these
 RESPONSES, CHAT_COMPLETIONS = "/responses", "/chat/completions"  # how endpoints end
 OUR_COLUMNS = ("artist_id", "artist_name", "error", "input_tokens", "output_tokens")  # of exported bios
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
-MAX_METADATA_CHARS = 512  # of one metadata value; Batch API reference
+MAX_METADATA = 512  # characters of one metadata value; Batch API reference
 MAX_INVALID_SHARE = 0.05  # of rows that cannot be decoded; beyond it, the file is in another encoding
-MIN_ALIKE = 3  # rows of one wrong width, whose cause is named once more at the end
 BLOCK_BYTES = 1 << 17  # of the CSV, read at a time
 CAREFUL_ROWS = 100  # how many rows to read one by one before trying a block again
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|\Z)")
@@ -623,15 +620,9 @@ NULL_NAMES = frozenset(
 )
 
 FOREIGN_FILES = {  # by how they begin
-    rb"PK\x03\x04": "an Excel workbook or another zip file; open it and save it as CSV UTF-8",
-    rb"\xd0\xcf\x11\xe0": "an old Excel workbook; open it and save it as CSV UTF-8",
-    rb"%PDF-": "a PDF file; export the table as CSV",
-    rb"SQLite format 3": "an SQLite database; export the table as CSV",
-    rb"\x1f\x8b": "a gzip file; unpack it first: zcat FILE | gen_batch_jsonl.py --in - ...",
-    rb"BZh91AY&SY": "a bzip2 file; unpack it first: bzcat FILE | gen_batch_jsonl.py --in - ...",
-    rb"\xfd7zXZ\x00": "an xz file; unpack it first: xzcat FILE | gen_batch_jsonl.py --in - ...",
-    rb"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: zstdcat FILE | gen_batch_jsonl.py --in - ...",
-    rb"\{\\rtf": "an RTF document; save the table as CSV",
+    rb"PK\x03\x04|\xd0\xcf\x11\xe0": "an Excel workbook or another zip file; open it and save it as CSV UTF-8",
+    rb"\x1f\x8b|BZh91AY&SY|\xfd7zXZ\x00|\x28\xb5\x2f\xfd": "a gzip file or another archive; unpack it first",
+    rb"%PDF-|\{\\rtf": "a PDF or RTF document; save the table as CSV",
     rb"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
     rb"\s*[\[{]\s*([\[{\"]|$)": "JSON, not CSV; convert it to a CSV with a header",
     rb"\s*<[!?a-z]": "HTML or XML, not CSV; open it in a spreadsheet and save it as CSV UTF-8",
@@ -643,16 +634,15 @@ REVEAL = bytes.maketrans(b"".join(STAND_INS.values()), b"".join(STAND_INS))
 SEPARATOR = b"\xff"  # another such byte, between joined values
 
 # escaping
+LINE_SEPARATORS = "\u2028\u2029\x85"  # some readers would cut a line of JSON there
 JSON_ESCAPES = {  # the backslash first, because the other escapes bring backslashes
-    char.encode(): json.dumps(char)[1:-1].encode() for char in ["\\", '"', *map(chr, range(32))]
+    char.encode(): json.dumps(char)[1:-1].encode() for char in ["\\", '"', *map(chr, range(32)), *LINE_SEPARATORS]
 }
 UNESCAPED_BYTES = bytes({*range(256)} - {*b"".join(JSON_ESCAPES)})
-LINE_SEPARATORS = {char: json.dumps(char)[1:-1].encode() for char in "\u2028\u2029\x85"}
 
 # blanks
 ALL_BLANKS = BLANKS + "".join(STAND_INS[char].decode("utf-8", "surrogateescape") for char in (b"\t", b"\n", b"\r"))
-BLANK_EDGES = frozenset(char.encode("utf-8", "surrogateescape") for char in ALL_BLANKS)  # of one to three bytes
-BLANK_BYTES = b"".join(BLANK_EDGES)
+BLANK_BYTES = ALL_BLANKS.encode("utf-8", "surrogateescape")
 SQUEEZED = dict.fromkeys(map(ord, BLANKS + "-_"))  # for str.translate: leaves these out
 
 
@@ -668,12 +658,9 @@ class RowProblem(NamedTuple):
 class Rows(NamedTuple):
     """Rows of a block: the line where each begins, and for each used column the trimmed values."""
 
-    lines: Sequence[int]
+    lines: Sequence[int]  # and the one behind the last row
     columns: list[list[bytes]]
-    next_line: int
     swallowed: dict[int, list[int]]  # by the line of a row: lines in it that look like rows
-    needs_escapes: bool  # some values may contain characters that JSON escapes, apart from the hidden ones
-    is_suspect: bool  # some values may have been decoded wrongly before
 
 
 # ---- text
@@ -695,22 +682,10 @@ def in_quotes(text: str) -> str:
 
 def trim(values: list[bytes]) -> list[bytes]:
     """Remove the blanks around values, also those that a block hides."""
-    stripped = [*map(bytes.strip, values, itertools.repeat(BLANK_BYTES))]  # lacks parts of other characters, too
-    if stripped == values:
-        return values
     return [
-        value if value == short or BLANK_EDGES.isdisjoint(
-            (value[:1], value[:2], value[:3], value[-1:], value[-2:], value[-3:])
-        ) else to_bytes(to_text(value).strip(ALL_BLANKS))
-        for value, short in zip(values, stripped, strict=True)
+        value if value.strip(BLANK_BYTES) == value else to_bytes(to_text(value).strip(ALL_BLANKS))
+        for value in values
     ]
-
-
-def escape_line_separators(text: bytes) -> bytes:
-    """Escape the characters at which some readers would cut a line of JSON."""
-    for char, escaped in LINE_SEPARATORS.items():
-        text = text.replace(char.encode(), escaped)
-    return text
 
 
 def escape(text: bytes) -> bytes:
@@ -719,7 +694,7 @@ def escape(text: bytes) -> bytes:
         for char, escaped in JSON_ESCAPES.items():
             if char in special:
                 text = text.replace(char, escaped)
-    return escape_line_separators(text)
+    return text
 
 
 def shape_of(artist_id: str) -> str:
@@ -747,24 +722,16 @@ def lines_like_rows(text: bytes, line: int, artist_id: bytes, table: Table) -> l
 # ---- a block as a whole
 
 
-def last_line_end(data: bytes, start: int, end: int) -> int:
-    """Where the last line before `end` ends; `start` if there is none. A CR just before `end` may be half a CRLF."""
-    found = data.rfind(b"\n", start, end)
-    if found < 0:
-        found = data.rfind(b"\r", start, max(start, end - 1))  # -1 would mean the end of the data
-    return max(found, start - 1) + 1
-
-
 def block_end(data: bytes, start: int, end: int, is_last: bool) -> int:
-    """The last line end before `end` with an even number of quotes before it; `start` if there is none.
+    """Behind the last LF before `end` with an even number of quotes before it; `start` if there is none.
 
     At the end of the file (`is_last`), the end of the data counts as a line end.
     """
     if not is_last:
-        end = last_line_end(data, start, end)
+        end = max(start, data.rfind(b"\n", start, end) + 1)
     quotes = data.count(b'"', start, end)
     while quotes % 2:
-        previous, end = end, last_line_end(data, start, data.rfind(b'"', start, end))
+        previous, end = end, max(start, data.rfind(b"\n", start, data.rfind(b'"', start, end)) + 1)
         quotes -= data.count(b'"', end, previous)
     return end
 
@@ -853,7 +820,7 @@ def rows_of_block(block: bytes, first_line: int, table: Table, used: list[int], 
     """
     delimiter = table.delimiter.encode()
     try:
-        text = block.decode()
+        block.decode()
     except UnicodeDecodeError:
         return None
     plain = plain_block(block, delimiter)
@@ -867,14 +834,11 @@ def rows_of_block(block: bytes, first_line: int, table: Table, used: list[int], 
     columns = [trim(fields[column : number * step : step]) for column in used]
     if has_special_ids(columns[0], table):
         return None
-    special = plain.translate(None, UNESCAPED_BYTES + b"\n" + delimiter)
-    needs_escapes = special != b"" or any(char in text for char in LINE_SEPARATORS)
-    is_suspect = not block.isascii() and ("\ufffd" in text or GARBLED_BYTES.search(block) is not None)
     lines: Sequence[int] = range(first_line, first_line + number + 1)
     swallowed: dict[int, list[int]] = {}
     if STAND_INS[b"\n"] in plain or STAND_INS[b"\r"] in plain:
         lines, swallowed = lines_of_rows(plain, columns[0], first_line, table)
-    return Rows(lines[:-1], columns, lines[-1], swallowed, needs_escapes, is_suspect)
+    return Rows(lines, columns, swallowed)
 
 
 # ---- a row by itself
@@ -895,8 +859,7 @@ def problem_of(record: Record, table: Table) -> RowProblem:
         cause = f"a value with {ours} in it needs quotes around it"
     else:
         cause = "a value is missing, or has a line break but no quotes around it"
-    most = width + MAX_EXTRA_FIELDS
-    fields = plural(record.width, "field") if record.width <= most else f"more than {most} fields"
+    fields = ("at least " if record.width > width + MAX_EXTRA_FIELDS else "") + plural(record.width, "field")
     detail = f"{fields} instead of {width} in {in_quotes(row)}; {cause}"
     return RowProblem(WRONG_WIDTH, detail, shared=f"these rows have {fields}; {cause}")
 
@@ -917,32 +880,18 @@ def undecodable(record: Record, table: Table, used: list[int], encoding: str) ->
             advice = "name the encoding of the CSV with --encoding"
             if encoding == "utf-8" and reading and "\ufffd" not in reading:
                 advice = f'if "{reading}" on line {record.line} looks right, add --encoding windows-1252'
-            name = next((role for role, at in table.roles.items() if at == column), table.names[column])
-            return RowProblem(not_valid(encoding), f"{name} is {not_valid(encoding)}", advice)
+            return RowProblem(not_valid(encoding), f"{table.names[column]} is {not_valid(encoding)}", advice)
     return None
-
-
-def as_meant(value: str) -> str:
-    """The value as it was before its UTF-8 was read as Windows-1252. "" if that has not happened."""
-    try:
-        meant = value.translate(AS_BYTES).encode("windows-1252", "surrogateescape").decode()
-    except ValueError:
-        return ""
-    return meant if GARBLED_BYTES.search(value.encode()) else ""
 
 
 # ---- reading
 
 
-@contextlib.contextmanager
-def open_input(path: str) -> Iterator[io.BufferedReader]:
+def open_input(path: str) -> contextlib.AbstractContextManager[io.BufferedReader]:
     if path == STDIN:
-        yield cast(io.BufferedReader, stdin_bytes())
-        return
+        return contextlib.nullcontext(cast(io.BufferedReader, stdin_bytes()))
     with os_errors_as(f"read {path}"):
-        file = open(path, "rb")
-    with file:
-        yield file
+        return open(path, "rb")
 
 
 def read_text(path: str) -> str:
@@ -983,18 +932,12 @@ class BlockReader(LineReader):
         for beginning, kind in FOREIGN_FILES.items():
             if re.match(beginning, start) or re.match(beginning, self._data, re.IGNORECASE):
                 raise CommandError(f"{name} is {kind}")
-        for byte_order, zeros in (("be", self._data[0:4:2]), ("le", self._data[1:4:2])):
-            if zeros == b"\0\0":
-                raise CommandError(f"{name} looks like UTF-16; if it is, add --encoding utf-16-{byte_order}")
 
     def _to_utf_8(self, chunk: bytes) -> bytes:
         """Convert a chunk. What is not valid in its encoding becomes bytes that are not valid in UTF-8."""
         if self._decoder is None:
             return chunk
-        try:
-            return self._decoder.decode(chunk, final=self._is_ended).encode("utf-8", "surrogatepass")
-        except UnicodeError:  # some codecs do not support error handlers
-            raise CommandError(f"{self._name} cannot be read in that encoding; choose another --encoding") from None
+        return self._decoder.decode(chunk, final=self._is_ended).encode("utf-8", "surrogatepass")
 
     def _fill(self) -> bool:
         """Read more of the file, as much as is there already. False at its end."""
@@ -1061,12 +1004,10 @@ def read_columns(reader: LineReader, args: argparse.Namespace, console: Console)
     try:
         table = read_table(reader, chosen, COLUMNS[:2], args.skip_header)
     except CommandError:
-        if next(reader.peek_lines(), ""):
-            refuse_odd_start(reader, wanted)
+        refuse_odd_start(reader, wanted)
         raise
     if args.skip_header and table.has_header:
-        names = f"line {reader.line - 1}: names the columns"
-        console.warn(f"{names}, so it is taken as the header despite --skip-header")
+        console.warn(f"line {reader.line - 1}: names the columns, so it is the header despite --skip-header")
     if not table.has_header and read_record(reader.peek_lines(), reader.line, table).oddity:
         refuse_odd_start(reader, wanted)
     return table
@@ -1154,14 +1095,10 @@ def template_body(args: argparse.Namespace, table: Table, slot: Slot, console: C
 
 def read_json(path: str) -> Any:
     """The content of a small JSON file."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not allowed")
-
     text = read_text(path)
     try:
-        content = json.loads(text, parse_constant=refuse)
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogate, no number out of range
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no lone surrogate
     except (ValueError, RecursionError) as error:
         quotes = re.search("[“”„‟«»]", text)
         advice = f"; it has typographic quotes ({quotes[0]}), where JSON needs plain ones" if quotes else ""
@@ -1174,11 +1111,10 @@ def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
-    if "model" in fields:
-        raise CommandError(f'{shown(path)}: the field "model" does not belong here; name the model with --model')
     for name in fields:
-        if name in body:
-            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; remove it from the file')
+        if name in {*body, "model"}:
+            advice = "name the model with --model" if name == "model" else "remove it from the file"
+            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; {advice}')
     return fields
 
 
@@ -1205,10 +1141,9 @@ def answer_format(path: str) -> dict[str, Any]:
         example = '{"type": "object", "properties": {"bio": {"type": "string"}}}'
         raise CommandError(f"{shown(path)}: not a JSON Schema of an object with properties, such as {example}")
     for name, each in properties.items():
-        if column_key(name) in OUR_COLUMNS:
-            raise CommandError(f'{shown(path)}: the property "{name}" has the name of a column of bios; rename it')
-        if not isinstance(each, dict):
-            raise CommandError(f'{shown(path)}: the property "{name}" is no schema, such as {{"type": "string"}}')
+        if column_key(name) in OUR_COLUMNS or not isinstance(each, dict):
+            problem = "is no schema" if not isinstance(each, dict) else "has the name of a column of bios; rename it"
+            raise CommandError(f'{shown(path)}: the property "{name}" {problem}')
     stem = os.path.splitext(os.path.basename(path))[0]
     return {"name": re.sub("[^A-Za-z0-9_-]", "_", stem)[:64], "strict": True, "schema": made_strict(schema)}
 
@@ -1230,11 +1165,13 @@ def build_request(args: argparse.Namespace, table: Table, console: Console) -> R
         body |= read_body_fields(args.body_file, body)
     id_column, name_column, short_name = table.roles["artist_id"], table.roles["artist_name"], len(table.names)
     request = {"custom_id": slot(id_column), "method": "POST", "url": args.endpoint, "body": body}
-    pieces = re.split(f"<{nonce} ([0-9]+)>", json.dumps(request, ensure_ascii=False) + "\n")
+    text = json.dumps(request, ensure_ascii=False) + "\n"
+    text = re.sub(f"[{LINE_SEPARATORS}]", lambda match: json.dumps(match[0])[1:-1], text)
+    pieces = re.split(f"<{nonce} ([0-9]+)>", text)
     positions = [int(position) for position in pieces[1::2]]
     used = [id_column, name_column, *sorted({*positions} - {id_column, name_column, short_name})]
     columns = [[*used, short_name].index(position) for position in positions]
-    return RequestTemplate([escape_line_separators(piece.encode()) for piece in pieces[::2]], columns, used)
+    return RequestTemplate([piece.encode() for piece in pieces[::2]], columns, used)
 
 
 # ---- conversion
@@ -1252,8 +1189,7 @@ class RowReport:
         self.null_names: Counter[bytes] = Counter()
         self.swallowed: dict[int, list[int]] = {}  # by the line of a row: lines in it that look like rows
         self.shared: Counter[str] = Counter()  # what skipped rows have in common
-        self.filled = self.taken = 0  # rows that end early and were filled, and rows that were taken as they stand
-        self.filled_lines: list[int] = []  # of the first ones
+        self.used: dict[str, list[int]] = {ENDS_EARLY: [], TAKEN: []}  # the lines of odd rows that are used
         self.garbled = self.undecoded = 0  # values whose text was spoilt before it came here, with a sign of it
         self.first_garbled = ""  # for the message
         self._console = console
@@ -1272,15 +1208,11 @@ class RowReport:
     def note(self, line: int, oddity: str, remark: RowProblem) -> None:
         """Report a row that is used although it ends early, or has stray quotes."""
         if self._strict:
-            way = "filled with empty values" if oddity == ENDS_EARLY else "taken as it stands"
-            raise CommandError(f"line {line}: {remark.detail}; without --strict the row is {way}")
-        if oddity == ENDS_EARLY:
-            self.filled += 1
-            self.filled_lines += [line] * (self.filled <= MAX_LISTED)
-        else:
-            self.taken += 1
+            raise CommandError(f"line {line}: {remark.detail}; without --strict the row is used")
+        self.used[oddity].append(line)
+        if oddity == TAKEN:
             taken = f"line {line}: {remark.detail}; taken as it stands, with its quotes"
-            self._list(self.taken, taken, "lines are taken as they stand")
+            self._list(len(self.used[TAKEN]), taken, "lines are taken as they stand")
 
     def _list(self, number: int, warning: str, others: str) -> None:
         """Warn of the first rows of a kind one by one, and once of the others."""
@@ -1292,7 +1224,10 @@ class RowReport:
     def look_for_garbled(self, line: int, values: Iterable[bytes]) -> None:
         """Count the values whose text was decoded wrongly before it came here."""
         for value in (to_text(value.translate(REVEAL)) for value in values):
-            meant = as_meant(value)
+            meant = ""  # the value as it was before its UTF-8 was read as Windows-1252
+            if GARBLED_BYTES.search(to_bytes(value)):
+                with contextlib.suppress(ValueError):
+                    meant = value.translate(AS_BYTES).encode("windows-1252", "surrogateescape").decode()
             self.garbled += meant != ""
             self.undecoded += "\ufffd" in value
             if not self.first_garbled and (meant or "\ufffd" in value):
@@ -1313,8 +1248,7 @@ class Progress:
         self._console, self._source, self._clock = console, source, clock
         self._started = clock()
         self._next_report = self._started + 1
-        status = os.fstat(source.fileno()) if console.is_terminal else None
-        self._size = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
+        self._size = os.fstat(source.fileno()).st_size if console.is_terminal else 0  # 0 for a pipe
 
     def report(self, rows: int) -> None:
         now = self._clock()
@@ -1322,11 +1256,6 @@ class Progress:
             self._next_report = now + 0.2
             done = f"{self._source.tell() / 1e6:.1f} of {self._size / 1e6:.1f} MB, " if self._size else ""
             self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
-
-
-def shortened(name: bytes) -> bytes:
-    """The name, cut to the length that the API accepts as metadata."""
-    return name if len(name) <= MAX_METADATA_CHARS else to_bytes(to_text(name)[:MAX_METADATA_CHARS])
 
 
 def why_unused(first_line: int, artist_id: bytes, name: bytes) -> RowProblem:
@@ -1347,31 +1276,28 @@ class RequestWriter:
         self.written = 0
         self._line_of: dict[bytes, int] = {}  # by the id of each request
         self._out = out
-        self._report = report
-
-    def write_block(self, rows: Rows) -> None:
-        self._report.swallowed |= rows.swallowed
-        self._write_rows(rows.lines, rows.columns, rows.needs_escapes, rows.is_suspect)
+        self.report = report
 
     def write_record(self, record: Record, encoding: str) -> None:
         problem = problem_of(record, self.table) if record.oddity else None
         if record.is_used and problem:
-            self._report.note(record.line, record.oddity, problem)
+            self.report.note(record.line, record.oddity, problem)
             problem = None
         if problem := problem or undecodable(record, self.table, self.template.used, encoding):
-            self._report.skip(record.line, problem)
+            self.report.skip(record.line, problem)
             return
         values = [to_bytes(record.fields[column].strip(BLANKS)) for column in self.template.used]
         text = to_bytes(self.table.delimiter.join(record.fields))
         if held := lines_like_rows(text, record.line, values[0], self.table):
-            self._report.swallowed[record.line] = held
-        self._write_rows([record.line], [[value] for value in values], needs_escapes=True, is_suspect=True)
+            self.report.swallowed[record.line] = held
+        self.write_rows([record.line], [[value] for value in values])
 
-    def _write_rows(
-        self, lines: Sequence[int], columns: list[list[bytes]], needs_escapes: bool, is_suspect: bool
-    ) -> None:
+    def write_rows(self, lines: Sequence[int], columns: list[list[bytes]]) -> None:
         """Write the rows that have a name and an id of their own; report the others as skipped."""
         ids, names = columns[:2]
+        if len(columns) in self.template.columns:
+            short = [name if len(name) <= MAX_METADATA else to_bytes(to_text(name)[:MAX_METADATA]) for name in names]
+            columns = [*columns, short]
         line_of = self._line_of
         first_lines = [
             line_of.setdefault(artist_id, line) if artist_id and name else 0
@@ -1381,21 +1307,19 @@ class RequestWriter:
             kept = [at for at, line in enumerate(lines) if first_lines[at] == line]
             for line, first_line, artist_id, name in zip(lines, first_lines, ids, names, strict=True):
                 if first_line != line:
-                    self._report.skip(line, why_unused(first_line, artist_id, name))
+                    self.report.skip(line, why_unused(first_line, artist_id, name))
             lines, columns = [lines[at] for at in kept], [[column[at] for at in kept] for column in columns]
         if not lines:
             return
-        if is_suspect:
+        text = SEPARATOR.join(itertools.chain.from_iterable(columns))  # all values at once is faster than one by one
+        if not text.isascii() and GARBLED_BYTES.search(text):
             for line, row in zip(lines, zip(*columns, strict=True), strict=True):
-                self._report.look_for_garbled(line, row)
+                self.report.look_for_garbled(line, row)
         if not NULL_NAMES.isdisjoint(columns[1]):
-            self._report.null_names.update(filter(NULL_NAMES.__contains__, columns[1]))
+            self.report.null_names.update(filter(NULL_NAMES.__contains__, columns[1]))
         self.written += len(lines)
-        if len(columns) in self.template.columns:
-            columns = [*columns, [*map(shortened, columns[1])]]
-        if needs_escapes:  # all values at once, which is faster than one by one
-            values = escape(SEPARATOR.join(itertools.chain.from_iterable(columns))).split(SEPARATOR)
-            columns = [values[at : at + len(lines)] for at in range(0, len(values), len(lines))]
+        values = escape(text).split(SEPARATOR)
+        columns = [values[at : at + len(lines)] for at in range(0, len(values), len(lines))]
         requests = self.template.render(columns)
         for char in (self.table.delimiter.encode(), b"\n", b"\r", b'"'):
             requests = requests.replace(STAND_INS[char], JSON_ESCAPES.get(char, char))
@@ -1409,9 +1333,10 @@ def convert_rows(reader: BlockReader, writer: RequestWriter, limit: int, progres
         block = reader.peek_block()
         rows = rows_of_block(block, reader.line, writer.table, writer.template.used, left) if block else None
         if rows:
-            writer.write_block(rows)
-            reader.skip(len(block), rows.next_line)  # if the limit is reached inside the block, nothing more is read
-            left -= len(rows.lines)
+            writer.report.swallowed |= rows.swallowed
+            writer.write_rows(rows.lines[:-1], rows.columns)
+            reader.skip(len(block), rows.lines[-1])  # if the limit is reached inside the block, nothing more is read
+            left -= len(rows.lines) - 1
         else:
             for record in itertools.islice(reader.records(writer.table), CAREFUL_ROWS):
                 writer.write_record(record, reader.encoding)
@@ -1432,26 +1357,24 @@ def check_encoding(report: RowReport, written: int, encoding: str, console: Cons
         console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {report.advice[what]}")
 
 
-def listed_lines(lines: Sequence[int], number: int) -> str:
-    """The first of that number of lines, for a message: `line 3` or `lines 3, 7, …`."""
-    return f"line{'s' if number > 1 else ''} {', '.join(map(str, lines[:MAX_LISTED]))}{', …' * (number > MAX_LISTED)}"
+def listed_lines(lines: Sequence[int]) -> str:
+    """The first lines of some, for a message: `line 3` or `lines 3, 7, …`."""
+    listed = ", ".join(map(str, lines[:MAX_LISTED])) + (", …" if len(lines) > MAX_LISTED else "")
+    return f"lines {listed}" if len(lines) > 1 else f"line {listed}"
 
 
 def warn_of_used_rows(report: RowReport, console: Console) -> None:
     """Warn of what was written although it looks odd."""
-    if report.filled:
-        filled = plural(report.filled, "row ends early and was", "rows end early and were")
-        console.warn(f"{filled} filled with empty values: {listed_lines(report.filled_lines, report.filled)}")
+    if early := report.used[ENDS_EARLY]:
+        filled = plural(len(early), "row ends early and was", "rows end early and were")
+        console.warn(f"{filled} filled with empty values: {listed_lines(early)}")
     if report.undecoded or report.garbled > 1:
         spoilt = plural(report.undecoded + report.garbled, "value")
         console.warn(f"the text of {spoilt} was spoilt before it came here; {report.first_garbled}")
     for began, lines in itertools.islice(report.swallowed.items(), MAX_LISTED):
         look = "which look like rows" if len(lines) > 1 else "which looks like a row"
-        held = f"{listed_lines(lines, len(lines))}, {look}"
+        held = f"{listed_lines(lines)}, {look}"
         console.warn(f"line {began}: a quoted field holds {held}; check the quotes on line {began}")
-    if len(report.swallowed) > MAX_LISTED:
-        fields = plural(len(report.swallowed) - MAX_LISTED, "more quoted field holds", "more quoted fields hold")
-        console.warn(f"{fields} lines that look like rows")
     if report.null_names:
         listed = ", ".join(f"{name.decode()} ({number})" for name, number in report.null_names.most_common())
         names = plural(report.null_names.total(), "name looks like an empty cell", "names look like empty cells")
@@ -1472,27 +1395,20 @@ def convert(args: argparse.Namespace, console: Console) -> None:
         refuse_to_replace(args.output, "requests")
         with open_output(args.output) as out:
             writer = RequestWriter(template, table, out, report)
-            limit = args.limit or sys.maxsize
-            convert_rows(reader, writer, limit, lambda: progress.report(writer.written + report.reasons.total()))
-            written = writer.written
-            summary = report.row_summary(written)
-            check_encoding(report, written, reader.encoding, console)
+            rows = args.limit or sys.maxsize
+            convert_rows(reader, writer, rows, lambda: progress.report(writer.written + report.reasons.total()))
+            summary = report.row_summary(writer.written)
+            check_encoding(report, writer.written, reader.encoding, console)
             for shared, number in report.shared.items():
-                if number >= MIN_ALIKE:
+                if number >= 3:
                     console.warn(f"{number} rows were skipped; {shared}")
-            if not written:
+            if not writer.written:
                 raise CommandError(f"no valid row in {shown(args.input)} ({summary}); nothing was written")
     warn_of_used_rows(report, console)
-    console.message(f"Wrote {plural(written, 'request')} to {shown(args.output)} ({summary})")
+    console.message(f"Wrote {plural(writer.written, 'request')} to {shown(args.output)} ({summary})")
 
 
 # ---- command line
-
-
-def endpoint(text: str) -> str:
-    if not re.fullmatch(rf"(/[\w.~-]+)*({RESPONSES}|{CHAT_COMPLETIONS})", text):
-        raise argparse.ArgumentTypeError(f"not a path that ends in {RESPONSES} or {CHAT_COMPLETIONS}: {text!a}")
-    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1507,16 +1423,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-version", type=text_argument, metavar="V", help="version of the stored prompt [PROMPT_VERSION]")
     add("--instructions-file", type=input_path, metavar="FILE", help="file with the instructions for every request")
     text = f"path of the API endpoint; ends in {CHAT_COMPLETIONS} only with --prompt-file (default: %(default)s)"
-    add("--endpoint", type=endpoint, default=f"/v1{RESPONSES}", metavar="E", help=text)
+    add("--endpoint", type=text_argument, default=f"/v1{RESPONSES}", metavar="E", help=text)
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
-    text = "JSON Schema of the answers, which become columns; only with --prompt-file"
-    add("--schema", type=input_path, metavar="JSON", help=text)
-    text = "encoding of the CSV, unless it has a byte-order mark (default: %(default)s)"
-    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help=text)
+    add("--schema", type=input_path, metavar="JSON", help="JSON Schema of the answers, which become columns")
+    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help="of the CSV (default: %(default)s)")
     for role in COLUMNS:
-        text = f"column of the CSV that holds the {role} (default: {role})"
-        flag = f"--{role.removeprefix('artist_')}-column"
+        flag, text = f"--{role.removeprefix('artist_')}-column", f"column that holds the {role} (default: {role})"
         add(flag, dest=role, type=text_argument, metavar="NAME", help=text)
     add("--limit", type=positive_int, metavar="N", help="read only the first N data rows")
     add("--skip-header", action="store_true", help=f"the CSV has no header; its columns are {','.join(COLUMNS)}")
@@ -1537,16 +1450,16 @@ def complete_from_environment(parser: argparse.ArgumentParser, args: argparse.Na
     if not args.prompt_id and not args.prompt_file:
         args.prompt_id = environment("PROMPT_ID", text_argument)
         args.prompt_file = environment("PROMPT_FILE", input_path)
-    if args.prompt_id and args.prompt_file:
-        parser.error("PROMPT_ID and PROMPT_FILE are both set; unset one, or choose with --prompt-id or --prompt-file")
-    if not args.prompt_id and not args.prompt_file:
-        parser.error("a prompt is required: --prompt-file or --prompt-id (or PROMPT_FILE or PROMPT_ID)")
+    if bool(args.prompt_id) == bool(args.prompt_file):
+        parser.error("one prompt is required: --prompt-file or --prompt-id (or else PROMPT_FILE or PROMPT_ID)")
     if args.prompt_id and not args.prompt_version:
         args.prompt_version = environment("PROMPT_VERSION", text_argument)
     args.model = args.model or environment("MODEL", text_argument)
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not re.fullmatch(rf"(/[\w.~-]+)*({RESPONSES}|{CHAT_COMPLETIONS})", args.endpoint):
+        parser.error(f"--endpoint: not a path that ends in {RESPONSES} or {CHAT_COMPLETIONS}: {args.endpoint!a}")
     if args.prompt_file and args.prompt_version:
         parser.error("--prompt-version goes with --prompt-id, not with a prompt file")
     if args.prompt_file and not args.model:
@@ -1555,11 +1468,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--instructions-file, --schema and --endpoint go with --prompt-file, not with a stored prompt")
     if args.skip_header and any(getattr(args, role) for role in COLUMNS):
         parser.error("--id-column, --name-column and --data-column need a header; they do not go with --skip-header")
-    files = (args.input, args.prompt_file, args.instructions_file, args.body_file, args.schema)
-    inputs = [path for path in files if path]
-    if inputs.count(STDIN) > 1:
-        parser.error("only one input can be stdin (-)")
-    for path in inputs:
+    for path in filter(None, (args.input, args.prompt_file, args.instructions_file, args.body_file, args.schema)):
         if same_regular_file(path, args.output):
             parser.error(f"{shown(path)} is both an input and the output; choose another --out")
 

@@ -86,7 +86,11 @@ def test_the_shape_of_an_id_collapses_digits_and_letters(artist_id: str, shape: 
 def test_only_the_separators_that_would_cut_a_line_are_escaped() -> None:
     line = 'é\u2027\u2028\u2029\u202a\x84\x85\x86 "\U0001f600"'
     escaped = 'é\u2027\\u2028\\u2029\u202a\x84\\u0085\x86 "\U0001f600"'
-    assert gen.escape_line_separators(line.encode()).decode() == escaped
+    assert gen.escape(line.encode()).decode() == escaped.replace('"', '\\"')
+    write("prompt.md", "{{artist_name}} " + line)
+    write("in.csv", f"{HEADER}1,A,x\n")
+    assert gen.main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert escaped.replace('"', '\\"') in Path("out.jsonl").read_text()
 
 
 def test_a_long_value_is_cut_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,10 +461,10 @@ BAD_BODY_FILES = pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "body.json: not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-        ('{"a": NaN}', "body.json: not valid JSON: NaN is not allowed"),
-        ('{"a": -Infinity}', "body.json: not valid JSON: -Infinity is not allowed"),
+        ('{"a": NaN}', "body.json: not valid JSON: Out of range float values are not JSON compliant"),
+        ('{"a": -Infinity}', "body.json: not valid JSON: Out of range float values are not JSON compliant"),
         ("[1]", 'body.json: not a JSON object; write the fields as {"max_output_tokens": 400, ...}'),
-        ('{"model": "x"}', 'body.json: the field "model" does not belong here; name the model with --model'),
+        ('{"model": "x"}', 'body.json: this tool writes the field "model" itself; name the model with --model'),
         ('{"prompt": 1}', 'body.json: this tool writes the field "prompt" itself; remove it from the file'),
     ],
 )
@@ -685,13 +689,13 @@ USAGE_ERRORS = pytest.mark.parametrize(
         ("--out o --prompt-id p", {}, "the following arguments are required: --in"),
         ("--in i --prompt-id p", {}, "the following arguments are required: --out"),
         ("--in i --out o", {},
-         "a prompt is required: --prompt-file or --prompt-id (or PROMPT_FILE or PROMPT_ID)"),
+         "one prompt is required: --prompt-file or --prompt-id (or else PROMPT_FILE or PROMPT_ID)"),
         ("--in i --out o", {"PROMPT_ID": "", "PROMPT_FILE": ""},
-         "a prompt is required: --prompt-file or --prompt-id (or PROMPT_FILE or PROMPT_ID)"),
+         "one prompt is required: --prompt-file or --prompt-id (or else PROMPT_FILE or PROMPT_ID)"),
         ("--in i --out o --prompt-id p --prompt-file f", {},
          "argument --prompt-file: not allowed with argument --prompt-id"),
         ("--in i --out o", {"PROMPT_ID": "p", "PROMPT_FILE": "f"},
-         "PROMPT_ID and PROMPT_FILE are both set; unset one, or choose with --prompt-id or --prompt-file"),
+         "one prompt is required: --prompt-file or --prompt-id (or else PROMPT_FILE or PROMPT_ID)"),
         ("--in i --out o --prompt-file f", {}, "--model is required with a prompt file (or MODEL)"),
         ("--in i --out o", {"PROMPT_FILE": "f", "MODEL": ""}, "--model is required with a prompt file (or MODEL)"),
         ("--in i --out o --prompt-file f --model m --prompt-version 1", {},
@@ -707,7 +711,6 @@ USAGE_ERRORS = pytest.mark.parametrize(
         ("--in i --out o --prompt-id p --str", {}, "unrecognized arguments: --str"),
         ("--in i --out o --prompt-id p x\x1b", {}, "unrecognized arguments: x\\u001b"),
         ("--in i --out o/ --prompt-id p", {}, "argument --out: not the name of a file: 'o/'"),
-        ("--in - --out o --prompt-file - --model m", {}, "only one input can be stdin (-)"),
         ("--in i --out o", {"PROMPT_ID": "a\nb"},
          "environment variable PROMPT_ID: has control characters or is not valid UTF-8: 'a\\nb'"),
         ("--in i --out o --prompt-id p", {"MODEL": "a\tb"},
@@ -1081,7 +1084,8 @@ def test_windows_is_told_of_wsl(script: str) -> None:
     program = f"import os, runpy; os.name = 'nt'; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(f"{script}: error: it needs Linux or macOS; on Windows, run it in WSL")
+    said = "it needs Python 3.11 or later on Linux or macOS; on Windows, run it in WSL"
+    assert done.stderr.startswith(f"{script}: error: {said}")
 
 
 def test_a_stored_prompt_draws_a_warning_that_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
