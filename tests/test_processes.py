@@ -300,7 +300,7 @@ def test_a_usage_error_does_not_show_the_key(
 def test_an_old_python_gets_a_line_that_says_what_is_needed(script: str) -> None:
     old = "import runpy, sys; sys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'; runpy.run_path(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", old, ROOT / script], capture_output=True, text=True)
-    reason = f"{script}: error: it needs Python 3.11 or later; this is 3.10.1\n"
+    reason = f"{script}: error: it needs Python 3.11 or later on Linux or macOS; on Windows, run it in WSL\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", reason)
 
 
