@@ -1427,7 +1427,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
     add("--schema", type=input_path, metavar="JSON", help="JSON Schema of the answers, which become columns")
-    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help="encoding of the CSV (default: %(default)s)")
+    text = "encoding of the CSV (default: %(default)s)"
+    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help=text)
     for role in COLUMNS:
         flag, text = f"--{role.removeprefix('artist_')}-column", f"column that holds the {role} (default: {role})"
         add(flag, dest=role, type=text_argument, metavar="NAME", help=text)
