@@ -2035,6 +2035,8 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     status = str(body.get("status") or "completed").lower()
     errors = [error for error in (body.get("error"), top_error) if says_something(error)]
     code, message = error_fields(errors[0]) if errors else ("", "")
+    if status == "completed" and text.strip() and not (errors or refusal or fields or choice):  # nearly all of them
+        return Outcome(SUCCEEDED, text=text, tokens=token_usage(body))
     cut_off = str(child_object(body, "incomplete_details").get("reason") or "")
     finish_reason = str(choice.get("finish_reason")).lower()
     cases = (
