@@ -2160,26 +2160,30 @@ class Results:
 
         Raises CommandError if it has no results line at all.
         """
-        problems: list[str] = []
-        found = 0
+        problems: list[str] = []  # of the first lines that have one
+        found, ignored, seems = 0, 0, ""
         for number, place, line in lines_with_places(source.file, source.name):
+            problem = ""
             try:
                 result = results_object(line)
                 match = self.add(result, place, keeps=False)
+                found += 1
+                if match.position is None and not str_field(result, "request_sha256"):
+                    problem = f"custom_id {quoted(result['custom_id'])} is not in the request file"
+                elif match.outcome.code == UNREADABLE and UNREADABLE.encode() not in line:  # not as `run` writes it
+                    problems.append(f"line {number}: {match.outcome.message}; its request counts as rejected")
             except ValueError as error:
-                if not problems:
-                    seems = guess_content(line).partition(":")[0] or str(error)
-                problems.append(f"line {number}: {error}")
-                continue
-            found += 1
-            if match.position is None and not str_field(result, "request_sha256"):
-                problems.append(f"line {number}: custom_id {quoted(result['custom_id'])} is not in the request file")
-        if problems and not found:
+                problem = str(error)
+                seems = seems or guess_content(line).partition(":")[0] or problem
+            ignored += problem != ""
+            if problem and len(problems) < MAX_LISTED:
+                problems.append(f"line {number}: {problem}; line ignored")
+        if ignored and not found:
             raise CommandError(f"{source.name} has no results line ({seems}); name a file that run, status, wait or "
                                "retrieve wrote")
         for problem in problems[: MAX_LISTED - min(self.ignored, MAX_LISTED)]:
-            self._console.warn(f"{source.name} {problem}; line ignored")
-        self.ignored += len(problems)
+            self._console.warn(f"{source.name} {problem}")
+        self.ignored += ignored
 
     def read_out(self, out: Input) -> None:
         """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines."""

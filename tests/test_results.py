@@ -246,7 +246,8 @@ def test_a_line_that_cannot_be_read_is_not_paid_for_again(
     assert retry(tool, "results.jsonl") == 0
     out, err = capsys.readouterr()
     assert out == "Requests to retry: 0\n"
-    assert err.splitlines()[:2] == [
+    assert err.splitlines()[:3] == [
+        f"batch_tool.py: warning: results.jsonl line 1: {reason}; its request counts as rejected",
         "1 succeeded, 1 rejected, 0 retryable, 0 missing of 2 requests; tokens: 12 input, 4 output",
         f"most common errors: 1 × unreadable: {reason}",
     ]
