@@ -1438,6 +1438,10 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     return kind(text, status, (body.get("code"), body.get("type")), wait, no_endpoint=no_endpoint)
 
 
+def without_password(url: str) -> str:
+    return re.sub("^([a-z0-9]+://)[^/?#]*@", r"\1", url)
+
+
 def proxy_for(url: str) -> str:
     """The proxy of the environment that requests to the URL go through, for a message. Empty if there is none."""
     from urllib.parse import urlsplit
@@ -1446,10 +1450,6 @@ def proxy_for(url: str) -> str:
     parts, proxies = urlsplit(url), getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     return f" through the proxy {without_password(proxy)}" if proxy and not proxy_bypass(parts.netloc) else ""
-
-
-def without_password(url: str) -> str:
-    return re.sub("^([a-z0-9]+://)[^/?#]*@", r"\1", url)
 
 
 def to_api_error(error: OpenAIError | ApiError | UnicodeError, operation: str, url: str) -> ApiError:
@@ -2342,10 +2342,6 @@ def result_lines(results: Results) -> Iterator[bytes]:
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel treats a cell that begins with one of these as a formula
 
 
-def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
-    """What tokens cost. `prices` are dollars per million input and output tokens."""
-    amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
-    return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
 def artist_name(request: Json) -> str:
     """The name that the converter put into a request: in the prompt's variables, or in the metadata."""
     body = child_object(request, "body")
@@ -2904,6 +2900,9 @@ class Poller:
 
 # ---- saving the files of a batch
 
+OUTPUT_GONE = ("its output file is no longer on the server; an earlier download may still have its results; "
+               "run --force sends, and pays for, all requests of its file again")
+
 
 def batch_paths(batch_id: str, out: str | None = None) -> dict[str, str]:
     """Where the output file (`results`) and the error file (`errors`) of a batch are saved."""
@@ -2935,10 +2934,6 @@ def save_file(api: Api, file_id: str, path: str, *, skip_complete: bool) -> int:
         api.log.info(f"DOWNLOAD_RESULTS replaces {to_json(path)}")
     with open_output(path) as out:
         return api.download(file_id, size, out, path)
-
-
-OUTPUT_GONE = ("its output file is no longer on the server; an earlier download may still have its results; "
-               "run --force sends, and pays for, all requests of its file again")
 
 
 class Saved(NamedTuple):
@@ -3025,6 +3020,12 @@ def rounded(number: float) -> str:
     """The number with three significant digits, and commas between thousands."""
     digits = max(0, len(str(int(number))) - 3)
     return f"{round(number, -digits):,.0f}"
+
+
+def dollars(input_tokens: float, output_tokens: float, prices: tuple[float, float]) -> str:
+    """What tokens cost. `prices` are dollars per million input and output tokens."""
+    amount = (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+    return f"about ${amount:,.2f}" if amount >= 0.01 else "less than $0.01"
 
 
 def estimate(usages: Iterable[Usage], body_bytes: int, total: int, prices: tuple[float, float] | None) -> str:
@@ -3532,6 +3533,74 @@ class Withheld(NamedTuple):
     positions: set[int]
 
 
+def requests_to_repeat(args: argparse.Namespace, results: Results) -> set[int]:
+    """The positions of the requests that the user wants to be sent although they have an answer."""
+    if args.force:
+        return set(range(len(results.best)))
+    return results.positions({REJECTED}) if args.include_rejected else set()
+
+
+def what_to_send(results: Results, sending: Iterable[int], in_batches: int = 0, left_out: int = 0) -> str:
+    """The line that says how many requests will be sent and why, and what becomes of the others."""
+    sent, every = Counter(map(results.outcome_at, sending)), results.outcomes()
+    reasons = {MISSING: "new", OUTDATED: "changed", RETRYABLE: "to try again", REJECTED: "rejected",
+               SUCCEEDED: "forced"}
+    bios, rejected = every[SUCCEEDED] - sent[SUCCEEDED], every[REJECTED] - sent[REJECTED]
+    kept = {"has a bio" if bios == 1 else "have a bio": bios,
+            "was rejected" if rejected == 1 else "were rejected": rejected,
+            "in earlier batches": in_batches, "left out": left_out}
+    text = f"{sent.total():,} of {with_commas(len(results.best), 'request')} to send"
+    for mark, counts in ((":", {word: sent[kind] for kind, word in reasons.items()}), (";", kept)):
+        if listed := ", ".join(f"{number:,} {word}" for word, number in counts.items() if number):
+            text += f"{mark} {listed}"
+    if results.gone:
+        text += f"; {with_commas(results.gone, 'result')} of requests that are no longer in the file"
+    return text
+
+
+def too_many(args: argparse.Namespace, number: int) -> str:
+    """The error if more would be sent than --max-new allows. Empty if not."""
+    if args.max_new is None or number <= args.max_new:
+        return ""
+    return f"{with_commas(number, 'request')} to send, more than --max-new {args.max_new:,}, so nothing is sent"
+
+
+def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, sending: Container[int]) -> str:
+    """An estimate for the requests to send, judged by the answers that are known. Empty if none says its tokens.
+
+    Answers to requests of this file count in proportion to the size of the bodies. Without any, all others count by
+    their mean.
+    """
+    sizes = body_sizes(requests)
+    to_send = [size for position, size in enumerate(sizes) if position in sending]
+    known = zip(sizes, results.best, strict=True)
+    answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
+    answers = answers or [(sum(to_send) // len(to_send), line) for line in results.others]
+    usages = (Usage(size, classify(results_object(line.read())).tokens) for size, line in answers)
+    return estimate(usages, sum(to_send), len(to_send), args.prices)
+
+
+def confirm(args: argparse.Namespace, requests: Input, results: Results, sending: set[int], console: Console) -> None:
+    """Ask before requests are sent, with --ask on a terminal. Raises CommandError unless the answer is yes."""
+    if not (args.ask and console.is_terminal and sys.stdin and sys.stdin.isatty()):
+        return
+    if takes := what_it_takes(args, requests, results, sending):
+        console.message(takes)
+    console.progress(f"Send {with_commas(len(sending), 'request')}? [Y/n] ")
+    answer = sys.stdin.readline()
+    console.clear_progress()
+    if answer.strip().casefold() not in ("", "y", "yes") or not answer:
+        raise CommandError("nothing was sent")
+
+
+def until_when(batches: Iterable[Batch]) -> str:
+    """The line for the person who waits, once everything is submitted."""
+    now = int(time.time())
+    ends = [int_field(batch.raw, "expires_at") or (batch.created_at or now) + DAY_SECONDS for batch in batches]
+    return (f"everything is submitted; the service may take until {local_time(max(ends), ' ')}; you may close this "
+            "window: the same command goes on where this one stops")
+
+
 class Run:
     """Sends requests, in rounds, until each has succeeded or the attempts are used up.
 
@@ -3853,73 +3922,6 @@ class Run:
             return
         positions = self._wanted() if watched.positions is None else watched.positions
         self.withheld.append(Withheld(reason, {each for each in positions if each not in outcomes}))
-
-def requests_to_repeat(args: argparse.Namespace, results: Results) -> set[int]:
-    """The positions of the requests that the user wants to be sent although they have an answer."""
-    if args.force:
-        return set(range(len(results.best)))
-    return results.positions({REJECTED}) if args.include_rejected else set()
-
-
-def what_to_send(results: Results, sending: Iterable[int], in_batches: int = 0, left_out: int = 0) -> str:
-    """The line that says how many requests will be sent and why, and what becomes of the others."""
-    sent, every = Counter(map(results.outcome_at, sending)), results.outcomes()
-    reasons = {MISSING: "new", OUTDATED: "changed", RETRYABLE: "to try again", REJECTED: "rejected",
-               SUCCEEDED: "forced"}
-    bios, rejected = every[SUCCEEDED] - sent[SUCCEEDED], every[REJECTED] - sent[REJECTED]
-    kept = {"has a bio" if bios == 1 else "have a bio": bios,
-            "was rejected" if rejected == 1 else "were rejected": rejected,
-            "in earlier batches": in_batches, "left out": left_out}
-    text = f"{sent.total():,} of {with_commas(len(results.best), 'request')} to send"
-    for mark, counts in ((":", {word: sent[kind] for kind, word in reasons.items()}), (";", kept)):
-        if listed := ", ".join(f"{number:,} {word}" for word, number in counts.items() if number):
-            text += f"{mark} {listed}"
-    if results.gone:
-        text += f"; {with_commas(results.gone, 'result')} of requests that are no longer in the file"
-    return text
-
-
-def too_many(args: argparse.Namespace, number: int) -> str:
-    """The error if more would be sent than --max-new allows. Empty if not."""
-    if args.max_new is None or number <= args.max_new:
-        return ""
-    return f"{with_commas(number, 'request')} to send, more than --max-new {args.max_new:,}, so nothing is sent"
-
-
-def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, sending: Container[int]) -> str:
-    """An estimate for the requests to send, judged by the answers that are known. Empty if none says its tokens.
-
-    Answers to requests of this file count in proportion to the size of the bodies. Without any, all others count by
-    their mean.
-    """
-    sizes = body_sizes(requests)
-    to_send = [size for position, size in enumerate(sizes) if position in sending]
-    known = zip(sizes, results.best, strict=True)
-    answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
-    answers = answers or [(sum(to_send) // len(to_send), line) for line in results.others]
-    usages = (Usage(size, classify(results_object(line.read())).tokens) for size, line in answers)
-    return estimate(usages, sum(to_send), len(to_send), args.prices)
-
-
-def confirm(args: argparse.Namespace, requests: Input, results: Results, sending: set[int], console: Console) -> None:
-    """Ask before requests are sent, with --ask on a terminal. Raises CommandError unless the answer is yes."""
-    if not (args.ask and console.is_terminal and sys.stdin and sys.stdin.isatty()):
-        return
-    if takes := what_it_takes(args, requests, results, sending):
-        console.message(takes)
-    console.progress(f"Send {with_commas(len(sending), 'request')}? [Y/n] ")
-    answer = sys.stdin.readline()
-    console.clear_progress()
-    if answer.strip().casefold() not in ("", "y", "yes") or not answer:
-        raise CommandError("nothing was sent")
-
-
-def until_when(batches: Iterable[Batch]) -> str:
-    """The line for the person who waits, once everything is submitted."""
-    now = int(time.time())
-    ends = [int_field(batch.raw, "expires_at") or (batch.created_at or now) + DAY_SECONDS for batch in batches]
-    return (f"everything is submitted; the service may take until {local_time(max(ends), ' ')}; you may close this "
-            "window: the same command goes on where this one stops")
 
 
 def what_is_new(run: Run, results: Results, spools: Sequence[BinaryIO], prices: tuple[float, float] | None) -> str:

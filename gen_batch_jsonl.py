@@ -1078,21 +1078,6 @@ def fill_placeholders(template: str, path: str, table: Table, slot: Slot, consol
     return filled
 
 
-def template_body(args: argparse.Namespace, table: Table, slot: Slot, console: Console) -> dict[str, Any]:
-    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot, console)
-    instructions = read_text(args.instructions_file) if args.instructions_file else None
-    schema = answer_format(args.schema) if args.schema else None
-    body: dict[str, Any] = {"model": args.model}
-    if args.endpoint.endswith(CHAT_COMPLETIONS):
-        system = [] if instructions is None else [{"role": "system", "content": instructions}]
-        body["messages"] = [*system, {"role": "user", "content": text}]
-        return body | ({"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {})
-    if instructions is not None:
-        body["instructions"] = instructions
-    body |= {"input": text, "metadata": {"artist_name": slot(len(table.names))}}
-    return body | ({"text": {"format": {"type": "json_schema", **schema}}} if schema else {})
-
-
 def read_json(path: str) -> Any:
     """The content of a small JSON file."""
     text = read_text(path)
@@ -1104,18 +1089,6 @@ def read_json(path: str) -> Any:
         advice = f"; it has typographic quotes ({quotes[0]}), where JSON needs plain ones" if quotes else ""
         raise CommandError(f"{shown(path)}: not valid JSON: {error}{advice}") from None
     return content
-
-
-def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Read --body-file. Raises CommandError if it has a field that this tool writes itself."""
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
-    for name in fields:
-        if name in {*body, "model"}:
-            advice = "name the model with --model" if name == "model" else "remove it from the file"
-            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; {advice}')
-    return fields
 
 
 def made_strict(schema: Any) -> Any:
@@ -1146,6 +1119,33 @@ def answer_format(path: str) -> dict[str, Any]:
             raise CommandError(f'{shown(path)}: the property "{name}" {problem}')
     stem = os.path.splitext(os.path.basename(path))[0]
     return {"name": re.sub("[^A-Za-z0-9_-]", "_", stem)[:64], "strict": True, "schema": made_strict(schema)}
+
+
+def template_body(args: argparse.Namespace, table: Table, slot: Slot, console: Console) -> dict[str, Any]:
+    text = fill_placeholders(read_text(args.prompt_file), shown(args.prompt_file), table, slot, console)
+    instructions = read_text(args.instructions_file) if args.instructions_file else None
+    schema = answer_format(args.schema) if args.schema else None
+    body: dict[str, Any] = {"model": args.model}
+    if args.endpoint.endswith(CHAT_COMPLETIONS):
+        system = [] if instructions is None else [{"role": "system", "content": instructions}]
+        body["messages"] = [*system, {"role": "user", "content": text}]
+        return body | ({"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {})
+    if instructions is not None:
+        body["instructions"] = instructions
+    body |= {"input": text, "metadata": {"artist_name": slot(len(table.names))}}
+    return body | ({"text": {"format": {"type": "json_schema", **schema}}} if schema else {})
+
+
+def read_body_fields(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Read --body-file. Raises CommandError if it has a field that this tool writes itself."""
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise CommandError(f'{shown(path)}: not a JSON object; write the fields as {{"max_output_tokens": 400, ...}}')
+    for name in fields:
+        if name in {*body, "model"}:
+            advice = "name the model with --model" if name == "model" else "remove it from the file"
+            raise CommandError(f'{shown(path)}: this tool writes the field "{name}" itself; {advice}')
+    return fields
 
 
 def build_request(args: argparse.Namespace, table: Table, console: Console) -> RequestTemplate:
