@@ -3080,7 +3080,7 @@ def cmd_preview(args: argparse.Namespace, console: Console, clock: Clock) -> int
         api = stack.enter_context(connect(args, console, clock))
         api.check_model(check.model)
         console.message(f"sending {plural(len(samples), 'request')} right away, at the ordinary price, not as a batch")
-        for line in (f"the prompt of {first['custom_id']}:", *prompt_text(first["body"]).splitlines()):
+        for line in (f"the prompt of {first['custom_id']}:", *prompt_text(first["body"]).splitlines(), ""):
             console.message(line)
         for size, request in samples:
             outcome = classify(api.send_now(request), [*schema_fields(request["body"])])
@@ -3829,16 +3829,17 @@ class Run:
         if not needed:
             return False
         is_done = batch.has_ended and not lacks_output(self._api, batch)
-        if not (is_done and needed <= self._again):  # else its answers may be those that are known already
-            origin = "" if is_of_file else f", made from an earlier version of {self._requests.name},"
-            have = "some" if positions is None else f"{len(needed):,}"
-            self._console.message(f"batch {batch.id} ({batch.status}){origin} already has {have} of the requests")
         self._poller.latest[batch.id] = batch
         watched = ActiveBatch(batch, positions, True, queued=queued, sent_digests=digests)
         if is_done:
             self._download_results(batch, watched)
+            needed -= self._unanswered()
         else:
             self.active[batch.id] = watched
+        if needed:
+            origin = "" if is_of_file else f", made from an earlier version of {self._requests.name},"
+            have = "some" if positions is None and not is_done else f"{len(needed):,}"
+            self._console.message(f"batch {batch.id} ({batch.status}){origin} already has {have} of the requests")
         return True
 
     def _input_digests(self, batch: Batch, *, is_of_file: bool) -> dict[str, bytes] | None:

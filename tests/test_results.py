@@ -542,7 +542,7 @@ def answering(api: FaultyAPI, *bodies: Json, status: int = 200) -> None:
         api.faults.append(Fault("POST", "(responses|completions)$", status=status, body=json.dumps(body).encode()))
 
 
-PROMPT = "the prompt of a1:\nBio of a1\n"
+PROMPT = "the prompt of a1:\nBio of a1\n\n"
 NO_ESTIMATE = "no response says how many tokens it used, so there is no estimate\n"
 
 
@@ -552,7 +552,7 @@ def test_preview_shows_the_answers_and_estimates_the_whole(api: FaultyAPI, tool:
     input_tokens = 9 * (api.exchanges[-1].size // 4)
     assert capsys.readouterr() == (
         f"a2 Artist a2\n{bio_of('a2')}\n\na5 Artist a5\n{bio_of('a5')}\n\na8 Artist a8\n{bio_of('a8')}\n",
-        f"{sending(3)}the prompt of a2:\nBio of a2\n"
+        f"{sending(3)}the prompt of a2:\nBio of a2\n\n"
         f"9 requests: about {input_tokens} input and 405 (405 to 405) output tokens, by 3 answers\n",
     )
     assert api.answered == [requests[number]["body"] for number in (1, 4, 7)]
@@ -647,7 +647,7 @@ def test_an_answer_is_shown_on_lines_of_its_own_without_control_characters(
     api.faults.append(Fault("POST", "/responses$", status=200, body=body))
     assert tool("preview", "--in", "requests.jsonl") == 0
     assert capsys.readouterr() == (
-        "a\\n1 \\u001b[31m\n뉴진스\nand \\u001b[0m[secret]\n", f"{sending(1)}the prompt of a\\n1:\n{NO_ESTIMATE}"
+        "a\\n1 \\u001b[31m\n뉴진스\nand \\u001b[0m[secret]\n", f"{sending(1)}the prompt of a\\n1:\n\n{NO_ESTIMATE}"
     )
 
 
@@ -779,7 +779,7 @@ def test_the_first_prompt_is_shown_as_the_service_gets_it(
     requests_file(request(body={"model": MODEL} | body))
     tool("preview", "--in", "requests.jsonl")
     err = capsys.readouterr().err
-    assert err.startswith(f"{sending(1)}the prompt of a1:\n{prompt}\n1 request: about " if prompt else sending(1))
+    assert err.startswith(f"{sending(1)}the prompt of a1:\n{prompt}\n\n1 request: about " if prompt else sending(1))
 
 
 def test_nothing_is_written_but_the_log_which_names_the_requests(api: FaultyAPI, tool: Tool) -> None:
