@@ -450,3 +450,14 @@ def test_without_a_terminal_it_does_not_ask(api: FaultyAPI, capsys: Capture) -> 
     write_requests("a1")
     assert run("--ask") == 0
     assert "[Y/n]" not in capsys.readouterr().err
+
+
+def test_an_ended_batch_that_brings_nothing_is_not_spoken_of(api: FaultyAPI, capsys: Capture) -> None:
+    api.outcomes = {"a2": "500"}
+    write_requests("a1", "a2")
+    assert run("--attempts", "1") == 1
+    capsys.readouterr()
+    assert run("--attempts", "1") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("1 of 2 requests to send: 1 to try again; 1 has a bio\n")
+    assert "already has" not in err
