@@ -4059,7 +4059,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                            "help": "also send requests again that the API would probably refuse again"},
     "--ask": {"action": "store_true", "help": "on a terminal, ask before requests are sent"},
     "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
-    "--max-new": {"type": positive_int, "metavar": "N",
+    "--max-new": {"type": int, "metavar": "N",
                   "help": "send nothing if more than N requests would be sent"},
     "--requests": {"type": positive_int, "default": 3, "metavar": "N",
                    "help": "how many requests to send (default: %(default)s)"},

@@ -461,3 +461,10 @@ def test_an_ended_batch_that_brings_nothing_is_not_spoken_of(api: FaultyAPI, cap
     err = capsys.readouterr().err
     assert err.startswith("1 of 2 requests to send: 1 to try again; 1 has a bio\n")
     assert "already has" not in err
+
+
+def test_max_new_of_none_only_collects(api: FaultyAPI) -> None:
+    batch_of_a_run(api, "completed", write_requests("a1", "a2"), done=["a1"], left=["a2"])
+    assert run("--max-new", "0") == 1
+    assert custom_ids(OUT.read_bytes()) == ["a1", "a2"]
+    assert posts(api) == 0
