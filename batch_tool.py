@@ -8,8 +8,8 @@ and nothing paid for is lost.
 
 stdout carries results only; everything else goes to stderr. Commands that talk to
 the API need OPENAI_API_KEY, and log every request to logs/batch_YYYYMMDD_HHMMSS.log.
-validate, retry and export work offline. OPENAI_BASE_URL chooses another service.
-COMMAND --help shows the options of a command.
+validate, retry, export and run --dry-run work offline. OPENAI_BASE_URL chooses
+another service. COMMAND --help shows the options of a command.
 
 exit codes: 0 success, 1 fatal error, 2 invalid arguments, 3 --timeout passed,
 130 interrupted, 143 terminated, 129 hung up
@@ -412,8 +412,8 @@ def read_on(lines: Iterator[str]) -> list[str]:
 def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
     """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
 
-    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. It is not read beyond
-    `max_fields` fields.
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record with more fields than
+    `max_fields` is not read to its end.
     """
     first = text = next(lines)
     read, at = 1, 0
@@ -521,7 +521,7 @@ def read_header(reader: LineReader, wanted: Iterable[str]) -> tuple[Table, Recor
     """The header, the first record that is not blank, as a table without roles. The reader then stands before it.
 
     If its quoting is malformed, the names are those on its first line, quotes and all. A line `sep=;` before the header
-    names the delimiter. Otherwise it is the one that gives the most wanted columns or, among equals, the most columns.
+    names the delimiter. Otherwise the delimiter is the one with the most wanted columns or, among equals, columns.
     Raises CommandError if every record is blank.
     """
     delimiters: Iterable[str] = DELIMITERS
@@ -1623,7 +1623,7 @@ class Api(NamedTuple):
     console: Console
     clock: Clock
     verbose: bool
-    told: set[str]  # warnings that are given once
+    told: set[str]  # warnings that were given and models that were looked at: each once
     outage_budget: float = 0
 
     def warn_once(self, text: str) -> None:
@@ -1966,7 +1966,8 @@ def text_and_refusal(parts: Any, kind: str) -> tuple[str, str]:
 def response_words(output: Any) -> tuple[str, str, str]:
     """The text and the refusal of a Response, and the code for it if it has neither.
 
-    They are those of the last message that has one: those before it are drafts. Commentary is no answer.
+    They are those of the last message of the best phase that has one: those before it are drafts. Commentary is no
+    answer.
     """
     best, text, refusal = -1, "", ""
     for item in objects(output):
@@ -1979,7 +1980,7 @@ def response_words(output: Any) -> tuple[str, str, str]:
 
 
 def chat_words(choice: Json) -> tuple[str, str, str]:
-    """The same of a chat completion. Its content is a string, or parts, of which those that think are left out."""
+    """The same of a chat completion. Its content is a string, or parts, of which only those of type `text` count."""
     message = child_object(choice, "message")
     content = message.get("content")
     text, refusal = text_and_refusal(content, "text")
@@ -2092,7 +2093,7 @@ class ResultsLine(NamedTuple):
     send it, empty if nothing says it.
     """
 
-    outcome: str
+    outcome: str  # the kind of an Outcome
     code: str
     file: BinaryIO
     offset: int
@@ -2117,9 +2118,9 @@ class Match(NamedTuple):
 
 
 class BatchLines(NamedTuple):
-    """What the files of a batch have: the outcomes of requests by position, and what matches no request."""
+    """What a file of a batch has: how its requests ended, and how many lines match no request."""
 
-    outcomes: dict[int, str]
+    outcomes: dict[int, str]  # kinds by position
     unknown: int  # lines with a custom_id that the batch's input file does not have
     unreadable: int  # lines that name no custom_id
     tokens: Tokens  # of the lines that count
@@ -2158,7 +2159,7 @@ class Results:
     def read(self, source: Input) -> None:
         """Index a file of --results. Warns of lines that are no results of this request file.
 
-        Raises CommandError if it has no results line at all.
+        Raises CommandError if it has lines, but no results line.
         """
         problems: list[str] = []  # of the first lines that have one
         found, ignored, seems = 0, 0, ""
@@ -2225,7 +2226,7 @@ class Results:
         """Index a results line. `sha256` is the hash of its request, if the line does not say.
 
         Raises ValueError if it is not a results line. With `keeps`, an answer to another request is kept for the
-        output. With `yields`, it does not replace a success of another file.
+        output. With `yields`, it replaces no success of another file, and a rejection there only if it is a success.
         """
         custom_id = result.get("custom_id")
         if not isinstance(custom_id, str):
@@ -2839,7 +2840,7 @@ def advice_if_stopped(advice: Callable[[], str], console: Console) -> Iterator[N
 
 
 class Poller:
-    """Polls batches. Once the API has answered, it puts up with outages for as long as its API does, at least an hour.
+    """Polls batches. Once the API has answered, it outlives outages: as long as `api` allows, else without end.
 
     `latest` has the last known state of each batch, by id.
     """
@@ -2984,6 +2985,8 @@ def errors_in(errors: Input) -> str:
 
 
 # ---- commands, in the order a batch lives
+
+# validate
 
 
 def cmd_validate(args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -3295,7 +3298,7 @@ def cmd_list(args: argparse.Namespace, console: Console, clock: Clock) -> int:
 
 def read_results(args: argparse.Namespace, index: RequestIndex, console: Console,
                  stack: contextlib.ExitStack) -> Results:
-    """The best results of the requests in --results, without those in --out. The files stay open in `stack`."""
+    """The best results in the files of --results but --out, if it is one of them. The files stay open in `stack`."""
     results = Results(index, console)
     for path in args.results:
         if not same_regular_file(path, args.output):
@@ -3360,7 +3363,7 @@ def survey_sheet(sheet: Input, args: argparse.Namespace, index: RequestIndex,
     """
     width = rows = 0
     undecodable = []  # line numbers
-    best: dict[str, tuple[bool, bool, int]] = {}  # by id: what cannot be decoded, its name or anything, and the line
+    best: dict[str, tuple[bool, bool, int]] = {}  # by id: whether its name, or any value, is undecodable, and its line
     with open_sheet(sheet, args) as (table, records):
         for record in records:
             rows += 1
@@ -3613,7 +3616,7 @@ class Run:
     ) -> None:
         self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
         self.withheld: list[Withheld] = []  # requests that are left out of this run
-        self.is_stopped = False  # whether nothing more is sent, because of the user or of somebody else
+        self.is_stopped = False  # whether nothing more is sent: the file was changed, --max-new, a batch was cancelled
         self.tokens = Tokens(0, 0)  # of the results that were downloaded and that count
         self._args = args
         self._submitter = submitter
@@ -3672,7 +3675,7 @@ class Run:
     def _may_send(self, pending: set[int], attempt: int) -> bool:
         """Say what will be sent, and ask if the user wants to be asked. Returns whether it may be sent.
 
-        Raises CommandError if the user says no.
+        Raises CommandError if the user says no, or if --max-new forbids it and there is nothing to write.
         """
         if attempt == 1 and (pending or not self._is_announced):
             self._is_announced = True

@@ -14,8 +14,10 @@ valid row becomes one request. A stored prompt (--prompt-id) gets the name and
 the data; a prompt template (--prompt-file) can use every column:
 {{artist_name}}, {{country}}.
 
-Invalid rows are skipped and listed on stderr, where the last line accounts for
-every row. An --out file is written whole or not at all.
+Invalid rows are skipped. stderr lists the first 20 of them (all with --verbose),
+and its last line accounts for every row. An --out file is written whole or not
+at all. The name in brackets behind the text of an option is the environment
+variable that stands in for it.
 
 exit codes: 0 success, 1 fatal error, 2 invalid arguments, 130 interrupted,
 143 terminated, 129 hung up
@@ -25,7 +27,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes over: no traceback for Ctrl-C during the imports
 
 import argparse
 import codecs
@@ -412,8 +414,8 @@ def read_on(lines: Iterator[str]) -> list[str]:
 def parse_record(lines: Iterator[str], number: int, delimiter: str, max_fields: int) -> Record:
     """The record at the beginning of `lines`, by its quoting alone. `number` is that of the first line.
 
-    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. It is not read beyond
-    `max_fields` fields.
+    The rules are those of csv.reader(strict=True), but blanks around quotes are dropped. A record with more fields than
+    `max_fields` is not read to its end.
     """
     first = text = next(lines)
     read, at = 1, 0
@@ -521,7 +523,7 @@ def read_header(reader: LineReader, wanted: Iterable[str]) -> tuple[Table, Recor
     """The header, the first record that is not blank, as a table without roles. The reader then stands before it.
 
     If its quoting is malformed, the names are those on its first line, quotes and all. A line `sep=;` before the header
-    names the delimiter. Otherwise it is the one that gives the most wanted columns or, among equals, the most columns.
+    names the delimiter. Otherwise the delimiter is the one with the most wanted columns or, among equals, columns.
     Raises CommandError if every record is blank.
     """
     delimiters: Iterable[str] = DELIMITERS
@@ -602,8 +604,8 @@ def refuse_to_replace(path: str, kind: str) -> None:
 
 # ==== end of the common block ====================================================================================
 
-# UTF-8 that was read as Windows-1252: the first byte of a letter, but for those of phonetic signs (É in `CAFÉ»`) and
-# rare scripts, and then a byte that only a following one can be
+# U+FFFD, or UTF-8 that was read as Windows-1252: a character that was the first byte of a letter, then the start of one
+# that was a later byte. Left out: first bytes of phonetic signs (É, as `CAFÉ»` is a word in quotes) and of rare scripts
 GARBLED_BYTES = re.compile(rb"\xef\xbf\xbd|\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
 AS_BYTES = {at: 0xDC00 + at for at in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # Windows-1252 has no characters for these
 RESPONSES, CHAT_COMPLETIONS = "/responses", "/chat/completions"  # how endpoints end
@@ -1258,7 +1260,7 @@ class Progress:
             self._console.progress(f"{done}{rows} rows, {rows / (now - self._started):.0f} rows/s")
 
 
-def why_unused(first_line: int, artist_id: bytes, name: bytes) -> RowProblem:
+def why_unused(first_line: int, artist_id: bytes) -> RowProblem:
     """The problem of a row without an id or a name, or with the id of an earlier row on `first_line`."""
     if first_line:
         detail = f"artist_id {in_quotes(artist_id.decode())} was already used on line {first_line}"
@@ -1273,10 +1275,10 @@ class RequestWriter:
     def __init__(self, template: RequestTemplate, table: Table, out: BinaryIO, report: RowReport) -> None:
         self.template = template
         self.table = table
+        self.report = report
         self.written = 0
         self._line_of: dict[bytes, int] = {}  # by the id of each request
         self._out = out
-        self.report = report
 
     def write_record(self, record: Record, encoding: str) -> None:
         problem = problem_of(record, self.table) if record.oddity else None
@@ -1305,9 +1307,9 @@ class RequestWriter:
         ]
         if first_lines != [*lines]:
             kept = [at for at, line in enumerate(lines) if first_lines[at] == line]
-            for line, first_line, artist_id, name in zip(lines, first_lines, ids, names, strict=True):
+            for line, first_line, artist_id in zip(lines, first_lines, ids, strict=True):
                 if first_line != line:
-                    self.report.skip(line, why_unused(first_line, artist_id, name))
+                    self.report.skip(line, why_unused(first_line, artist_id))
             lines, columns = [lines[at] for at in kept], [[column[at] for at in kept] for column in columns]
         if not lines:
             return
@@ -1478,7 +1480,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code."""
+    """Convert, and return the exit code. Invalid arguments raise SystemExit(2), as in argparse."""
     gc.disable()  # there are no reference cycles here; looking for them takes a fifth of the time
     console = Console(sys.stderr)
     try:
@@ -1496,10 +1498,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         console.error(str(error))
         return 1
-    except Exit as ending:
-        if ending.exit_code > 128:
+    except Exit as stopped:
+        if stopped.exit_code > 128:
             console.message(f"{PROG}: stopped")
-        return ending.exit_code
+        return stopped.exit_code
     finally:
         console.close()
 
