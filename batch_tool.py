@@ -4059,7 +4059,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--results": {"action": "extend", "nargs": "+", "required": True, "type": input_path, "metavar": "JSONL",
                   "help": "results: output and error files, or files that run wrote"},
     "--include-rejected": {"action": "store_true",
-                           "help": "also send requests again that the API would probably refuse again"},
+                           "help": "include rejected requests, which the API would probably reject again"},
     "--ask": {"action": "store_true", "help": "on a terminal, ask before requests are sent"},
     "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
     "--max-new": {"type": int, "metavar": "N",

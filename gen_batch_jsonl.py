@@ -1017,7 +1017,7 @@ def read_columns(reader: LineReader, args: argparse.Namespace, console: Console)
 
 # ---- requests
 
-Slot = Callable[[int], str]
+Slot = Callable[[int], str]  # makes the mark for the value of a column, by its position
 
 
 class RequestTemplate(NamedTuple):
