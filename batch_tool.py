@@ -3733,7 +3733,7 @@ class Run:
             if self.active and not queue.waiting and not is_told:
                 is_told = True
                 self._console.message(until_when([each.batch for each in self.active.values()]))
-            oldest = min((each.batch.created_at or math.inf for each in self.active.values()), default=math.inf)
+            oldest = min((batch.created_at or math.inf for batch in self._poller.latest.values()), default=math.inf)
             self._poller.report(max(0.0, time.time() - oldest))
             if not self.active and not queue.waiting:
                 return is_submitted and not is_cut_short

@@ -33,8 +33,11 @@ while [[ $# -gt 0 ]]; do
     option=${1%%=*} value=${1#*=} both=$1
     case $1 in
         --help | -h) echo "$usage"; exit ;;
+        --local=* | --yes=*) fail "$option takes no value; see --help" 2 ;;
         --local | --yes | --include-rejected | --skip-header | --strict | --verbose | --*=*) ;;
-        --*) [[ $# -gt 1 ]] || fail "$1 needs a value; see --help" 2; value=$2 both=$1=$2; shift ;;
+        --*)
+            [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value, or is no option of this script; see --help" 2
+            value=$2 both=$1=$2; shift ;;
         -*) fail "CSV and OUT must be files; if $1 is the name of one, write ./$1" 2 ;;
         *) files+=("$1"); shift; continue ;;
     esac
