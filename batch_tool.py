@@ -4010,6 +4010,12 @@ def id_argument(text: str) -> str:
     return text
 
 
+def whole_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"not a whole number of 0 or more: {text!a}")
+    return int(text)
+
+
 def batch_size(text: str) -> int:
     number = positive_int(text)
     if number > MAX_BATCH_REQUESTS:
@@ -4062,7 +4068,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
                            "help": "include rejected requests, which the API would probably reject again"},
     "--ask": {"action": "store_true", "help": "on a terminal, ask before requests are sent"},
     "--dry-run": {"action": "store_true", "help": "say what would be sent, and send nothing"},
-    "--max-new": {"type": int, "metavar": "N",
+    "--max-new": {"type": whole_number, "metavar": "N",
                   "help": "send nothing if more than N requests would be sent"},
     "--requests": {"type": positive_int, "default": 3, "metavar": "N",
                    "help": "how many requests to send (default: %(default)s)"},

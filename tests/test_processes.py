@@ -229,6 +229,8 @@ def test_help_is_a_result_within_80_columns(command: str | None, work: Path, cap
         (["status", "--batch-id", ""], "not a batch id: ''"),
         (["retrieve", "--batch-id", "a", "b", "--out", "x"], "--out works with a single --batch-id only"),
         (["preview", "--in", "x", "--requests", "0"], "not a whole number of 1 or more: '0'"),
+        (["run", "--in", "x", "--out", "y", "--max-new", "-1"], "not a whole number of 0 or more: '-1'"),
+        (["run", "--in", "x", "--out", "y", "--max-new", "1_0"], "not a whole number of 0 or more: '1_0'"),
         (["preview", "--in", "x", "--prices", "1"], "not two prices like 0.05,0.25: '1'"),
         (["preview", "--in", "x", "--prices", "1,-2"], "not two prices like 0.05,0.25: '1,-2'"),
         (["preview", "--in", "x", "--prices", "1,nan"], "not two prices like 0.05,0.25: '1,nan'"),
