@@ -196,7 +196,6 @@ def console_blocks() -> list[tuple[str, str]]:
 # ---- what most tests of batch_tool.py need ----
 
 
-
 def in_short(value: object) -> str:
     """The name of a parametrized case."""
     return re.sub(r"[^a-zA-Z0-9]+", " ", str(value))[:40].strip()

@@ -310,6 +310,7 @@ def test_the_body_is_exactly(options: tuple[str, ...], body: str) -> None:
     url = "/v1/chat/completions" if "--endpoint" in options else "/v1/responses"
     assert only_line(*options) == f'{{"custom_id": "a1", "method": "POST", "url": "{url}", "body": {body}}}'
 
+
 STRANGE_VALUES = pytest.mark.parametrize(
     "value",
     [
@@ -407,6 +408,7 @@ def test_placeholders_are_replaced_by_the_values(text: str, filled: str) -> None
     line = only_line(*TEMPLATE_ARGS, content=f"{HEADER}1,N,D\n")
     assert json.loads(line)["body"]["input"] == filled
 
+
 LISTED = "the columns are artist_id, artist_name, artist_data, born, Born, country"
 BAD_TEMPLATES = pytest.mark.parametrize(
     ("text", "message"),
@@ -456,6 +458,7 @@ def test_a_text_file_that_is_missing_or_not_utf_8_ends_the_run(
     )
     assert main([*FILES, *TEMPLATE_ARGS, option, "no"]) == 1
     assert said(capsys) == "gen_batch_jsonl.py: error: cannot read no: No such file or directory\n"
+
 
 BAD_BODY_FILES = pytest.mark.parametrize(
     ("text", "message"),

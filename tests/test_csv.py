@@ -270,6 +270,7 @@ def test_a_malformed_row_is_skipped_with_a_warning(
     ]
     assert last.startswith(f"Wrote {len(written) + 2} requests to out.jsonl ({len(written) + 2 + len(skipped)} rows")
 
+
 INVALID_VALUES = pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
@@ -625,6 +626,7 @@ def test_rows_of_other_widths_that_fit_together_are_not_taken_for_rows() -> None
     names = [*gen.COLUMNS, "born"]
     assert gen.rows_of_block(b"1,A,x,y\n2,B\n3\n4,D,z,y\n", 1, table(",", names), USED, sys.maxsize) is None
 
+
 ALL_BLANKS = [char for char in map(chr, range(0x110000)) if char.isspace() or char in "\u200b\ufeff"]
 
 
@@ -644,6 +646,7 @@ def test_every_blank_that_strip_knows_is_trimmed() -> None:
 def test_a_blank_in_a_field_without_quotes_is_trimmed(blank: str) -> None:
     assert convert(f"{HEADER}{blank}1,{blank}A{blank}B{blank},x{blank}{blank}\n") == 0
     assert variables() == [("1", f"A{blank}B", "x")]
+
 
 STRAY_QUOTES = pytest.mark.parametrize(
     "row",
@@ -706,6 +709,7 @@ def test_an_id_is_the_same_in_a_block_and_by_itself(capsys: pytest.CaptureFixtur
     assert convert(f'{HEADER}"a,""\n1",A,x\n{odd}"a,""\n1",B,x\nb,C,x\n') == 0
     assert [artist_id for artist_id, _, _ in variables()] == ['a,"\n1', "7", "b"]
     assert 'line 5: artist_id "a,"\\n1" was already used on line 2; row skipped' in said(capsys)
+
 
 SWALLOWING = pytest.mark.parametrize(
     ("rows", "swallowed", "warnings"),

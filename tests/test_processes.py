@@ -89,6 +89,7 @@ def until(condition: Callable[[], object]) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
+
 MANAGER = ROOT / "batch_tool.py"
 CONVERTER = ROOT / "gen_batch_jsonl.py"
 
@@ -246,6 +247,7 @@ def test_help_is_a_result_within_80_columns(command: str | None, work: Path, cap
 )
 def test_a_usage_error_is_exit_2(arguments: list[str], reason: str, work: Path, capsys: Capture) -> None:
     assert reason in usage_error(arguments, capsys)
+
 
 READ_AND_WRITTEN = " would be read and written at once; choose another path to write"
 
@@ -485,6 +487,7 @@ def test_a_signal_leaves_the_batch_running_and_says_how_to_resume(api: FaultyAPI
             ]
     assert (batch.status, asked(api, "POST")) == ("in_progress", 0)
 
+
 INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.01)\n"
 IN_CALLBACK = f"class Callback:\n def __del__(self):\n  {'; '.join(INTERRUPT.splitlines())}\nCallback()\n"
 
@@ -658,6 +661,7 @@ def big_files() -> list[str]:
     write_requests(*ids)
     Path("bios.jsonl").write_bytes(b"".join(map(long_result, ids)))
     return ids
+
 
 WRITERS = {
     "convert": ("--in", "artists.csv", "--prompt-id", "p", "--model", "m"),

@@ -536,6 +536,7 @@ def nine_requests(**changes: Any) -> list[Json]:
 def sending(number: int) -> str:
     return f"sending {number} request{'' if number == 1 else 's'} right away, at the ordinary price, not as a batch\n"
 
+
 def answering(api: FaultyAPI, *bodies: Json, status: int = 200) -> None:
     """Let the service answer the next requests so."""
     for body in bodies:
@@ -572,6 +573,7 @@ def test_more_requests_than_there_are_are_all(api: FaultyAPI, tool: Tool, capsys
     assert tool("preview", "--in", "requests.jsonl", "--requests", 9) == 0
     assert capsys.readouterr().err.startswith(sending(2))
     assert len(api.answered) == 2
+
 
 USAGES = [batch_tool.Usage(size, batch_tool.Tokens(*tokens))
           for size, *tokens in ((100, 40, 100), (300, 120, 149), (200, 80, 99), (999, None, 7))]
@@ -867,6 +869,7 @@ def fuzzed_lines(chance: random.Random, lines: list[bytes]) -> bytes:
             line = chance.choice([b"\n", b"", b"\r\n", b"[" * 100_000 + b"\n", b"\xef\xbb\xbf" + line, line * 2])
         out.append(line)
     return b"".join(out)
+
 
 FUZZED_RESULTS = [
     long_result("a1"),

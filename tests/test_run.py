@@ -115,6 +115,7 @@ most common errors: 1 × bad_request: Bad Request, as the local mock server was 
 new in this run: 4 results; tokens: 360 input, 135 output
 """
 
+
 RETRYABLE = ("408", "409", "429", "500", "503", "expired", "cancelled", "timeout", "failed", "missing")
 REJECTED = ("400", "401", "404", "incomplete", "content_filter", "refusal", "no_text", "error_200")
 
@@ -516,6 +517,7 @@ def test_timeout_also_ends_waiting_for_the_queue(api: FaultyAPI) -> None:
     assert run("--timeout", "35", time=time) == 3
     assert time.now == 35
 
+
 DRIPS = [("GET", "/batches$"), ("GET", "/batches/"), ("GET", "/content$")]
 
 
@@ -593,6 +595,7 @@ def test_a_second_run_asks_nothing_of_the_server_and_needs_no_key(
     assert exchanges_in(api, run) == 0
     assert OUT.read_bytes() == first
     assert "\n0 of 3 requests to send; 3 have a bio\n" in capsys.readouterr().err
+
 
 EDITS: dict[str, tuple[Callable[[], list[Any]], set[str]]] = {
     "rows added": (lambda: [request("new"), *bios(5), request("new2")], {"new", "new2"}),
@@ -727,6 +730,7 @@ def test_a_forced_run_that_was_interrupted_pays_again_only_when_it_is_forced_aga
     assert run("--force") == 0
     assert {api.paid[sha256_of(line)] for line in content.splitlines()} == {3}
 
+
 EARLIER = ["validating", "in_progress", "finalizing", "completed", "expired", "cancelled"]
 
 
@@ -772,6 +776,7 @@ def test_done_and_not_saved_an_edit_takes_it(api: FaultyAPI) -> None:
     assert sent(api)[2:] == [["a4"]]
     assert_paid_once(api, content, changed)
     assert_out(api)
+
 
 HABITS_OF_NOTES: list[tuple[str, ...]] = [(), ("no-metadata",)]
 
@@ -1159,6 +1164,7 @@ def taken(queue: batch_tool.Queue) -> list[batch_tool.QueuedPart]:
 
 def labels(parts: Iterable[batch_tool.QueuedPart]) -> list[str]:
     return [each.part.label for each in parts]
+
 
 # each step: (numbers of the taken parts that are refused, how many ended, idle) -> (idle refusals, what may go next)
 Step = tuple[tuple[int, ...], int, bool, int, list[str]]

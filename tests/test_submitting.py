@@ -70,6 +70,7 @@ DAY = 24 * 60 * 60
 def last_batch(api: FaultyAPI) -> LocalBatch:
     return [*api.batches.values()][-1]
 
+
 DAY = 24 * 60 * 60
 
 
@@ -88,6 +89,7 @@ def test_the_number_of_batches_is_shown(tool: Tool, capsys: Capture) -> None:
     path.write_bytes(b"".join(line.replace(b"ID", b"%d" % number) for number in range(50_001)))
     assert tool("validate", "--in", path) == 0
     assert capsys.readouterr().out == f"OK: 50001 requests, {path.stat().st_size} bytes, 2 batches\n"
+
 
 INVALID = pytest.mark.parametrize(
     "line, problem",
@@ -862,6 +864,7 @@ def test_two_at_once_of_the_same_bytes_are_one(
     assert capsys.readouterr().err.count(".jsonl is in use by another create or run; wait for it to finish") == 2
     assert posts(api) == 1
     assert run() == 0
+
 
 STOPS: dict[str, Callable[[], None]] = {
     "kill": kill,

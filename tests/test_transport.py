@@ -489,6 +489,7 @@ def test_one_look_at_each_batch_an_interval(api: FaultyAPI) -> None:
     looks = Counter(exchange.path for exchange in api.exchanges if exchange.path.startswith("/v1/batches/"))
     assert looks == {f"/v1/batches/{batch_id}": 5 for batch_id in api.batches}
 
+
 CALLS = {
     "upload": ("POST", "/files$"),
     "listing": ("GET", "/batches$"),
@@ -689,6 +690,7 @@ def document() -> dict[str, Any]:
         pytest.skip("the API's document is not here")
     return dict(json.loads(OPENAPI.read_text()))
 
+
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float),
     "null": type(None),
@@ -869,6 +871,7 @@ def test_the_log_is_not_written_through_a_link_in_its_place(api: FaultyAPI, tool
     )
     assert (Path("target").read_text(), Path("target").stat().st_mode, api.exchanges) == ("Mine.\n", mode, [])
     assert tool("list", "--log-file", next(Path("logs").iterdir())) == 0  # as the user says
+
 
 ECHOES = pytest.mark.parametrize(
     "fault",

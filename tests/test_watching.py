@@ -56,6 +56,7 @@ def utc(monkeypatch: Environment) -> Iterator[None]:
     monkeypatch.undo()
     time.tzset()
 
+
 REPEATED = "the server repeats a page of its listing of batches"
 
 
@@ -677,6 +678,7 @@ def test_an_error_file_of_an_earlier_job_stays_where_there_are_no_new_results(ap
     assert tool("retrieve", "--batch-id", "batch_1", "--out", "bios.jsonl") == 1
     assert Path("bios.errors.jsonl").read_bytes() == b"old"
 
+
 BROKEN = pytest.mark.parametrize(
     "broken",
     [{"action": "cut"}, {"action": "shorten"}, {"action": "reset"}, {"status": 500}, {"status": 503},
@@ -732,6 +734,7 @@ def test_an_old_error_file_that_cannot_be_removed_is_an_error(api: FaultyAPI, to
     Path("errors_batch_1.jsonl").mkdir()
     assert tool("status", "--batch-id", "batch_1") == 1
     assert capsys.readouterr().err == error("batch_1: cannot remove errors_batch_1.jsonl: Is a directory")
+
 
 NO_SIZE = pytest.mark.parametrize("habit", ["no-bytes", "zero-bytes", "no-file-info"])
 NO_LINE_END = pytest.mark.parametrize("output", [jsonl(success("a1")), jsonl(success("a1")).rstrip(), b"x" * 99],
