@@ -1430,7 +1430,7 @@ def to_status_error(error: APIStatusError, operation: str, url: str) -> ApiError
     if no_endpoint or 300 <= status < 400:
         advice = f"; is {url} the base URL of the API?"
     if no_endpoint and operation == "PREVIEW":
-        advice = f"; {url} has no endpoint {error.request.url.path}; choose another --endpoint in gen_batch_jsonl.py"
+        advice += f" if it is, it has no {error.request.url.path}; choose another --endpoint in gen_batch_jsonl.py"
     kind: type[ApiError] = NotFound if status == 404 else Refused
     if status in (408, 409) or (status >= 500 and status != 501):
         kind = OutcomeUnknown

@@ -814,8 +814,8 @@ def test_an_endpoint_that_the_service_does_not_have_is_named(api: FaultyAPI, too
     answering(api, {"detail": "Not Found"}, status=404)
     assert tool("preview", "--in", "requests.jsonl") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"batch_tool.py: error: PREVIEW: HTTP 404: Not Found; {api.base_url}/ has no endpoint "
-        "/v1/responses; choose another --endpoint in gen_batch_jsonl.py"
+        f"batch_tool.py: error: PREVIEW: HTTP 404: Not Found; is {api.base_url}/ the base URL of the API? "
+        "if it is, it has no /v1/responses; choose another --endpoint in gen_batch_jsonl.py"
     )
 
 
