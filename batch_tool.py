@@ -1308,12 +1308,17 @@ class Batch(NamedTuple):
         return self.status == "completed" and bool(self.counts.completed)
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether it is completed without a word on its requests: neither counts nor files. They may be answered."""
+        return self.status == "completed" and not self.files and not any(self.counts)
+
+    @property
     def may_have_success(self) -> bool:
         """Whether it has not ended, or may have a success by its counts and its output file."""
         completed, failed, total = self.counts
         none_succeeded = completed == 0 and bool(failed or total)
         has_output = bool(self.output_file_id) and not none_succeeded and self.status != "failed"
-        return not self.has_ended or has_output or self.claims_successes
+        return not self.has_ended or has_output or self.claims_successes or self.says_nothing
 
     @property
     def files(self) -> dict[str, str]:
@@ -1512,7 +1517,7 @@ class Retry:
             self._tries_left -= 1
             return min(pause, RATE_LIMIT_BUDGET) if self._tries_left > 0 else None
         is_denied = failure.status in (401, 403) and self._outlives_outages
-        return pause if is_denied and self._failures < MAX_TRIES else None
+        return min(pause, RATE_LIMIT_BUDGET) if is_denied and self._failures < MAX_TRIES else None
 
 
 # ---- the log
@@ -2033,7 +2038,7 @@ def classify_2xx(body: Any, top_error: Any, fields: Collection[str]) -> Outcome:
     text, refusal, nothing = response_words(body["output"]) if "output" in body else chat_words(choice)
     text = without_thinking(text)
     values = json_answer(text) if fields else None
-    status = str(body.get("status") or "completed").lower()
+    status = str(body.get("status") or "completed").lower().replace("canceled", "cancelled")
     errors = [error for error in (body.get("error"), top_error) if says_something(error)]
     code, message = error_fields(errors[0]) if errors else ("", "")
     if status == "completed" and text.strip() and not (errors or refusal or fields or choice):  # nearly all of them
@@ -2069,9 +2074,9 @@ def classify(result: Json, fields: Collection[str] = ()) -> Outcome:
     if isinstance(body, str):
         with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(body)
-    if status is None and isinstance(body, dict) and ("output" in body or "choices" in body):
+    if status in (None, "") and isinstance(body, dict) and ("output" in body or "choices" in body):
         status = 200
-    digits = re.fullmatch(r"\s*([0-9]{3})(\.0)?\s*", str(status))  # it may stand in quotes
+    digits = re.match(r"\s*([0-9]{3})(?![0-9])", str(status))  # it may stand in quotes, as "200" or "200 OK"
     number = int(digits[1]) if digits else 0
     if 200 <= number < 300:
         return classify_2xx(body, top_error, fields)
@@ -2186,11 +2191,14 @@ class Results:
             self._console.warn(f"{source.name} {problem}")
         self.ignored += ignored
 
-    def read_out(self, out: Input) -> None:
-        """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines."""
+    def read_out(self, out: Input, *, yields: bool = False) -> None:
+        """Index the file that --out is to replace. Raises CommandError if it holds anything but results lines.
+
+        With `yields`, its answers do not replace those that are known.
+        """
         for number, place, line in lines_with_places(out.file, out.name):
             try:
-                match = self.add(read_object(line), place)
+                match = self.add(read_object(line), place, yields=yields)
             except ValueError as error:
                 raise CommandError(f"{out.name} holds something other than results (line {number}: {error}), so it was "
                                    "left as it is; choose another --out") from None
@@ -3907,6 +3915,8 @@ class Run:
                 has = "has a custom_id" if unknown == 1 else "have custom_ids"
                 reasons.append(f"{plural(unknown, 'result')} of batch {batch.id} {has} that its "
                                "input file does not have")
+        if batch.says_nothing:
+            reasons.append(f"batch {batch.id} is completed, but names neither results nor counts")
         for reason in reasons:
             self._console.warn(reason)
         if reasons:
@@ -3954,6 +3964,13 @@ def refuse_withheld(withheld: Sequence[Withheld], results: Results) -> None:
         )
 
 
+def open_out(path: str, stack: contextlib.ExitStack) -> Input | None:
+    """Open the file that --out is to replace, if there is one."""
+    if is_stream(path) or not os.path.exists(path):
+        return None
+    return stack.enter_context(open_input(path))
+
+
 def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(open_input(args.input))
@@ -3963,8 +3980,9 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             sha256 = requests.sha256()
             note = stack.enter_context(locked_note(sha256, requests, console))
         results = read_results(args, checked.requests, console, stack)
-        if not is_stream(args.output) and os.path.exists(args.output):
-            results.read_out(stack.enter_context(open_input(args.output)))
+        before = open_out(args.output, stack)
+        if before:
+            results.read_out(before)
         sending = results.positions(TO_SEND) | requests_to_repeat(args, results)
         if args.dry_run or not sending:
             console.message(what_to_send(results, sending))
@@ -3984,6 +4002,11 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             run = Run(args, submitter, requests, checked, results, spools)
             with advice_if_stopped(run.advice, console), clock.limit(args.timeout):
                 run.rounds(submitter.list_batches(api))
+        if before:
+            before.refuse_changes()  # its lines may no longer be where they were
+        now = open_out(args.output, stack)
+        if now and not (before and os.path.samestat(*[os.fstat(each.file.fileno()) for each in (before, now)])):
+            results.read_out(now, yields=True)  # another run has written it meanwhile
         advice = "; free some space and run the same command again: it fetches the results without paying again"
         with open_output(args.output, advice) as out:
             out.writelines(result_lines(results))

@@ -129,8 +129,10 @@ RESULTS: dict[str, tuple[Json, str, str, str]] = {
     "null errors": (ok(BIO | {"error": None}, error=None), SUCCEEDED, "Bio.", ""),
     **{f"errors that say nothing: {error}": (ok(BIO | {"error": error}, error=error), SUCCEEDED, "Bio.", "")
        for error in SILENT},
-    **{f"status {status!r}": (failed(status, BIO), SUCCEEDED, "Bio.", "") for status in (201, "200", " 201", 200.0)},
+    **{f"status {status!r}": (failed(status, BIO), SUCCEEDED, "Bio.", "")
+       for status in (201, "200", " 201", 200.0, "200 OK")},
     "no status beside a Response": (NO_STATUS, SUCCEEDED, "Bio.", ""),
+    "a blank status": (failed("", BIO), SUCCEEDED, "Bio.", ""),
     "no status beside a chat": (failed(None, chat(content="Bio.")), SUCCEEDED, "Bio.", ""),
     "a status in capitals": (output(message(text("Bio.")), status="Completed"), SUCCEEDED, "Bio.", ""),
     # rejected
@@ -184,6 +186,8 @@ RESULTS: dict[str, tuple[Json, str, str, str]] = {
     "failed for no reason": (ok({"status": "failed", "error": None}), RETRYABLE, "", "failed"),
     "failed with a text": (ok(BIO | {"status": "failed"}), RETRYABLE, "", "failed"),
     "cancelled": (output(status="cancelled"), RETRYABLE, "", "cancelled"),
+    "canceled": (output(status="canceled"), RETRYABLE, "", "cancelled"),
+    "status 2000": (failed(2000, BIO), RETRYABLE, "", "http_2000"),
     "failed as a string": (ok(json.dumps({"status": "failed"} | SORRY)), RETRYABLE, "", "server_error: Sorry."),
     "no status": (failed(None, SORRY), RETRYABLE, "", "server_error: Sorry."),
     "no status and nothing else": ({"response": {}}, RETRYABLE, "", "no_status"),

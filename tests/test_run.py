@@ -656,6 +656,34 @@ def test_an_empty_out_is_no_problem(api: FaultyAPI) -> None:
     assert_paid_once(api, content)
 
 
+@pytest.mark.parametrize("kept", [[], ["gone"]])
+def test_what_another_run_has_written_to_out_meanwhile_is_kept(api: FaultyAPI, kept: list[str]) -> None:
+    if kept:
+        write_requests(*kept)
+        assert run() == 0
+    write_requests("b1", "a2", path="others.jsonl")
+    write_requests("a1", "a2")
+    own = FakeTime(lambda: run(source="others.jsonl"))
+    assert run(time=own) == 0
+    assert custom_ids(OUT.read_bytes()) == ["a1", "a2", *kept, "b1"]
+    assert run("--dry-run", "--max-new", "1", source="others.jsonl") == 0
+
+
+def test_an_out_that_is_edited_in_place_meanwhile_is_left_as_it_is(
+    api: FaultyAPI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_requests("gone")
+    assert run() == 0
+    write_requests("a1")
+    edited = b"\n" + OUT.read_bytes()
+    assert run(time=FakeTime(lambda: OUT.write_bytes(edited))) == 1
+    assert f"{OUT} was changed while it was in use; run the same command again" in capsys.readouterr().err
+    assert OUT.read_bytes() == edited
+    OUT.write_bytes(edited[1:])
+    assert run() == 0
+    assert (custom_ids(OUT.read_bytes()), posts(api)) == (["a1", "gone"], 2)
+
+
 def test_rejected_requests_keep_their_line_until_they_change(api: FaultyAPI) -> None:
     api.outcomes = {"a1": ["400", "200"]}
     edit(request("a1"), request("a2"))

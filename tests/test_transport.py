@@ -598,6 +598,7 @@ RETRY_TABLE: dict[str, tuple[Mapping[str, Any], Failure, list[float | None]]] = 
     "rate limit": ({"rate_limit_budget": 6}, LIMITED, [0.5, 1, 2, None]),
     "rate limit with a long pause": ({}, batch_tool.Refused("", 429, (), 400), [400, None]),
     "rate limit with too long a pause": ({}, batch_tool.Refused("", 429, (), 900), [None]),
+    "refusal that asks for a day": ({"outage_budget": 3600}, batch_tool.Refused("", 403, (), 86400), [600, 600, None]),
     "rate limit in a run": ({"outage_budget": 3600}, batch_tool.Refused("", 429, (), 900), [900, 900, 900, 900, None]),
     "rate limit that says next to nothing": ({}, batch_tool.Refused("", 429, (), 0.001), [0.5, 1, 2, 4, 8, 16, 32, 60]),
     "quota used up": ({"outage_budget": 3600}, batch_tool.Refused("", 429, ("insufficient_quota",)), [None]),

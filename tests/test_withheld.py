@@ -247,6 +247,22 @@ def test_a_file_that_is_refused_is_withheld(api: FaultyAPI, capsys: Capture) -> 
     assert times_paid(api) == [1, 1]
 
 
+@pytest.mark.parametrize("counts", [None, {"completed": 0, "failed": 0, "total": 0}])
+def test_a_batch_that_is_completed_without_files_and_counts_is_withheld(
+    api: FaultyAPI, capsys: Capture, counts: Any
+) -> None:
+    batch = batch_of_a_run(api, "completed", write_requests("a1", "a2"), request_counts=counts)
+    for _ in range(2):
+        assert run() == 1
+        assert f"error: batch {batch.id} is completed, but names neither results nor counts; 2 requests" in (
+            capsys.readouterr().err
+        )
+    assert create() == 0
+    batch.output_file_id = api.new_file(jsonl(success("a1"), success("a2")), "batch_output", "x").id
+    assert run() == 0
+    assert posts(api) == 0
+
+
 @pytest.mark.parametrize("odd", ["file 1", ["x"], ".."])
 def test_an_id_of_an_output_file_that_cannot_be_used_is_withheld(api: FaultyAPI, capsys: Capture, odd: Any) -> None:
     batch_of_a_run(api, "completed", write_requests("a1"), output_file_id=odd,
