@@ -604,9 +604,9 @@ def refuse_to_replace(path: str, kind: str) -> None:
 
 # ==== end of the common block ====================================================================================
 
-# U+FFFD, or UTF-8 that was read as Windows-1252: a character that was the first byte of a letter, then the start of one
-# that was a later byte. Left out: first bytes of phonetic signs (É, as `CAFÉ»` is a word in quotes) and of rare scripts
-GARBLED_BYTES = re.compile(rb"\xef\xbf\xbd|\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
+# UTF-8 that was read as Windows-1252: a character that was the first byte of a letter, then the start of one that was a
+# later byte. Left out: first bytes of phonetic signs (É, as `CAFÉ»` is a word in quotes) and of rare scripts
+GARBLED_BYTES = re.compile(rb"\xc3[\x82-\x85\x8e-\x91\x97-\x9b\xa0-\xb4][\xc2\xc5\xc6\xcb\xe2]")
 AS_BYTES = {at: 0xDC00 + at for at in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # Windows-1252 has no characters for these
 RESPONSES, CHAT_COMPLETIONS = "/responses", "/chat/completions"  # how endpoints end
 OUR_COLUMNS = ("artist_id", "artist_name", "error", "input_tokens", "output_tokens")  # of exported bios
@@ -684,6 +684,8 @@ def in_quotes(text: str) -> str:
 
 def trim(values: list[bytes]) -> list[bytes]:
     """Remove the blanks around values, also those that a block hides."""
+    if [*map(bytes.strip, values, itertools.repeat(BLANK_BYTES))] == values:
+        return values
     return [
         value if value.strip(BLANK_BYTES) == value else to_bytes(to_text(value).strip(ALL_BLANKS))
         for value in values
@@ -1314,7 +1316,7 @@ class RequestWriter:
         if not lines:
             return
         text = SEPARATOR.join(itertools.chain.from_iterable(columns))  # all values at once is faster than one by one
-        if not text.isascii() and GARBLED_BYTES.search(text):
+        if b"\xef\xbf\xbd" in text or GARBLED_BYTES.search(text):
             for line, row in zip(lines, zip(*columns, strict=True), strict=True):
                 self.report.look_for_garbled(line, row)
         if not NULL_NAMES.isdisjoint(columns[1]):
@@ -1350,13 +1352,12 @@ def convert_rows(reader: BlockReader, writer: RequestWriter, limit: int, progres
 
 def check_encoding(report: RowReport, written: int, encoding: str, console: Console) -> None:
     """Raise CommandError if many rows are not valid in the file's encoding; warn if only a few are."""
-    what = not_valid(encoding)
-    invalid, rows = report.reasons[what], written + report.reasons.total()
+    why = not_valid(encoding)
+    invalid, rows = report.reasons[why], written + report.reasons.total()
     if invalid >= 2 and invalid > MAX_INVALID_SHARE * rows:
-        share = f"{invalid} of {rows} rows are {what}"
-        raise CommandError(f"{share}, so the CSV has another encoding; {report.advice[what]}")
+        raise CommandError(f"{invalid} of {rows} rows are {why}, so the CSV has another encoding; {report.advice[why]}")
     if invalid:
-        console.warn(f"{plural(invalid, 'row is', 'rows are')} {what}; {report.advice[what]}")
+        console.warn(f"{plural(invalid, 'row is', 'rows are')} {why}; {report.advice[why]}")
 
 
 def listed_lines(lines: Sequence[int]) -> str:
@@ -1429,8 +1430,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=text_argument, metavar="MODEL", help="sent as body.model; required with --prompt-file [MODEL]")
     add("--body-file", type=input_path, metavar="JSON", help="JSON object of further body fields for every request")
     add("--schema", type=input_path, metavar="JSON", help="JSON Schema of the answers, which become columns")
-    text = "encoding of the CSV (default: %(default)s)"
-    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help=text)
+    add("--encoding", type=encoding_name, default="utf-8", metavar="NAME", help="encoding of the CSV (default: utf-8)")
     for role in COLUMNS:
         flag, text = f"--{role.removeprefix('artist_')}-column", f"column that holds the {role} (default: {role})"
         add(flag, dest=role, type=text_argument, metavar="NAME", help=text)
