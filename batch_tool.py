@@ -3586,7 +3586,8 @@ def what_it_takes(args: argparse.Namespace, requests: Input, results: Results, s
     to_send = [size for position, size in enumerate(sizes) if position in sending]
     known = zip(sizes, results.best, strict=True)
     answers = [(size, line) for size, line in known if line and line.outcome == SUCCEEDED]
-    answers = answers or [(sum(to_send) // len(to_send), line) for line in results.others]
+    others = results.others or [line for line in results.best if line and line.outcome == OUTDATED]  # of --results
+    answers = answers or [(sum(to_send) // len(to_send), line) for line in others]
     usages = (Usage(size, classify(results_object(line.read())).tokens) for size, line in answers)
     return estimate(usages, sum(to_send), len(to_send), args.prices)
 

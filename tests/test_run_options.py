@@ -186,14 +186,14 @@ def test_a_dry_run_judges_by_the_answers_that_are_there(work: Path, capsys: Capt
 
 
 def test_a_dry_run_judges_a_new_prompt_by_the_mean_of_the_answers_to_the_old_one(capsys: Capture, work: Path) -> None:
-    OUT.write_bytes(b"".join(known(b"gone", success(each)) for each in ["a1", "a2"]))
     write_requests("a1", "a2", "a3")
-    Path("more.jsonl").write_bytes(jsonl(success("a3", usage=None)))
-    assert run("--dry-run") == 0
-    assert capsys.readouterr().err == (
-        "3 of 3 requests to send: 1 new, 2 changed\n"
-        "3 requests: about 36 input and 12 (12 to 12) output tokens, by 2 answers\n"
-    )
+    for path, options in (Path("old.jsonl"), ["--results", "old.jsonl"]), (OUT, []):
+        path.write_bytes(b"".join(known(b"gone", success(each)) for each in ["a1", "a2"]))
+        assert run("--dry-run", *options) == 0
+        assert capsys.readouterr().err == (
+            "3 of 3 requests to send: 1 new, 2 changed\n"
+            "3 requests: about 36 input and 12 (12 to 12) output tokens, by 2 answers\n"
+        )
 
 
 def test_a_dry_run_of_a_bad_file_or_over_a_bad_out_is_an_error(work: Path, capsys: Capture) -> None:
