@@ -3832,7 +3832,9 @@ class Run:
             positions = positions_of(part)
             queued = QueuedPart(self._requests, part, positions)
         elif (digests := self._input_digests(batch, is_of_file=is_of_file)) is not None:
-            positions = self._same_requests(digests)
+            index = self._results.requests
+            found = ((index.position_of.get(custom_id), digest) for custom_id, digest in digests.items())
+            positions = {at for at, digest in found if at is not None and index.digest(at) == digest}
         elif not is_of_file:
             self._console.warn(f"batch {batch.id} was made from an earlier version of {self._requests.name}, but its "
                                "input file is not available; requests in both may be paid for twice")
@@ -3878,12 +3880,6 @@ class Run:
                 raise
             return None
         return digests
-
-    def _same_requests(self, digests: Mapping[str, bytes]) -> set[int]:
-        """The positions of the requests of the request file with these digests."""
-        index = self._results.requests
-        found = ((index.position_of.get(custom_id), digest) for custom_id, digest in digests.items())
-        return {position for position, digest in found if position is not None and index.digest(position) == digest}
 
     # results
 
