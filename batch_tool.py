@@ -2532,10 +2532,8 @@ class Submitter:
     With `finds_versions`, it also finds batches of other versions of the file.
     """
 
-    def __init__(
-        self, api: Api, args: argparse.Namespace, request_file_sha256: str, checked: Checked, note: Note, *,
-        finds_versions: bool = False,
-    ) -> None:
+    def __init__(self, api: Api, args: argparse.Namespace, request_file_sha256: str, checked: Checked, note: Note, *,
+                 finds_versions: bool = False) -> None:
         self.api = api
         self._name = "stdin" if args.input == STDIN else escape_controls(os.path.basename(args.input))
         self._args = args
@@ -3482,11 +3480,9 @@ class QueuedPart(NamedTuple):
             left, right = self.positions[: first.requests], self.positions[first.requests :]
             return [QueuedPart(self.source, first, left), QueuedPart(self.source, second, right)]
         if refusals >= MAX_SINGLE_REFUSALS:
-            raise CommandError(
-                f"part {self.part.label} (1 request, {plural(self.part.size, 'byte')}) was refused "
-                f"{MAX_SINGLE_REFUSALS} times for the token limit while no batch of this run was active; the account's "
-                "limit is too small for this request"
-            )
+            raise CommandError(f"part {self.part.label} (1 request, {plural(self.part.size, 'byte')}) was refused "
+                               f"{MAX_SINGLE_REFUSALS} times for the token limit while no batch of this run was "
+                               "active; the account's limit is too small for this request")
         return [self._replace(idle_refusals=refusals)]
 
 
@@ -3619,10 +3615,8 @@ class Run:
     Its state can be rebuilt from the request file, --out and the server.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, submitter: Submitter, requests: Input, checked: Checked, results: Results,
-        spools: tuple[BinaryIO, BinaryIO],
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, submitter: Submitter, requests: Input, checked: Checked,
+                 results: Results, spools: tuple[BinaryIO, BinaryIO]) -> None:
         self.active: dict[str, ActiveBatch] = {}  # batches whose results are not downloaded yet, by id
         self.withheld: list[Withheld] = []  # requests that are left out of this run
         self.is_stopped = False  # whether nothing more is sent: the file was changed, --max-new, a batch was cancelled
@@ -4190,10 +4184,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 # ---- main
 
 
-def main(
-    argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
+def main(argv: Sequence[str] | None = None, *, sleep: Callable[[float], None] = time.sleep,
+         clock: Callable[[], float] = time.monotonic) -> int:
     """Run a command, and return its exit code. Invalid arguments raise SystemExit(2), as in argparse."""
     gc.disable()  # few reference cycles are made, and looking for them takes a fifth of the time
     console = Console(sys.stderr, redact)
