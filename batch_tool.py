@@ -114,7 +114,8 @@ def encoding_name(text: str) -> str:
         codecs.decode(b"", text, "surrogateescape")  # some codecs support no error handlers
     except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
-    return text
+    # a file without a byte-order mark has no other sign of its byte order
+    return {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(codecs.lookup(text).name, text)
 
 
 def same_regular_file(source: str, destination: str) -> bool:

@@ -116,7 +116,8 @@ def encoding_name(text: str) -> str:
         codecs.decode(b"", text, "surrogateescape")  # some codecs support no error handlers
     except (LookupError, ValueError):
         raise argparse.ArgumentTypeError(f"not an encoding that Python knows: {text!a}") from None
-    return text
+    # a file without a byte-order mark has no other sign of its byte order
+    return {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(codecs.lookup(text).name, text)
 
 
 def same_regular_file(source: str, destination: str) -> bool:
@@ -1317,7 +1318,7 @@ class RequestWriter:
             return
         text = SEPARATOR.join(itertools.chain.from_iterable(columns))  # all values at once is faster than one by one
         if b"\xef\xbf\xbd" in text or GARBLED_BYTES.search(text):
-            for line, row in zip(lines, zip(*columns, strict=True), strict=True):
+            for line, row in zip(lines, zip(*columns[: len(self.template.used)], strict=True), strict=True):
                 self.report.look_for_garbled(line, row)
         if not NULL_NAMES.isdisjoint(columns[1]):
             self.report.null_names.update(filter(NULL_NAMES.__contains__, columns[1]))

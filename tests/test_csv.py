@@ -925,7 +925,7 @@ FOREIGN_VARIABLES = [("1", "Björk", "Reykjavík"), ("2", "Café Tacvba", "“ro
     [
         ("windows-1252", "windows-1252"), ("cp1252", "CP1252"), ("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be"),
         ("utf-8", "UTF8"), ("utf-8-sig", "ascii"), ("utf-16", "utf-8"), ("utf-32", "windows-1252"), ("utf-7", "utf-7"),
-        ("gb18030", "gb18030"), ("mac-roman", "macintosh"),
+        ("gb18030", "gb18030"), ("mac-roman", "macintosh"), ("utf-16-le", "utf_16"), ("utf-32-le", "U32"),
     ],
 )
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -1065,6 +1065,16 @@ def test_column_names_are_compared_after_nfc() -> None:
 def test_what_is_odd_draws_a_warning(rows: str, warning: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(HEADER + rows) == 0
     assert f"gen_batch_jsonl.py: warning: {warning}" in said(capsys)
+
+
+def test_a_spoilt_name_counts_once_although_the_metadata_has_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    write("prompt.md", "{{artist_name}}")
+    write("in.csv", f"{HEADER}a1,BjÃ¶rk,x\n")
+    assert main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert "spoilt" not in said(capsys)
+    write("in.csv", f"{HEADER}a1,BjÃ¶rk,x\na2,SigurÃ°ur,y\n")
+    assert main([*FILES, *TEMPLATE_ARGS]) == 0
+    assert "the text of 2 values was spoilt" in said(capsys)
 
 
 @pytest.mark.parametrize("rows", ["a1,BjÃ¶rk,x\n", "a1,CAFÉ»,x\na2,« café\xa0»,y\na3,CAFÉ»,x\n"])
