@@ -3972,8 +3972,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
             sha256 = requests.sha256()
             note = stack.enter_context(locked_note(sha256, requests, console))
         results = read_results(args, checked.requests, console, stack)
-        before = open_out(args.output, stack)
-        if before:
+        if before := open_out(args.output, stack):
             results.read_out(before)
         sending = results.positions(TO_SEND) | requests_to_repeat(args, results)
         if args.dry_run or not sending:
@@ -3997,7 +3996,7 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         if before:
             before.refuse_changes()  # its lines may no longer be where they were
         now = open_out(args.output, stack)
-        if now and not (before and os.path.samestat(*[os.fstat(each.file.fileno()) for each in (before, now)])):
+        if now and not (before and os.path.sameopenfile(before.file.fileno(), now.file.fileno())):
             results.read_out(now, yields=True)  # another run has written it meanwhile
         advice = "; free some space and run the same command again: it fetches the results without paying again"
         with open_output(args.output, advice) as out:
