@@ -358,7 +358,7 @@ class Record(NamedTuple):
     """A row as it was read: with as many fields as the header if it is used, with none if it is blank."""
 
     line: int
-    lines: int  # up to where reading goes on: one, if the row is not used
+    lines: int  # how many it takes up in the file; one if the row is not used, as reading goes on behind that
     text: str  # its first line
     fields: list[str]
     width: int = 0  # how many fields it has in the file
@@ -2159,7 +2159,7 @@ class Results:
         self.of_other_requests = 0  # successes of other requests, whether kept or not
         self.gone = 0  # those in --out whose custom_id the request file does not have
         self.ignored = 0  # lines that are not results of any request
-        self.tokens = Tokens(0, 0)  # of several lines with the same outcome only the first counts: they may be one
+        self.tokens = Tokens(0, 0)  # where lines of a request have the same outcome, only the first counts
         self._console = console
 
     def read(self, source: Input) -> None:
@@ -2262,7 +2262,8 @@ class Results:
         known = self.best[position]
         is_older = yields and known is not None and known.file != line.file
         is_success = line.outcome == SUCCEEDED
-        stays = {SUCCEEDED: is_older or not is_success, REJECTED: is_older and not is_success}  # the known line
+        # whether the known line stays, by its outcome; one that is not here never does
+        stays = {SUCCEEDED: is_older or not is_success, REJECTED: is_older and not is_success}
         if line.outcome == MISSING or (known and stays.get(known.outcome)):
             return
         if known is None or known.outcome != line.outcome:  # otherwise it may be the same line, from a second file
@@ -3683,7 +3684,7 @@ class Run:
         """
         if attempt == 1 and (pending or not self._is_announced):
             self._is_announced = True
-            left_out = self._wanted() - self._wanted().difference(*(each.positions for each in self.withheld))
+            left_out = self._wanted().intersection(itertools.chain(*(each.positions for each in self.withheld)))
             in_batches = len(self._wanted() - pending - left_out)
             self._console.message(what_to_send(self._results, pending, in_batches, len(left_out)))
         if not pending or self.is_stopped or attempt > self._args.attempts:

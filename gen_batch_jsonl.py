@@ -360,7 +360,7 @@ class Record(NamedTuple):
     """A row as it was read: with as many fields as the header if it is used, with none if it is blank."""
 
     line: int
-    lines: int  # up to where reading goes on: one, if the row is not used
+    lines: int  # how many it takes up in the file; one if the row is not used, as reading goes on behind that
     text: str  # its first line
     fields: list[str]
     width: int = 0  # how many fields it has in the file
