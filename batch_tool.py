@@ -3635,6 +3635,7 @@ class Run:
         self._poller = Poller(submitter.api)
         self._again = requests_to_repeat(args, results)  # positions to send although they have an answer
         self._is_announced = False  # whether the line that says what will be sent was printed
+        self._is_told = False  # whether the line for the person who waits was printed
 
     def rounds(self, listed: Iterable[Batch]) -> None:
         """Collect what earlier batches have. Then send the rest in at most --attempts rounds."""
@@ -3727,7 +3728,7 @@ class Run:
         Returns whether it counts as an attempt. It does not if another process has submitted some of the requests: then
         it ends early, as the batches of that process may have requests of later parts, too.
         """
-        is_submitted = is_cut_short = is_told = False
+        is_submitted = is_cut_short = False
         while True:
             while queued := queue.take():
                 if self._submit(queued):
@@ -3735,8 +3736,8 @@ class Run:
                 else:
                     is_cut_short = True
                     queue.waiting.clear()
-            if self.active and not queue.waiting and not is_told:
-                is_told = True
+            if self.active and not queue.waiting and not self._is_told:
+                self._is_told = True
                 self._console.message(until_when([each.batch for each in self.active.values()]))
             oldest = min((batch.created_at or math.inf for batch in self._poller.latest.values()), default=math.inf)
             self._poller.report(max(0.0, time.time() - oldest))

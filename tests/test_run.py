@@ -105,8 +105,6 @@ batches: 1 completed; requests: 4/5 (80%), 2 failed; TIME elapsed
 round 2: 2 requests to send again
 part 1/1: File ID: file-ID
 part 1/1: Batch ID: batch_ID
-everything is submitted; the service may take until TIME; you may close this window: the same command goes on where \
-this one stops
 batches: 1 validating; TIME elapsed
 batches: 1 completed; requests: 1/2 (50%); TIME elapsed
 Wrote results.jsonl: 2 succeeded, 2 rejected, 0 retryable, 1 missing of 5 requests; tokens: 360 input, 135 output
