@@ -679,6 +679,10 @@ class NotFound(Refused):
 class UnusableId(CommandError):
     """The service names a file or a batch by something that is not an id."""
 
+    def __init__(self, kind: str, value: str) -> None:
+        super().__init__(f"not the id of a {kind}: {quoted(value)}")
+        self.value = value
+
 
 class OutcomeUnknown(ApiError):
     """The request may or may not have taken effect: lost connection, time-out, 408, 409, 5xx, unusable response."""
@@ -1247,7 +1251,7 @@ def object_id(content: Json, kind: str) -> str:
     if not value:
         raise OutcomeUnknown(f"the response is not a {kind}: {shorten(to_json(content))}")
     if not is_id(value):
-        raise UnusableId(f"not the id of a {kind}: {quoted(value)}")
+        raise UnusableId(kind, value)
     return value
 
 
@@ -1750,7 +1754,7 @@ class Api(NamedTuple):
         Raises NotFound if the file is gone, and UnusableId.
         """
         if not is_id(file_id):
-            raise UnusableId(f"not the id of a file: {quoted(file_id)}")
+            raise UnusableId("file", file_id)
         send = self.client.files.with_raw_response.retrieve
         size = None
         try:
@@ -2722,6 +2726,9 @@ class Submitter:
                 except OutcomeUnknown as failure:
                     self.api.console.warn(f"{failure}; checking whether the batch was created")
                     batch = self._find_or_fence(file_id, part.sha256, before)
+                except UnusableId as failure:
+                    self._note.add(file_id, batch=failure.value)  # so that the next command stops at it, too
+                    raise
                 except (Refused, NotSent) as failure:
                     is_late = failure.status in (400, 404) and file_id[:50] in str(failure)  # not visible yet
                     pause = next(delays, None) if is_late else retry.pause_after(failure)

@@ -272,6 +272,16 @@ def test_an_id_of_an_output_file_that_cannot_be_used_is_withheld(api: FaultyAPI,
     assert posts(api, "/v1/files") == 0
 
 
+def test_a_new_batch_whose_id_cannot_be_used_stops_the_next_run_too(api: FaultyAPI, capsys: Capture) -> None:
+    new_id = api.new_id
+    api.new_id = lambda prefix: "batch_1 1" if prefix == "batch_" else new_id(prefix)  # type: ignore[method-assign]
+    write_requests("a1")
+    for command in (run, run, create, run):
+        assert command() == 1
+        assert capsys.readouterr().err.endswith('error: not the id of a batch: "batch_1 1"\n')
+    assert posts(api) == 1
+
+
 def test_force_is_a_way_on_and_pays_again(api: FaultyAPI) -> None:
     batch = batch_of_a_run(api, "completed", write_requests("a1", "a2"), done=["a1", "a2"])
     lose_output(api, batch)
