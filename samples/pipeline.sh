@@ -79,7 +79,7 @@ run_with+=(--interval "${interval:-30}")
 [[ $out == *[!/].[cC][sS][vV] && ! -d $out ]] || fail "OUT must be the name of a .csv file: $out" 2
 [[ ! $csv -ef $out ]] || fail "$csv is both CSV and OUT; choose another OUT" 2
 stem=${out%.*}
-[[ ! -e $out || -e $stem.written ]] || fail "$out was not written by this script; choose another OUT" 2
+[[ ! -e $out || -e $stem.written ]] || fail "$out was not written by this script; rename it, or choose another OUT" 2
 [[ $local_api == no || ! -e $stem.results.jsonl ]] ||
     fail "$out has bios that were paid for; choose another OUT for --local" 2
 kept=$stem

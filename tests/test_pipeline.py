@@ -125,7 +125,7 @@ def test_without_arguments_it_shows_how_to_use_it(work: Path) -> None:
         ("artists.csv folder/.csv", "OUT must be the name of a .csv file: folder/.csv"),
         ("artists.csv folder.csv", "OUT must be the name of a .csv file: folder.csv"),
         ("artists.csv link.csv", "artists.csv is both CSV and OUT; choose another OUT"),
-        ("artists.csv reviewed.csv", "reviewed.csv was not written by this script; choose another OUT"),
+        ("artists.csv reviewed.csv", "reviewed.csv was not written by this script; rename it, or choose another OUT"),
         ("artists.csv paid.csv --local", "paid.csv has bios that were paid for; choose another OUT for --local"),
     ],
 )
