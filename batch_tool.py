@@ -3989,7 +3989,8 @@ def cmd_run(args: argparse.Namespace, console: Console, clock: Clock) -> int:
         if args.dry_run:
             if sending:
                 takes = what_it_takes(args, requests, results, sending)
-                console.message(takes or "no answer so far says how many tokens it took; the command preview estimates them")
+                unknown = "no answer so far says how many tokens it took; the command preview estimates them"
+                console.message(takes or unknown)
             if problem := too_many(args, len(sending)):
                 raise CommandError(problem)
             return 0

@@ -169,7 +169,8 @@ def test_a_dry_run_writes_nothing(api: FaultyAPI, capsys: Capture) -> None:
     write_requests("a1")
     assert run("--dry-run", "--prices", "1,2") == 0
     assert capsys.readouterr() == (
-        "", "1 of 1 request to send: 1 new\nno answer so far says how many tokens it took; the command preview estimates them\n"
+        "", "1 of 1 request to send: 1 new\n"
+        "no answer so far says how many tokens it took; the command preview estimates them\n"
     )
     assert os.listdir() == ["requests.jsonl"]
     assert run("--dry-run", out="-") == 0
