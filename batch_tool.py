@@ -3540,6 +3540,7 @@ class ActiveBatch(NamedTuple):
     submitted_at: float = -math.inf  # by this run
     queued: QueuedPart | None = None  # what to submit again after a refusal
     sent_digests: Mapping[str, bytes] | None = None  # of its requests by custom_id, if they may be of another version
+    problem: str = ""  # why its output file cannot be had
 
 
 class Withheld(NamedTuple):
@@ -3781,14 +3782,13 @@ class Run:
             if isinstance(end, NotFound) and self._clock.now() - watched.submitted_at < YOUNG_SECONDS:
                 self._console.warn(f"{batch_id}: {end}; the batch is new and may not be visible yet; still waiting")
                 continue
-            if isinstance(end, OutputMissing):
-                self._withhold(watched, str(end), {})
-            elif isinstance(end, CommandError):
+            problem = str(end) if isinstance(end, OutputMissing) else ""
+            if isinstance(end, CommandError) and not problem:
                 raise end
-            elif end.status == "cancelled" and watched.batch.status != "cancelling":
+            if isinstance(end, Batch) and end.status == "cancelled" and watched.batch.status != "cancelling":
                 self._stop(f"batch {batch_id} was cancelled; this run ends when its other batches have ended; run "
                            "again to send the rest")
-            yield self._poller.latest[batch_id], self.active.pop(batch_id)
+            yield self._poller.latest[batch_id], self.active.pop(batch_id)._replace(problem=problem)
 
     def _failure_reasons(self, batch: Batch) -> str:
         """Why a batch failed: its errors, and the most common ones of its error file."""
@@ -3891,7 +3891,7 @@ class Run:
         """Download and index the files of a batch that has ended. Withhold its requests whose results are lost."""
         spool = self._spools[watched.is_earlier]
         outcomes: dict[int, str] = {}
-        reasons = []
+        reasons = [watched.problem] if watched.problem else []
         for kind, file_id in batch.files.items():
             name = f"{kind} of {batch.id}"
             start = spool.seek(0, os.SEEK_END)

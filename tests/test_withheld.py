@@ -456,3 +456,11 @@ def test_a_deleted_error_file_withholds_no_success(api: FaultyAPI) -> None:
     del api.files[batch.error_file_id]
     assert run() == 0
     assert sent(api)[1:] == [["a2"]]
+
+
+def test_where_the_output_never_comes_those_of_the_error_file_are_sent_again(api: FaultyAPI) -> None:
+    batch = batch_of_a_run(api, "completed", write_requests(*numbered(4)), done=["a1", "a2"], left=["a3", "a4"])
+    batch.output_file_id = None
+    assert run() == 1
+    assert sent(api)[1:] == [["a3", "a4"]]
+    assert OUT.read_bytes().splitlines(keepends=True)[:2] == [missing_line("a1"), missing_line("a2")]
