@@ -329,6 +329,7 @@ class FaultyAPI(LocalBatchAPI):
 
     def stop_listening(self) -> None:
         """Refuse connections. The file descriptor, which a thread polls, becomes that of a socket that says nothing."""
+        self.server.socket.shutdown(socket.SHUT_RDWR)  # a poll that is under way would keep it open for a moment
         with socket.socket(type=socket.SOCK_DGRAM) as silent:
             os.dup2(silent.fileno(), self.server.socket.fileno())
 
