@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -23,7 +24,9 @@ import batch_tool  # noqa: E402
 READ_BY_THE_SCRIPTS = ("PROMPT_", "MODEL", "OPENAI_")
 IN_MEMORY = "/dev/shm"
 if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > 2**30:
-    tempfile.tempdir = IN_MEMORY  # of pytest and the mock server: on a disk each fsync takes some milliseconds
+    # of pytest and the mock server: on a disk each fsync takes some milliseconds
+    tempfile.tempdir = tempfile.mkdtemp(dir=IN_MEMORY)
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 SIGNALS = {
     signal.SIGINT: signal.default_int_handler,
