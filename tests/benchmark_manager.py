@@ -124,8 +124,8 @@ def offline_commands(folder: Path, number: int) -> dict[str, list[str]]:
     return {
         "validate": manager("validate", "--in", requests),
         "retry": manager("retry", "--in", requests, "--results", in_order, "--out", out),
-        "export, results in order": manager("export", "--in", requests, "--results", in_order, "--out", out),
-        "export, results in reverse": manager("export", "--in", requests, "--results", in_reverse, "--out", out),
+        "export, results in order": manager("export", "--in", requests, "--results", in_order, "--out", f"{out}.csv"),
+        "export, results in reverse": manager("export", "--in", requests, "--results", in_reverse, "--out", f"{out}.csv"),
     }
 
 
