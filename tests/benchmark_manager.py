@@ -120,12 +120,12 @@ def offline_commands(folder: Path, number: int) -> dict[str, list[str]]:
     requests = write_lines(folder / "requests.jsonl", map(request_line, range(number)))
     in_order = write_lines(folder / "in_order.jsonl", map(result_line, range(number)))
     in_reverse = write_lines(folder / "in_reverse.jsonl", map(result_line, reversed(range(number))))
-    out = folder / "out"
+    out, bios = folder / "out.jsonl", folder / "bios.csv"
     return {
         "validate": manager("validate", "--in", requests),
         "retry": manager("retry", "--in", requests, "--results", in_order, "--out", out),
-        "export, results in order": manager("export", "--in", requests, "--results", in_order, "--out", f"{out}.csv"),
-        "export, results in reverse": manager("export", "--in", requests, "--results", in_reverse, "--out", f"{out}.csv"),
+        "export, results in order": manager("export", "--in", requests, "--results", in_order, "--out", bios),
+        "export, results in reverse": manager("export", "--in", requests, "--results", in_reverse, "--out", bios),
     }
 
 
