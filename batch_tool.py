@@ -3693,8 +3693,9 @@ class Run:
         """
         if attempt == 1 and (pending or not self._is_announced):
             self._is_announced = True
-            left_out = self._wanted().intersection(itertools.chain(*(each.positions for each in self.withheld)))
-            in_batches = len(self._wanted() - pending - left_out)
+            wanted = self._wanted()
+            left_out = wanted.intersection(itertools.chain(*(each.positions for each in self.withheld)))
+            in_batches = len(wanted - pending - left_out)
             self._console.message(what_to_send(self._results, pending, in_batches, len(left_out)))
         if not pending or self.is_stopped or attempt > self._args.attempts:
             return False
@@ -3873,7 +3874,7 @@ class Run:
                 name = f"the input file of {batch.id}"
                 self._api.fetch(file_id, copy, name)
                 sent = Input(copy, name)
-                if not is_of_file and sent.sha256() != batch.metadata.get("input_sha256", sent.sha256()):
+                if not is_of_file and batch.metadata.get("input_sha256") not in (None, sent.sha256()):
                     return None
                 for line in sent.lines():
                     custom_id = str_field(read_object(line), "custom_id")
